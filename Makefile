@@ -1,0 +1,47 @@
+# Every target sets up what it needs: `.venv` is made once and found ready afterwards.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test prove lab docs readme lock clean
+
+help: ## list the targets
+	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' Makefile
+
+setup: $(STAMP) ## create .venv with the locked packages
+
+# torch comes first and by itself, from wherever pip finds it; the lock holds everything else, with hashes.
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v[:2] <= (3, 13) else f"codex_nb needs Python 3.11 to 3.13, {sys.executable} is {v[0]}.{v[1]}; name another one: make PYTHON=python3.12 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $(STAMP)
+
+train: $(STAMP) ## train a tokenizer and a language model on the standard library's source
+	$(BIN)/codex-nb run train -p preset tiny
+
+test: $(STAMP) ## run every notebook and test
+	$(BIN)/python tests/gate.py
+
+prove: $(STAMP) ## run the full counts of what `make test` samples
+	CODEX_NB_PROVE=1 $(BIN)/python -m pytest tests -n 2
+
+lab: $(STAMP) ## open JupyterLab on the notebooks
+	$(BIN)/jupyter lab nbs
+
+docs: $(STAMP) ## render the site; needs Quarto
+	@command -v quarto >/dev/null || { echo "make docs needs Quarto, which is not on this machine: install it from quarto.org, then run this again"; exit 1; }
+	$(BIN)/nbdev_docs
+
+readme: $(STAMP) ## make README.md from nbs/index.ipynb
+	$(BIN)/jupyter nbconvert --to markdown --log-level WARN --output-dir . --output README nbs/index.ipynb
+
+lock: $(STAMP) ## refresh requirements.lock
+	$(BIN)/python tests/lock.py
+
+clean: ## remove .venv, caches and built files; runs/ and store/ stay
+	rm -rf .venv _docs _proc build dist *.egg-info .pytest_cache .hypothesis .ci-logs .coverage .coverage.*
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

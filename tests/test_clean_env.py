@@ -1,0 +1,54 @@
+"""With the runtime dependencies alone, and nothing for development, the package imports and trains."""
+import os, re, subprocess, sys, venv
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parent.parent
+
+def closure(name, extras=()):
+    "Names of the installed distributions that `name` needs at run time."
+    found, todo = {}, [(name, tuple(extras))]
+    while todo:
+        n, ex = todo.pop()
+        key = re.sub(r"[-_.]+", "-", n).lower()
+        if (key, ex) in found: continue
+        try: d = distribution(n)
+        except PackageNotFoundError: continue
+        found[key, ex] = d
+        for r in map(Requirement, d.requires or []):
+            if r.marker is None or any(r.marker.evaluate({"extra": e}) for e in ("", *ex)): todo.append((r.name, tuple(sorted(r.extras))))
+    return {k: d for (k, _), d in found.items()}
+
+def test_runtime_dependencies_suffice(tmp_path):
+    needed = closure("codex_nb")
+    assert {"torch", "transformers", "papermill"} <= needed.keys()
+    assert not {"nbdev", "fastcore", "mlflow", "pytest", "jupyterlab", "nbconvert"} & needed.keys()
+    venv.create(tmp_path/"env", with_pip=False, symlinks=True)
+    python = tmp_path/"env"/"bin"/"python"
+    site = Path(subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True, check=True).stdout.strip())
+    for name, d in needed.items():
+        if name == "codex-nb": continue
+        tops = {Path(f).parts[0] for f in d.files or [] if not str(f).startswith("..")} - {"__pycache__"}
+        for t in tops:
+            if (d.locate_file("")/t).exists() and not (site/t).exists(): (site/t).symlink_to(d.locate_file("")/t)
+        for f in d.files or []:
+            if "share/jupyter/kernels" in str(f):
+                to = tmp_path/"env"/str(f).lstrip("./"); to.parent.mkdir(parents=True, exist_ok=True)
+                if not to.exists(): to.symlink_to(Path(d.locate_file(f)).resolve())
+    ours = distribution("codex_nb")
+    info = next((p.parent for p in [Path(ours.locate_file(f)) for f in ours.files or []] if p.parent.name.endswith(".dist-info")), None)
+    (site/info.name).symlink_to(info)
+    (site/"codex_nb").symlink_to(ROOT/"codex_nb")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("COV", "PYTHON", "VIRTUAL"))} | {"CODEX_NB_HOME": str(tmp_path/"home"), "PATH": f"{python.parent}:/usr/bin:/bin"}
+    modules = [p.stem for p in (ROOT/"codex_nb").glob("*.py") if not p.stem.startswith("_")]
+    code = "import importlib, sys\nfor m in sys.argv[1:]: importlib.import_module('codex_nb.'+m)\nfor m in ('nbdev', 'fastcore', 'mlflow', 'pytest'):\n    try: importlib.import_module(m)\n    except ImportError: continue\n    sys.exit(f'{m} is here')"
+    done = subprocess.run([python, "-c", code, *modules], capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    words = "run train -p steps 3 -p width 32 -p batch_size 2 -p eval_documents 1 -p max_documents 4 -p max_new_tokens 4 -p resamples 100 -p mlflow true".split()
+    done = subprocess.run([python, "-c", "from codex_nb.cli import main; main()", *words], capture_output=True, text=True, env=env, cwd=ROOT)
+    assert done.returncode == 0, done.stdout+done.stderr
+    folder, = (tmp_path/"home"/"runs").iterdir()
+    assert "finished: " in done.stdout and (folder/"manifest.json").is_file()
+    said = (folder/"train.ipynb").read_text()
+    assert "MLflow is left out from here on" in said and "pip install 'codex_nb[mlflow]'" in said # said, by name, with the remedy; and the run went on

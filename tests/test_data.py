@@ -1,0 +1,105 @@
+"""Properties of readers, splits, tokenizers and the sample order."""
+import json, os, subprocess, sys
+import numpy as np, pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
+from codex_nb.batches import permute, sample_order
+from codex_nb.corpus import CorpusConfig, build_corpus, open_corpus, split_by_position, split_of
+from codex_nb.readers import Document, ReadError, read_jsonl, read_path
+from codex_nb.tokenizer import TokenizerConfig, train_tokenizer
+from codex_nb.tokens import Rows, build_tokens
+
+EXAMPLES = 2000 if os.environ.get("CODEX_NB_PROVE") else 150
+many = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+texts = st.text(st.characters(codec="utf-8"))
+hard = st.one_of(texts, st.lists(st.sampled_from(["▁", "\uf8ff", "\uf8ff0", "<0x0A>", "<unk>", "<|endoftext|>", " ", "\n", "\r", "\x00", "e\u0301", "👩‍👧", "ש", "<", "a"])).map("".join))
+
+@pytest.fixture(scope="module", params=["bpe", "sp-unigram", "bytes"])
+def tokenizer(request, tmp_path_factory):
+    os.environ["CODEX_NB_HOME"] = str(tmp_path_factory.mktemp("home"))
+    return train_tokenizer(open_corpus(CorpusConfig(data="sample")), TokenizerConfig(tokenizer=request.param, vocab_size=400))
+
+@many
+@given(hard)
+def test_round_trip(tokenizer, text): assert tokenizer.decode(tokenizer.encode(text)) == text
+
+def test_a_megabyte_of_one_character(tokenizer):
+    for c in " ax☂": assert tokenizer.decode(tokenizer.encode(c*(1<<20))) == c*(1<<20)
+
+@pytest.mark.parametrize("kind", ["bpe", "sp-unigram"])
+def test_the_same_tokenizer_in_another_process(kind, tmp_path):
+    code = f"from codex_nb.corpus import *; from codex_nb.tokenizer import *; print(train_tokenizer(open_corpus(CorpusConfig(data='sample')), TokenizerConfig(tokenizer={kind!r}, vocab_size=450)).digest)"
+    digests = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | {"CODEX_NB_HOME": str(tmp_path/str(i)), "RAYON_NUM_THREADS": str(i), "PYTHONHASHSEED": str(i)}).stdout for i in (1, 2, 3)}
+    assert len(digests) == 1
+
+@many
+@given(st.integers(1, 10**12), st.integers(0, 2**62), st.data())
+def test_permutation_stays_inside_and_is_injective(n, key, data):
+    index = np.array(sorted(data.draw(st.sets(st.integers(0, n-1), max_size=40))), np.int64)
+    out = permute(index, n, key)
+    assert len(set(out.tolist())) == len(index) and ((out >= 0) & (out < n)).all()
+
+@many
+@given(st.integers(1, 500), st.integers(0, 2**62))
+def test_permutation_is_a_bijection(n, key): assert sorted(permute(np.arange(n), n, key)) == list(range(n))
+
+@many
+@given(st.integers(1, 60), st.integers(0, 5), st.integers(0, 200), st.integers(1, 50))
+def test_order_is_a_function_of_the_position(n, seed, start, length):
+    whole = sample_order(np.arange(start+length), n, seed)
+    assert (whole[start:] == sample_order(np.arange(start, start+length), n, seed)).all()
+
+@many
+@given(st.lists(st.text(min_size=1), min_size=1, unique=True), st.text())
+def test_split_does_not_depend_on_company(docs, salt):
+    cfg = CorpusConfig(data="x", salt=salt, validation_fraction=0.3, test_fraction=0.3)
+    docs = [Document(str(i), d) for i, d in enumerate(docs) if d.isprintable()]
+    assert [split_of(d, cfg) for d in docs] == [split_of(Document("other", d.text), cfg) for d in docs]
+
+@many
+@given(st.text(min_size=1, max_size=3000), st.sampled_from([0.1, 0.25]), st.sampled_from([0.0, 0.1]))
+def test_position_split_joins_to_the_whole(text, v, t):
+    parts = split_by_position(Document("x", text), CorpusConfig(data="x", validation_fraction=v, test_fraction=t))
+    assert "".join(p.text for p in parts.values()) == text
+
+@pytest.mark.parametrize("line,reason", [(b'{"text": 1}', "Expected `str`"), (b'{"txt": "a"}', "unknown field"), (b'[]', "Expected `object`"), (b'"a"', "Expected `object`"), (b'{"text": "a"}{"text": "b"}', "trailing"),
+    (b'{"text": "\xc3\x28"}', "not UTF-8"), (b'{"text": NaN}', "malformed"), (b'{"text": "a", "meta": {"x": 1e999}}', "out of range"), (b'{"text": null}', "Expected `str`"), (b'{}', "missing required field"), (b'{"text": ""}', "`text` is empty"),
+    (b'', "an empty line"), (b'\xef\xbb\xbf{"text": "a"}', ""), (b'{"text": "a\x00"}', ""), (b'{"text": "\\ud800"}', ""), (b'[' * 5000, ""), (b'{"text": "a", "meta": ' + b'[' * 5000, "")])
+def test_bad_lines_are_named(tmp_path, line, reason):
+    (tmp_path/"a.jsonl").write_bytes(b'{"text": "fine"}\n' + line + b'\n{"text": "fine"}\n')
+    with pytest.raises(ReadError) as e: list(read_jsonl(tmp_path/"a.jsonl"))
+    assert f"{tmp_path/'a.jsonl'}:2: " in str(e.value) and reason in str(e.value)
+
+def test_reading_streams(tmp_path):
+    with open(tmp_path/"big.jsonl", "w") as f:
+        for i in range(60_000): f.write(json.dumps({"text": f"{i} " + "word "*200})+"\n") # 60 MB
+    code = ("import resource, sys; from codex_nb.readers import read_jsonl; base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "n = sum(1 for _ in read_jsonl(sys.argv[1])); print(n, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-base)")
+    n, grown = map(int, subprocess.run([sys.executable, "-c", code, str(tmp_path/"big.jsonl")], capture_output=True, text=True, check=True).stdout.split())
+    assert n == 60_000 and grown < 20_000 # KiB
+
+def test_links_and_loops_are_not_followed(tmp_path):
+    (tmp_path/"a.txt").write_text("text"); (tmp_path/"loop").symlink_to(tmp_path); (tmp_path/"b.txt").symlink_to(tmp_path/"a.txt")
+    assert [d.id for d in read_path(tmp_path)] == ["a.txt"]
+
+def test_store_key_follows_content_not_dates(tmp_path, monkeypatch):
+    monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path/"home"))
+    folder = tmp_path/"text"; folder.mkdir()
+    for i in range(60): (folder/f"{i:02}.txt").write_text(f"document number {i} "*5)
+    cfg = CorpusConfig(data=str(folder), validation_fraction=0.2, test_fraction=0.2)
+    first = open_corpus(cfg)
+    for p in folder.iterdir(): os.utime(p, (1, 1))
+    assert open_corpus(cfg).digest == first.digest
+    (folder/"07.txt").write_text("another text")
+    assert open_corpus(cfg).digest != first.digest
+
+def test_changed_code_makes_a_new_store(tmp_path, monkeypatch):
+    import codex_nb.store as artifacts
+    monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
+    made = []
+    build = lambda d: (made.append(1), (d.path/"x").write_text("x"))
+    artifacts.cached("thing", {}, {}, ("tokens",), build)
+    artifacts.cached("thing", {}, {}, ("tokens",), build)
+    real = artifacts.code_digest
+    monkeypatch.setattr(artifacts, "code_digest", lambda *m: real(*m)[::-1])
+    artifacts.cached("thing", {}, {}, ("tokens",), build)
+    assert len(made) == 2

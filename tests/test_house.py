@@ -1,0 +1,208 @@
+"""The house is in order: generated files current, imports downward, notebooks clean, nothing forbidden."""
+import ast, configparser, hashlib, json, os, re, shutil, subprocess, sys
+from pathlib import Path
+import pytest, yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS, LIB, BIN = ROOT/"nbs", ROOT/"codex_nb", Path(sys.executable).parent
+CHAPTERS = sorted(NBS.glob("[0-9]*.ipynb"))
+NOTEBOOKS = sorted(NBS.glob("*.ipynb"))
+cells = lambda p: json.loads(p.read_text())["cells"]
+code = lambda p: ["".join(c["source"]) for c in cells(p) if c["cell_type"] == "code"]
+module_of = lambda p: next(m[1] for s in code(p) if (m := re.search(r"^#\|\s*default_exp (\w+)", s, re.M)))
+tracked = lambda: [ROOT/p for p in subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n") if p and (ROOT/p).is_file()]
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    to = tmp_path_factory.mktemp("copy")/"codex_nb"
+    shutil.copytree(ROOT, to, symlinks=True, ignore=shutil.ignore_patterns(".venv", ".git", "runs", "store", ".ci-logs", "*.egg-info", "__pycache__", ".coverage*", ".hypothesis"))
+    return to
+
+def files(folder): return {p.name: p.read_text() for p in sorted(folder.glob("*.*")) if p.suffix in (".py", ".ipynb") and p.is_file()}
+
+def test_modules_are_in_step_with_notebooks(copy):
+    for p in (copy/"codex_nb").glob("*.py"):
+        if p.name != "__init__.py": p.unlink()
+    subprocess.run([BIN/"nbdev_export"], cwd=copy, check=True, capture_output=True)
+    assert files(copy/"codex_nb") == files(LIB)
+
+def test_notebooks_are_clean(copy):
+    subprocess.run([BIN/"nbdev_clean"], cwd=copy, check=True, capture_output=True)
+    assert files(copy/"nbs") == files(NBS)
+
+def test_no_stored_output_is_an_error():
+    assert not [(p.name, o["ename"]) for p in NOTEBOOKS for c in cells(p) for o in c.get("outputs", []) if o["output_type"] == "error"]
+
+def imports_of(tree):
+    for n in ast.walk(tree):
+        if isinstance(n, ast.ImportFrom): yield ".".join(filter(None, ["codex_nb" if n.level else "", n.module])), [a.name for a in n.names]
+        elif isinstance(n, ast.Import): yield from ((a.name, []) for a in n.names)
+
+def test_chapters_import_only_from_below():
+    number = {module_of(p): int(p.name[:2]) for p in CHAPTERS}
+    seen = 0
+    for p in CHAPTERS:
+        for module, names in imports_of(ast.parse((LIB/f"{module_of(p)}.py").read_text())):
+            for m in ([module.split(".")[1]] if module.startswith("codex_nb.") else names if module == "codex_nb" else []):
+                assert m in number, f"{p.name} imports codex_nb.{m}, which is no chapter"
+                assert number[m] < int(p.name[:2]), f"{p.name} imports {m}, which is not below it"
+                seen += 1
+    assert seen > 50
+
+def test_every_module_is_a_chapter():
+    assert {p.stem for p in LIB.glob("*.py")} - {"__init__", "_modidx"} == {module_of(p) for p in CHAPTERS}
+
+BANNED_CALLS = {"torch.load", "pickle.load", "pickle.loads", "eval", "exec", "os.system", "yaml.load", "yaml.unsafe_load"}
+def dotted(n): return f"{dotted(n.value)}.{n.attr}" if isinstance(n, ast.Attribute) else n.id if isinstance(n, ast.Name) else "?"
+
+def forbidden(source):
+    found = []
+    for n in ast.walk(ast.parse(source)):
+        if isinstance(n, ast.Call):
+            name = dotted(n.func)
+            if name in BANNED_CALLS or name.endswith((".extractall", ".unpack_archive")): found.append(name)
+            for k in n.keywords:
+                if k.arg == "trust_remote_code" and not (isinstance(k.value, ast.Constant) and k.value.value is False): found.append("trust_remote_code")
+                if k.arg == "shell" and not (isinstance(k.value, ast.Constant) and k.value.value is False): found.append("shell")
+        if isinstance(n, ast.ExceptHandler) and all(isinstance(b, ast.Pass) for b in n.body): found.append("except: pass")
+    return found + [m for m, _ in imports_of(ast.parse(source)) if m.split(".")[0] in ("pickle", "dill", "joblib", "nbdev", "fastcore", "execnb")]
+
+def test_nothing_forbidden_in_the_package():
+    assert not {p.name: f for p in LIB.glob("*.py") if p.name != "_modidx.py" and (f := forbidden(p.read_text()))}
+
+@pytest.mark.parametrize("source", ["import torch\ntorch.load('x')", "from pickle import load", "f(trust_remote_code=True)", "t.extractall()", "try: f()\nexcept E: pass", "import fastcore.test"])
+def test_the_ban_sees_it(source): assert forbidden(source)
+
+def test_import_has_no_side_effects(tmp_path):
+    script = ("import os, sys, threading, logging, json, random; before = (dict(os.environ), threading.active_count(), len(logging.getLogger().handlers), os.getcwd(), random.getstate())\n"
+        "import importlib\nfor m in json.loads(sys.argv[1]): importlib.import_module('codex_nb.'+m)\nimport torch\n"
+        "assert not torch.are_deterministic_algorithms_enabled()\nassert before == (dict(os.environ), threading.active_count(), len(logging.getLogger().handlers), os.getcwd(), random.getstate())\nassert os.listdir('.') == []")
+    env = {k: v for k, v in os.environ.items() if not k.startswith("COV")}
+    # packages below set variables of their own when imported: these are theirs, not ours
+    foreign = "import torch, sentencepiece, matplotlib, mlflow\nfrom transformers import LlamaForCausalLM\n"
+    done = subprocess.run([sys.executable, "-c", foreign+script, json.dumps([module_of(p) for p in CHAPTERS])], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+def test_importing_the_package_is_light():
+    done = subprocess.run([sys.executable, "-c", "import sys, codex_nb, codex_nb.cli, codex_nb.runs; print([m for m in ('torch', 'transformers', 'mlflow', 'papermill') if m in sys.modules])"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+def test_run_notebooks_have_a_parameters_cell():
+    from codex_nb.config import leaves
+    from codex_nb.launch import config_of
+    for name in ("train", "evaluate"):
+        tagged = [c for c in cells(NBS/f"{name}.ipynb") if "parameters" in c["metadata"].get("tags", [])]
+        assert len(tagged) == 1, name
+        names = [t.id for n in ast.parse("".join(tagged[0]["source"])).body for t in n.targets]
+        assert names[0] == "preset" and set(names) <= {*leaves(config_of(NBS/f"{name}.ipynb")), "preset"}
+
+def test_readme_is_current(tmp_path):
+    subprocess.run([BIN/"jupyter", "nbconvert", "--to", "markdown", "--log-level", "ERROR", "--output-dir", tmp_path, "--output", "README", NBS/"index.ipynb"], check=True, capture_output=True)
+    assert (tmp_path/"README.md").read_text() == (ROOT/"README.md").read_text(), "run `make readme`"
+
+def commands_in(text): return [l.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", text, re.S) for l in block.splitlines() if l.split("#")[0].strip()] + re.findall(r"`((?:make|codex-nb|papermill|mlflow) [^`]+)`", text)
+
+def test_every_command_of_the_readme_exists():
+    found = commands_in((ROOT/"README.md").read_text())
+    targets = set(re.findall(r"^([a-z]+):", (ROOT/"Makefile").read_text(), re.M))
+    from codex_nb.cli import app
+    from codex_nb.config import leaves
+    from codex_nb.launch import config_of
+    known = {c.callback.__name__ for c in app.registered_commands}
+    for c in found:
+        words = c.split()
+        assert shutil.which(words[0], path=f"{BIN}:{os.environ['PATH']}"), c
+        if words[0] == "make": assert words[1] in targets, c
+        if words[0] == "codex-nb": assert words[1] in known, c
+        if words[0] == "papermill": assert (ROOT/words[1]).is_file(), c
+        if words[0] == "mlflow": assert words[1] == "ui", c
+        if words[:2] == ["codex-nb", "run"] and len(words) > 2 or words[0] == "papermill":
+            nb = NBS/(words[2]+".ipynb") if words[0] == "codex-nb" else ROOT/words[1]
+            assert nb.is_file() and {words[i+1] for i, w in enumerate(words) if w == "-p"} <= {*leaves(config_of(nb)), "preset"}, c
+    assert len(found) > 10
+
+def test_make_help_lists_every_target():
+    said = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for t in ("train", "test", "lab", "docs", "lock", "clean", "readme", "prove"): assert f"make {t} " in said
+
+def test_environment_variables_are_listed():
+    from codex_nb.config import ENVIRONMENT
+    readme = (ROOT/"README.md").read_text()
+    plain = readme.replace("`", "")
+    for name, text in ENVIRONMENT.items(): assert f"| {name} | {text} |" in plain
+    used = {m for p in LIB.glob("*.py") for m in re.findall(r"CODEX_NB_[A-Z]+", p.read_text())}
+    assert used <= set(ENVIRONMENT)
+
+def test_every_page_is_in_the_sidebar():
+    site = yaml.safe_load((ROOT/"_quarto.yml").read_text())
+    listed = [x for c in site["website"]["sidebar"]["contents"] for x in ([c] if isinstance(c, str) else c["contents"])]
+    assert sorted(listed) == sorted(p.name for p in NOTEBOOKS)
+    assert (NBS/"_quarto.yml").is_symlink() and (NBS/"_quarto.yml").resolve() == ROOT/"_quarto.yml"
+
+def test_pages_process_and_links_live(copy):
+    subprocess.run([sys.executable, "-c", "from nbdev.serve import proc_nbs; proc_nbs()"], cwd=copy, check=True, capture_output=True)
+    made = {p.name for p in (copy/"_proc").glob("*.ipynb")}
+    assert made == {p.name for p in NOTEBOOKS}
+    for p in NOTEBOOKS:
+        levels = [len(m[1]) for c in cells(p) if c["cell_type"] == "markdown" for m in re.finditer(r"^(#+) ", "".join(c["source"]), re.M)]
+        assert levels[0] == 1 and levels.count(1) == 1 and all(b <= a+1 for a, b in zip(levels, levels[1:])), p.name
+        for c in cells(p):
+            if c["cell_type"] != "markdown": continue
+            for link in re.findall(r"\]\(([^)\s]+)\)", "".join(c["source"])):
+                assert link.startswith("http") or (NBS/link.split("#")[0]).exists(), (p.name, link)
+
+def test_chapters_are_of_a_readable_size():
+    for p in CHAPTERS:
+        lines = sum(len([l for l in s.splitlines() if l.strip()]) for s in code(p) if re.search(r"^#\|\s*export", s, re.M))
+        prose = sum(len("".join(c["source"]).split()) for c in cells(p) if c["cell_type"] == "markdown")
+        assert lines <= 300 and p.stat().st_size <= 250_000, (p.name, lines)
+        assert prose >= 2*lines or lines < 20, (p.name, lines, prose)
+
+def test_data_is_small_and_as_its_card_says():
+    for p in (ROOT/"data").glob("*.jsonl"):
+        card = p.with_suffix(".md").read_text()
+        assert p.stat().st_size < 2<<20 and hashlib.sha256(p.read_bytes()).hexdigest() in card
+
+def test_version_has_one_source():
+    import codex_nb
+    ini = configparser.ConfigParser(); ini.read(ROOT/"settings.ini")
+    assert codex_nb.__version__ == ini["DEFAULT"]["version"]
+
+def test_lock_has_hashes_and_no_torch():
+    text = (ROOT/"requirements.lock").read_text().replace("\\\n", " ")
+    lines = [l for l in text.splitlines() if l and not l.startswith("#")]
+    assert len(lines) > 100 and all("==" in l and "--hash=sha256:" in l for l in lines)
+    assert not [l for l in lines if re.match(r"(torch|triton|nvidia-cu|cuda-)", l)] and "://" not in text
+
+def test_environment_satisfies_the_lock():
+    from importlib.metadata import PackageNotFoundError, version
+    from packaging.requirements import Requirement
+    wrong = []
+    for l in (ROOT/"requirements.lock").read_text().replace("\\\n", " ").splitlines():
+        if not l or l.startswith("#"): continue
+        r = Requirement(l.split("--hash")[0].strip())
+        if r.marker and not r.marker.evaluate(): continue
+        try: have = version(r.name)
+        except PackageNotFoundError: have = None
+        if have is None or not r.specifier.contains(have, prereleases=True): wrong.append(f"{r}: {have}")
+    assert not wrong
+
+def test_no_secrets_in_tracked_files():
+    from detect_secrets.core.scan import scan_line
+    from detect_secrets.settings import transient_settings
+    from codex_nb.safety import find_secrets
+    names = "ArtifactoryDetector AWSKeyDetector AzureStorageKeyDetector BasicAuthDetector CloudantDetector DiscordBotTokenDetector GitHubTokenDetector GitLabTokenDetector IbmCloudIamDetector JwtTokenDetector MailchimpDetector NpmDetector OpenAIDetector PrivateKeyDetector PypiTokenDetector SendGridDetector SlackDetector StripeDetector TwilioKeyDetector".split()
+    def scan(text):
+        with transient_settings({"plugins_used": [{"name": n} for n in names]}): return [s.type for l in text.splitlines() for s in scan_line(l)] + [f.kind for f in find_secrets(text, {})]
+    assert scan("key = " + "AKIA" + "ABCDEFGHIJKLMNOP")
+    found = {}
+    for p in tracked():
+        if p.suffix in (".lock", ".png"): continue
+        text = p.read_text(errors="replace")
+        if p.suffix == ".ipynb": text = "\n".join("".join(c["source"]) + "\n" + json.dumps(c.get("outputs", ""), ensure_ascii=False) for c in cells(p) for c in [c | {"outputs": [o for o in c.get("outputs", []) if "image/png" not in o.get("data", {})]}])
+        if f := scan(text): found[p.relative_to(ROOT).as_posix()] = f
+    assert not found
+
+def test_the_project_speaks_of_itself_alone():
+    words = re.compile(r"/work/main|/root/|\.\./shared|\.library")
+    assert not {p.name: m[0] for p in tracked() if p.suffix in (".py", ".ipynb", ".md", ".toml", ".ini", ".yml", ".cfg", ".lock") or p.name in ("Makefile", "run") if p.name != "test_house.py" and (m := words.search(p.read_text(errors="replace")))}

@@ -1,0 +1,125 @@
+"""Bad input: one clear error, the right exit code, nothing left behind. And what papermill does by hand."""
+import json, os, signal, subprocess, sys, textwrap, time
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+SMALL = "-p steps 3 -p width 32 -p seq_len 32 -p batch_size 2 -p eval_documents 1 -p max_documents 4 -p max_new_tokens 4 -p resamples 100".split()
+
+def run(*words, home, cwd=ROOT, **env):
+    return subprocess.run([BIN/words[0], *words[1:]], capture_output=True, text=True, cwd=cwd, env=os.environ | {"CODEX_NB_HOME": str(home)} | env)
+
+def left(home): return sorted(p.relative_to(home).as_posix() for p in Path(home).rglob("*") if p.is_file() and not p.name.startswith("."))
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    d = tmp_path_factory.mktemp("inputs")
+    (d/"empty").mkdir()
+    (d/"picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00\x00")
+    (d/"short.txt").write_text("too short\nfor a row\n")
+    (d/"shortish.txt").write_text("".join(f"line {i}\n" for i in range(60)))
+    (d/"bad.jsonl").write_text('{"text": "fine"}\n{"txt": "misspelt"}\n')
+    return d
+
+BAD = {
+    "unknown parameter": ("epohcs 3", "epohcs: unknown parameter, given 3; did you mean epochs?"),
+    "missing path": ("data {}/nowhere", "there is no such file or folder; give a path, or one of sample, stdlib"),
+    "empty folder": ("data {}/empty", "no text in this folder: it is empty"),
+    "binary file": ("data {}/picture.png", "this is a binary file, not text"),
+    "bad line": ("data {}/bad.jsonl", "bad.jsonl:2: "),
+    "too short to divide": ("data {}/short.txt", "too little text: the validation split is empty"),
+    "too short for a row": ("data {}/shortish.txt -p seq_len 512", "tokens cannot fill a row of 512: give more text or a smaller seq_len"),
+    "seq_len": ("seq_len 0", "model.seq_len: given 0; must be int, >= 1"),
+    "preset": ("preset tinny", "there is no preset 'tinny'; did you mean tiny?"),
+    "device": ("device cuda:9", "device: 'cuda:9' cannot be used"),
+    "wrong type": ("steps many", "fit.steps: given 'many'; must be int, >= 1"),
+    "two limits": ("epochs 1 -p steps 1", "epochs were both given"),
+}
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_clear_error(name, inputs, tmp_path):
+    given, expected = BAD[name]
+    done = run("codex-nb", "run", "train", "-p", *given.format(inputs).split(), home=tmp_path)
+    assert done.returncode == 1 and expected in done.stderr and "Traceback" not in done.stderr, done.stderr
+    kept = [p for p in left(tmp_path) if not (name == "too short for a row" and p.startswith("store/"))] # a corpus that is whole is no half-written thing
+    assert kept == [] and not (tmp_path/"runs").exists()
+
+@pytest.mark.parametrize("given,expected", [("epohcs 3", "did you mean epochs?"), ("seq_len 0", "must be int, >= 1")])
+def test_papermill_stops_on_a_bad_parameter(given, expected, tmp_path):
+    done = run("papermill", "nbs/train.ipynb", str(tmp_path/"out.ipynb"), "-p", *given.split(), home=tmp_path/"home")
+    assert done.returncode != 0 and expected in done.stderr and not (tmp_path/"home").exists()
+
+def test_papermill_from_nbs_without_an_output_path(tmp_path):
+    done = run("papermill", "train.ipynb", *SMALL, home=tmp_path, cwd=ROOT/"nbs")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert any("# Parameters" in "".join(c["source"]) for c in json.loads(done.stdout)["cells"])
+    folder, = (tmp_path/"runs").iterdir()
+    verified = run("codex-nb", "verify", folder.name[-4:], home=tmp_path)
+    assert verified.returncode == 0 and "L0 holds: finished" in verified.stdout
+    assert "parent corpus: ok" in verified.stdout
+
+def test_run_then_the_same_folder_again(tmp_path):
+    folder = tmp_path/"runs"/"mine"
+    done = run("codex-nb", "run", "train", *SMALL, "--folder", str(folder), home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"finished: {folder}" in done.stdout and (folder/"train.ipynb").is_file()
+    before = left(folder)
+    again = run("codex-nb", "run", "train", *SMALL, "--folder", str(folder), home=tmp_path)
+    assert again.returncode == 1 and "this run is already finished" in again.stderr and left(folder) == before
+    listed = run("codex-nb", "runs", home=tmp_path)
+    assert "finished" in listed.stdout and "mine" in listed.stdout
+    judged = run("codex-nb", "run", "evaluate", "-p", "checkpoint", "mine", "-p", "max_documents", "3", "-p", "resamples", "100", "-p", "max_new_tokens", "4", home=tmp_path)
+    assert judged.returncode == 0, judged.stderr
+    (folder/"config.json").write_text((folder/"config.json").read_text()+" ")
+    changed = run("codex-nb", "verify", "mine", home=tmp_path)
+    assert changed.returncode == 1 and "config.json" in changed.stdout and "L0 does not hold" in changed.stdout
+
+def test_a_run_that_fails_leaves_what_it_had(tmp_path):
+    code = textwrap.dedent("""
+        import sys, codex_nb.recipe as r
+        from pathlib import Path
+        from codex_nb.launch import launch
+        nb = Path("nbs/train.ipynb").read_text().replace("state = train(run, model, tokenizer, rows, corpus)",
+            "import torch\\\\nfrom codex_nb.engine import Hook\\\\ndef spoil(s):\\\\n    if s.step == 2: next(s.model.parameters()).data.fill_(float('inf'))\\\\nstate = train(run, model, tokenizer, rows, corpus, hooks=(Hook(spoil),))")
+        p = Path(sys.argv[1])/"train.ipynb"; p.write_text(nb)
+        o = launch(str(p), {"steps": 5, "width": 32, "seq_len": 32, "batch_size": 2, "max_new_tokens": 4})
+        print(o.code, o.status, o.folder); print(o.error)
+    """)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT, env=os.environ | {"CODEX_NB_HOME": str(tmp_path)})
+    first, error = done.stdout.splitlines()[-2:]
+    code, status, folder = first.split()
+    assert (code, status) == ("3", "failed") and "NonFiniteError: step 3: loss nan" in error and "samples" in error, done.stdout+done.stderr
+    folder = Path(folder)
+    assert (folder/"train.ipynb").is_file() and len((folder/"metrics.ndjson").read_text().splitlines()) == 2
+    manifest = json.loads((folder/"manifest.json").read_text())
+    assert manifest["meta"]["status"] == "failed" and "NonFiniteError" in manifest["meta"]["error"]
+    assert "L0 holds: failed" in run("codex-nb", "verify", str(folder), home=tmp_path).stdout
+
+def test_killed_run_is_interrupted_and_resumes(tmp_path):
+    folder = tmp_path/"runs"/"killed"
+    p = subprocess.Popen([BIN/"codex-nb", "run", "train", "-p", "steps", "400", "-p", "save_every", "20", "-p", "eval_every", "500", "-p", "max_documents", "5", "--folder", str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        cwd=ROOT, env=os.environ | {"CODEX_NB_HOME": str(tmp_path)}, start_new_session=True)
+    end = time.monotonic()+120
+    while time.monotonic() < end and not list(folder.glob("checkpoints/step-*")): time.sleep(0.2)
+    os.killpg(p.pid, signal.SIGKILL); p.wait()
+    from codex_nb.runs import run_status
+    for proc in Path("/proc").glob("[0-9]*"): # the kernel outlives its launcher: it is killed too
+        try:
+            if f"CODEX_NB_RUN={folder}".encode() in (proc/"environ").read_bytes(): os.kill(int(proc.name), signal.SIGKILL)
+        except OSError: continue
+    time.sleep(0.5)
+    assert run_status(folder) == "interrupted"
+    assert "interrupted" in run("codex-nb", "runs", home=tmp_path).stdout
+    last = max(int(p.name[5:]) for p in folder.glob("checkpoints/step-*"))
+    again = run("codex-nb", "resume", "killed", home=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert f"going on from step-{last:08}" in again.stdout and f"finished: {folder}" in again.stdout
+    assert [json.loads(l)["step"] for l in (folder/"metrics.ndjson").read_text().splitlines() if '"train"' in l] == list(range(1, 401))
+    assert "L0 holds: finished" in run("codex-nb", "verify", "killed", home=tmp_path).stdout
+
+@pytest.mark.skipif(subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode != 0, reason="no mount namespace allowed here")
+def test_full_disk_stops_with_74(tmp_path):
+    words = ["unshare", "--mount", "sh", "-c", "mount -t tmpfs -o size=6m tmpfs /mnt && exec \"$@\"", "sh", str(BIN/"codex-nb"), "run", "train", "-p", "steps", "60", "-p", "width", "256", "-p", "heads", "4", "-p", "save_every", "10", "-p", "eval_every", "100"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"CODEX_NB_HOME": "/mnt"})
+    assert done.returncode == 74 and "no space left on device" in done.stderr and "bytes free" in done.stderr and "Traceback" not in done.stderr, (done.returncode, done.stderr[-1500:])
