@@ -59,7 +59,7 @@ def split_by_position(
     parts = {"train": text[:a], "validation": text[a:b], "test": text[b:]}
     return {s: Document(f"{doc.id}#{s}", t, doc.group, doc.meta) for s, t in parts.items() if t}
 
-# %% ../nbs/11_corpus.ipynb #3172f2b2
+# %% ../nbs/11_corpus.ipynb #30e5357f
 class _Line(msgspec.Struct):
     id:str
     text:str
@@ -88,7 +88,7 @@ class Corpus:
     def __iter__(self): return (d for s in SPLITS for d in self.split(s))
     def __len__(self): return sum(c["documents"] for c in self.counts.values())
     def __repr__(self):
-        rows = "; ".join(f"{s} {c['documents']:,} documents, {c['bytes']:,} bytes" for s, c in self.counts.items())
+        rows = "; ".join(f"{s} {c['documents']:,} documents, {c['bytes']:,} bytes" for s in SPLITS for c in [self.counts[s]])
         return f"Corpus({rows}; digest {self.digest[:12]})"
 
 # %% ../nbs/11_corpus.ipynb #264ae792

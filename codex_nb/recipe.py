@@ -32,7 +32,7 @@ from .tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 from .tokens import Rows, TokenStore, build_tokens
 from .tracking import MetricsWriter, MLflowSink, TrackingConfig, metrics_csv, read_metrics, read_samples, repair_metrics, write_sample
 
-# %% ../nbs/51_recipe.ipynb #5b917188
+# %% ../nbs/51_recipe.ipynb #82cd330a
 class RunConfig(Config):
     "Everything a training run is asked to do."
     seed:int = Field(0, ge=0) # Of everything random
@@ -70,9 +70,12 @@ class RunConfig(Config):
         preset, given = notebook_parameters(namespace, cls)
         return cls.from_preset(preset, **given)
 
+    def _shown(self): return [n for n in leaves(type(self)) if self._sources.get(n) != "default"]
+    def __repr__(self): return f"RunConfig({', '.join(f'{n}={self.value(n)!r}' for n in self._shown())})"
+
     def _repr_html_(self):
         import pandas as pd
-        shown = [n for n in leaves(type(self)) if self._sources.get(n) != "default"]
+        shown = self._shown()
         return pd.DataFrame({"setting": shown, "value": [self.value(n) for n in shown], "from": [self._sources.get(n, "") for n in shown]}, dtype=object).to_html(index=False, border=0)
 
     def value(self,

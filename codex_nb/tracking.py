@@ -136,7 +136,7 @@ def read_samples(
     "The texts that were kept."
     return [json.loads(l) for l in Path(path).read_text("utf-8").splitlines()] if Path(path).exists() else []
 
-# %% ../nbs/31_tracking.ipynb #154b0c23
+# %% ../nbs/31_tracking.ipynb #1904a28c
 class TrackingConfig(Config):
     "Where measurements are shown besides the record."
     mlflow:bool = Field(True, json_schema_extra=outside) # Feed MLflow
@@ -149,9 +149,9 @@ def mlflow_uri()->str: # `MLFLOW_TRACKING_URI`, else SQLite in the workspace
 def mlflow_client():
     "A client with telemetry off; `ImportError` names the line that installs MLflow."
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = os.environ["DO_NOT_TRACK"] = "true"
-    for name in ("mlflow", "alembic"): logging.getLogger(name).setLevel(logging.WARNING)
     try: from mlflow import MlflowClient
     except ImportError: raise ImportError("mlflow is not installed; install it with: pip install 'codex_nb[mlflow]'") from None
+    for name in ("mlflow", "alembic"): logging.getLogger(name).setLevel(logging.WARNING) # importing mlflow set them up
     return MlflowClient(mlflow_uri())
 
 class MLflowSink:
@@ -161,7 +161,7 @@ class MLflowSink:
         params:dict, # Leaf name -> value
         tags:dict[str, str], # Name -> value
     ):
-        self.folder, self.params, self.tags, self.run_id, self.broken = Path(run_folder), params, tags, None, None
+        self.folder, self.params, self.tags, self.run_id, self.broken, self._fed = Path(run_folder), params, tags, None, None, {}
 
     def _open(self):
         self.client = mlflow_client()
@@ -169,7 +169,10 @@ class MLflowSink:
         location = (workspace()/"mlflow-artifacts").as_uri() if "MLFLOW_TRACKING_URI" not in os.environ else None
         experiment = found.experiment_id if found else self.client.create_experiment("codex_nb", artifact_location=location)
         runs = self.client.search_runs([experiment], f"tags.run_folder = '{self.folder}'")
-        if runs: self.run_id = runs[0].info.run_id; return
+        if runs:
+            self.run_id = runs[0].info.run_id
+            self._fed = {k: max(m.step for m in self.client.get_metric_history(self.run_id, k)) for k in runs[0].data.metrics}
+            return
         self.run_id = self.client.create_run(experiment, run_name=self.folder.name, tags={"run_folder": str(self.folder), **redact_json(self.tags)}).info.run_id
         for k, v in redact_json(self.params).items(): self.client.log_param(self.run_id, k, str(v)[:6000])
 
@@ -186,16 +189,11 @@ class MLflowSink:
         "Bring MLflow up to date with the record."
         def add():
             from mlflow.entities import Metric
-            done = {m.key: m.step for m in self._latest()}
-            new = [Metric(f"{r['split']}.{k}", float(v), int(r["time"]*1000), r["step"]) for r in read_metrics(self.folder/"metrics.ndjson") for k, v in r["values"].items()
-                if r["step"] > done.get(f"{r['split']}.{k}", -1)]
+            new = [Metric(f"{r['split']}.{k}", float(v), int(r["time"]*1000), r["step"]) for r in read_metrics(self.folder/"metrics.ndjson") for k, v in r["values"].items()]
+            new = [m for m in new if m.step > self._fed.get(m.key, -1)]
             for i in range(0, len(new), 1000): self.client.log_batch(self.run_id, metrics=new[i:i+1000])
+            self._fed |= {m.key: m.step for m in new}
         self._try(add)
-
-    def _latest(self):
-        from types import SimpleNamespace
-        steps = {k: self.client.get_metric_history(self.run_id, k) for k in self.client.get_run(self.run_id).data.metrics}
-        return [SimpleNamespace(key=k, step=max(m.step for m in h)) for k, h in steps.items()]
 
     def finish(self,
         status:Literal["FINISHED", "FAILED", "KILLED"], # As MLflow names it
