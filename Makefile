@@ -27,7 +27,7 @@ test: $(STAMP) ## run every notebook and test
 	$(BIN)/python tests/gate.py
 
 prove: $(STAMP) ## run the full counts of what `make test` samples
-	CODEX_NB_PROVE=1 $(BIN)/python -m pytest tests -n 2
+	PROVE=1 $(BIN)/python -m pytest tests -n 2
 
 lab: $(STAMP) ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs

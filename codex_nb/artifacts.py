@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'MANIFEST', 'ArtifactError', 'DiskError', 'disk_error', 'sha256_file', 'sync', 'write_file', 'json_text',
            'Manifest', 'content_digest', 'code_digest', 'git_head', 'producer', 'seal', 'read_manifest', 'problems',
-           'Artifact', 'open_artifact', 'Draft', 'publish']
+           'Artifact', 'open_artifact', 'clear_leftovers', 'Draft', 'publish']
 
 # %% ../nbs/02_artifacts.ipynb #2dc72037
 import ctypes, errno, hashlib, json, os, shutil, socket, subprocess, tempfile
@@ -218,7 +218,7 @@ def open_artifact(
     if kind and m.kind != kind: raise ArtifactError(f"{folder}: holds a {m.kind}, a {kind} is needed")
     return Artifact(Path(folder), m)
 
-# %% ../nbs/02_artifacts.ipynb #f83c1e1e
+# %% ../nbs/02_artifacts.ipynb #ad9a4395
 def _exchange(a, b):
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "renameat2"): raise ArtifactError(f"{b}: exists, and this system cannot replace a folder in one step; choose another name")
@@ -231,7 +231,10 @@ def _alive(pid):
     except PermissionError: return True
     return True
 
-def _clear_leftovers(parent):
+def clear_leftovers(
+    parent:Path, # A folder in which artifacts are published
+)->None:
+    "Remove what dead processes of this machine left half written."
     for p in parent.glob(".tmp-*"):
         host, _, pid = p.name.removeprefix(".tmp-").rpartition("-")[0].rpartition("-")
         if host == socket.gethostname() and pid.isdigit() and not _alive(int(pid)): shutil.rmtree(p, ignore_errors=True)
@@ -256,7 +259,7 @@ def publish(
     if target.exists() and not replace: raise ArtifactError(f"{target}: exists already; choose another name")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _clear_leftovers(target.parent)
+        clear_leftovers(target.parent)
         tmp = Path(tempfile.mkdtemp(prefix=f".tmp-{socket.gethostname()}-{os.getpid()}-", dir=target.parent))
     except OSError as e: raise disk_error(e, target) or e
     draft = Draft(tmp, {})

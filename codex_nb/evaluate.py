@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EvaluateConfig', 'Record', 'windows', 'choose', 'score', 'summarize', 'publish_evaluation', 'summary_table']
 
-# %% ../nbs/43_evaluate.ipynb #bfc3d9ab
+# %% ../nbs/43_evaluate.ipynb #6a00f3f4
 import json, math, random
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -22,6 +22,7 @@ from .metrics import accuracy, bits_per_byte, compressor_bits_per_byte, loss_of,
 from .model import autocast
 from .readers import Document
 from .repro import seed_for
+from .safety import redact_json
 from .statistics import bootstrap_ratio
 from .tokenizer import Tokenizer
 
@@ -130,7 +131,7 @@ def summarize(
     out = {k: {n: None if math.isnan(x) else x for n, x in v.items()} for k, v in out.items()}
     return {"metrics": out, "compressors": compressor_bits_per_byte(texts), "documents": len(records), "tokens": int(col("tokens").sum()), "bytes": int(col("bytes").sum())}
 
-# %% ../nbs/43_evaluate.ipynb #776600ae
+# %% ../nbs/43_evaluate.ipynb #c3341b08
 def publish_evaluation(
     folder, # The folder to make
     records:list[Record], # One for each document
@@ -141,7 +142,7 @@ def publish_evaluation(
     "Write an evaluation."
     with publish(folder, "evaluation", config={k: v for k, v in cfg.plain().items() if k not in ("eval_every", "eval_documents", "eval_batch")}, parents=parents) as draft:
         with open(draft.path/"records.ndjson", "w", encoding="utf-8") as f:
-            for r in records: f.write(json.dumps(asdict(r), ensure_ascii=False)+"\n")
+            for r in records: f.write(json.dumps(redact_json(asdict(r)), ensure_ascii=False)+"\n")
         (draft.path/"summary.json").write_text(json.dumps(summary, indent=1, sort_keys=True, allow_nan=False)+"\n")
         draft.meta["bits_per_byte"] = summary["metrics"]["bits_per_byte"]["value"]
     return draft.artifact

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Lock', 'is_locked', 'workspace', 'store_folder', 'cached', 'deposit', 'find_stored']
 
-# %% ../nbs/05_store.ipynb #dc153492
+# %% ../nbs/05_store.ipynb #6e0f1adf
 import json, os, shutil, socket, tempfile
 from collections.abc import Callable
 from datetime import datetime
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .artifacts import MANIFEST, Artifact, ArtifactError, Draft, code_digest, disk_error, open_artifact, publish, sync, write_file
+from .artifacts import MANIFEST, Artifact, ArtifactError, Draft, clear_leftovers, code_digest, disk_error, open_artifact, publish, sync, write_file
 from .config import digest_of, env_setting
 
 # %% ../nbs/05_store.ipynb #43f8d99c
@@ -68,7 +68,7 @@ def store_folder(
     "Where shared artifacts of a kind lie."
     return workspace()/"store"/kind
 
-# %% ../nbs/05_store.ipynb #57895c22
+# %% ../nbs/05_store.ipynb #95ac4599
 def cached(
     kind:str, # What is wanted
     config:dict, # The settings that determine it
@@ -92,7 +92,8 @@ def deposit(
     build:Callable[[Draft], None], # Writes the files into `draft.path`
 )->Artifact: # In the store under its own digest
     "Put something made from outside into the store; the same content is kept once."
-    with tempfile.TemporaryDirectory(dir=_made(store_folder(kind)), prefix=f".tmp-{socket.gethostname()}-{os.getpid()}-") as tmp:
+    clear_leftovers(_made(store_folder(kind)))
+    with tempfile.TemporaryDirectory(dir=store_folder(kind), prefix=f".tmp-{socket.gethostname()}-{os.getpid()}-") as tmp:
         with publish(Path(tmp)/"new", kind, config) as draft: build(draft)
         target = store_folder(kind)/draft.artifact.digest[:20]
         with Lock(store_folder(kind)/f".{target.name}.lock", timeout=600):

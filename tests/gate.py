@@ -23,12 +23,14 @@ def main():
             if name in ("nbdev_test", "nbval"): env.pop("MPLBACKEND")
             for c in commands: code = code or subprocess.run([str(x) for x in c], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env=env).returncode
         text = log.read_text()
-        for n, what in re.findall(r"(\d+) (passed|failed|skipped)\b", text.splitlines()[-1] if "pytest" in str(commands) and text else ""): counts[what] += int(n)
+        closing = re.findall(r"^(?=.*\d+ passed)(?=.* in [\d.]+s).*$", text, re.M)[-1:] if "pytest" in str(commands) else []
+        for line in closing:
+            for n, what in re.findall(r"(\d+) (passed|failed|skipped)\b", line): counts[what] += int(n)
         print(f"{'ok    ' if code == 0 else 'FAILED'} {name:12} {time.monotonic()-start:6.0f} s" + ("" if code == 0 else f"   log: {log}"), flush=True)
         if code: failed.append(name); print("\n".join(text.splitlines()[-40:]), flush=True)
     total = re.findall(r"^TOTAL.*?(\d+)%", (LOGS/"coverage.log").read_text(), re.M)
     print(f"{time.monotonic()-began:.0f} s in all" + (f", coverage {total[-1]} %" if total else ""))
-    print(f"{counts['passed']} passed, {counts['failed']+len(failed)} failed, {counts['skipped']} skipped")
+    print(f"{counts['passed']} passed, {max(counts['failed'], len(failed))} failed, {counts['skipped']} skipped")
     sys.exit(1 if failed else 0)
 
 if __name__ == "__main__": main()

@@ -5,7 +5,7 @@ import pytest
 from codex_nb.artifacts import ArtifactError, DiskError, open_artifact, problems, publish, write_file
 from codex_nb.store import Lock
 
-PROVE = bool(os.environ.get("CODEX_NB_PROVE"))
+PROVE = bool(os.environ.get("PROVE"))
 
 WRITER = textwrap.dedent("""
     import sys, itertools

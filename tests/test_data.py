@@ -8,7 +8,7 @@ from codex_nb.readers import Document, ReadError, read_jsonl, read_path
 from codex_nb.tokenizer import TokenizerConfig, train_tokenizer
 from codex_nb.tokens import Rows, build_tokens
 
-EXAMPLES = 2000 if os.environ.get("CODEX_NB_PROVE") else 150
+EXAMPLES = 2000 if os.environ.get("PROVE") else 150
 many = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 texts = st.text(st.characters(codec="utf-8"))
 hard = st.one_of(texts, st.lists(st.sampled_from(["▁", "\uf8ff", "\uf8ff0", "<0x0A>", "<unk>", "<|endoftext|>", " ", "\n", "\r", "\x00", "e\u0301", "👩‍👧", "ש", "<", "a"])).map("".join))

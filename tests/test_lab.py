@@ -16,6 +16,9 @@ def test_run_all_in_jupyterlab(tmp_path):
     from playwright.sync_api import sync_playwright
     work = tmp_path/"nbs"; work.mkdir()
     shutil.copy(ROOT/"nbs"/"train.ipynb", work)
+    settings = tmp_path/"config"/"lab"/"user-settings"/"@jupyterlab"/"notebook-extension"/"tracker.jupyterlab-settings"
+    settings.parent.mkdir(parents=True)
+    settings.write_text('{"windowingMode": "none"}') # keep cells that are out of sight in the page
     port, env = free_port(), os.environ | {"CODEX_NB_HOME": str(tmp_path/"home"), "JUPYTER_CONFIG_DIR": str(tmp_path/"config"), "JUPYTER_DATA_DIR": str(tmp_path/"data")}
     lab = subprocess.Popen([BIN/"jupyter", "lab", "--no-browser", "--allow-root", f"--port={port}", "--ServerApp.token=", "--ServerApp.password=", "--ServerApp.disable_check_xsrf=True", "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", str(work)],
         env=env, stdout=open(tmp_path/"lab.log", "w"), stderr=subprocess.STDOUT)

@@ -98,7 +98,7 @@ def test_a_run_that_fails_leaves_what_it_had(tmp_path):
 
 def test_killed_run_is_interrupted_and_resumes(tmp_path):
     folder = tmp_path/"runs"/"killed"
-    p = subprocess.Popen([BIN/"codex-nb", "run", "train", "-p", "steps", "400", "-p", "save_every", "20", "-p", "eval_every", "500", "-p", "max_documents", "5", "--folder", str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    p = subprocess.Popen([BIN/"codex-nb", "run", "train", "-p", "steps", "200", "-p", "save_every", "20", "-p", "eval_every", "500", "-p", "max_documents", "5", "--folder", str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         cwd=ROOT, env=os.environ | {"CODEX_NB_HOME": str(tmp_path)}, start_new_session=True)
     end = time.monotonic()+120
     while time.monotonic() < end and not list(folder.glob("checkpoints/step-*")): time.sleep(0.2)
@@ -115,7 +115,7 @@ def test_killed_run_is_interrupted_and_resumes(tmp_path):
     again = run("codex-nb", "resume", "killed", home=tmp_path)
     assert again.returncode == 0, again.stderr
     assert f"going on from step-{last:08}" in again.stdout and f"finished: {folder}" in again.stdout
-    assert [json.loads(l)["step"] for l in (folder/"metrics.ndjson").read_text().splitlines() if '"train"' in l] == list(range(1, 401))
+    assert [json.loads(l)["step"] for l in (folder/"metrics.ndjson").read_text().splitlines() if '"train"' in l] == list(range(1, 201))
     assert "L0 holds: finished" in run("codex-nb", "verify", "killed", home=tmp_path).stdout
 
 @pytest.mark.skipif(subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode != 0, reason="no mount namespace allowed here")
