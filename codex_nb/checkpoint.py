@@ -6,13 +6,15 @@
 __all__ = ['PARTS', 'STATE', 'CheckpointError', 'CheckpointConfig', 'optimizer_tensors', 'optimizer_settings', 'save_checkpoint',
            'load_checkpoint', 'checkpoints', 'latest_checkpoint', 'prune']
 
-# %% ../nbs/33_checkpoint.ipynb #026022dc
+# %% ../nbs/33_checkpoint.ipynb #d144853a
 import json, shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from pydantic import Field
 from safetensors.torch import load_file, save_file
+from transformers.utils import logging as hf_logging
 
 from .artifacts import Artifact, ArtifactError, open_artifact, publish
 from .config import Config, outside
@@ -46,9 +48,17 @@ def optimizer_settings(
     plain = lambda v: list(v) if isinstance(v, tuple) else v
     return [{k: plain(v) for k, v in g.items() if k != "params"} | {"parameters": [n for n, _ in named]} for g, named in zip(optimizer.param_groups, _named(model, optimizer))]
 
-# %% ../nbs/33_checkpoint.ipynb #6248573e
+# %% ../nbs/33_checkpoint.ipynb #47b7611e
 PARTS = ("model.safetensors", "config.json", "optimizer.safetensors", "state.json", "tokenizer.json")
 STATE = ("progress", "identity", "rng", "optimizer", "numeric")
+
+@contextmanager
+def _no_bars(): # transformers draws one for every save
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try: yield
+    finally:
+        if shown: hf_logging.enable_progress_bar()
 
 def save_checkpoint(
     folder, # The folder to make, e.g. `checkpoints/step-00000400`
@@ -61,7 +71,7 @@ def save_checkpoint(
 )->Artifact: # Published whole; `DiskError` when there is no room
     "Write a checkpoint; one that is there (a damaged one, say) is replaced."
     with publish(folder, "checkpoint", config=identity, parents=parents, replace=Path(folder).exists()) as draft:
-        model.save_pretrained(draft.path)
+        with _no_bars(): model.save_pretrained(draft.path)
         save_file(optimizer_tensors(model, optimizer), draft.path/"optimizer.safetensors")
         for name in ("tokenizer.json", "tokenizer_config.json"): shutil.copyfile(Path(tokenizer_folder)/name, draft.path/name)
         state = {"progress": progress, "identity": identity, "rng": rng_state(), "optimizer": optimizer_settings(model, optimizer), "numeric": numeric_identity()}

@@ -91,7 +91,7 @@ class Corpus:
         rows = "; ".join(f"{s} {c['documents']:,} documents, {c['bytes']:,} bytes" for s in SPLITS for c in [self.counts[s]])
         return f"Corpus({rows}; digest {self.digest[:12]})"
 
-# %% ../nbs/11_corpus.ipynb #264ae792
+# %% ../nbs/11_corpus.ipynb #07d06d9c
 def build_corpus(
     documents:Iterable[Document], # A stream, read once
     cfg:CorpusConfig, # Fractions, salt, duplicates
@@ -123,7 +123,7 @@ def build_corpus(
         for side, fraction in (("train", 1), ("validation", cfg.validation_fraction), ("test", cfg.test_fraction)):
             if fraction and not counts[side]["documents"]:
                 total = ", ".join(f"{sum(c[k] for c in counts.values()):,} {k}" for k in ("documents", "bytes"))
-                raise ReadError(f"{cfg.data}: too little text: the {side} split is empty ({total}, split by {how}); give more text" + (f", a larger {side}_fraction than {fraction}, or split_by='position'" if how == "hash" else ""))
+                raise ReadError(f"{cfg.data}: too little text: the {side} split is empty ({total}, split by {how}); give more text" + (f", a larger {side}_fraction than {fraction}, or split_by='position'" if how == "hash" else ", or split_by='hash' for many short documents"))
         draft.meta.update(splits=counts, duplicates=duplicates, split_by=how, skipped=dict(skipped or {}))
     return Corpus(deposit("corpus", {k: v for k, v in cfg.plain().items() if k != "data"} | (source or {}), write))
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FitConfig', 'samples_to_take', 'NonFiniteError', 'train_step', 'TrainState', 'Hook', 'fit', 'estimate_steps',
-           'is_watched', 'progress_hooks']
+           'is_watched', 'say', 'progress_hooks']
 
 # %% ../nbs/34_engine.ipynb #6da2b21a
 import math, os, sys, time
@@ -199,11 +199,18 @@ def estimate_steps(
     model.zero_grad(set_to_none=True)
     return max(1, int(minutes*60/(1.05*sorted(times[1:])[probes//2])))
 
-# %% ../nbs/34_engine.ipynb #8dd55a4f
+# %% ../nbs/34_engine.ipynb #f490c827
 def is_watched()->bool: # A terminal, or a notebook with a person before it
     "Whether anybody sees a progress bar."
     if "ipykernel" in sys.modules: return bool(os.environ.get("JPY_SESSION_NAME") or os.environ.get("VSCODE_PID")) and not os.environ.get("CODEX_NB_RUN")
     return sys.stderr.isatty()
+
+def say(
+    text:str, # One line
+)->None:
+    "Print a line, above the progress bar if there is one."
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
 
 def progress_hooks(
     watched:bool|None=None, # Draw a bar; default: when somebody sees it

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['find_notebook', 'config_of', 'parse_value', 'check_parameters', 'Outcome', 'launch', 'resume']
 
-# %% ../nbs/52_launch.ipynb #ce3a4466
-import json, keyword, os, sys
+# %% ../nbs/52_launch.ipynb #394e8e92
+import json, keyword, logging, os, sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +68,7 @@ def check_parameters(
         if found := find_secrets(text): raise ConfigError(f"{name}: the value looks like a secret ({found[0].kind}); parameters are kept in the run, so give it in an environment variable")
     return cls.from_preset(parameters.get("preset"), **{k: v for k, v in parameters.items() if k != "preset"})
 
-# %% ../nbs/52_launch.ipynb #265ccb76
+# %% ../nbs/52_launch.ipynb #08b5022e
 class _RunWriter:
     "A papermill writer that redacts, and writes only into a run folder that exists."
     scheme = "codex-nb-run://"
@@ -116,6 +116,7 @@ def launch(
     if (folder/MANIFEST).exists(): raise RunError(f"{folder}: this run is already {run_status(folder)}; start a new one in another folder")
     writer, ename, error = _RunWriter(folder), None, None
     papermill_io.register(_RunWriter.scheme, writer)
+    logging.getLogger("papermill").setLevel(logging.ERROR) # it warns of names missing from the parameters cell; they have been checked
     try:
         with _environment(CODEX_NB_RUN=str(folder), PYDEVD_DISABLE_FILE_VALIDATION="1"):
             papermill.execute_notebook(str(path), f"{_RunWriter.scheme}{path.name}", parameters, kernel_name="python3", language="python", progress_bar=False, log_output=False, extra_arguments=["--IPKernelApp.log_level=40"], stdout_file=sys.stdout if echo else None)

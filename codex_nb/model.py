@@ -18,7 +18,7 @@ from .batches import Batch
 from .config import Config, ConfigError
 from .repro import seed_for
 
-# %% ../nbs/20_model.ipynb #ac3b8d12
+# %% ../nbs/20_model.ipynb #39715707
 class ModelConfig(Config):
     "Size and shape of a model, and where it computes."
     arch:Literal["llama", "gpt2"] = "llama"
@@ -27,7 +27,7 @@ class ModelConfig(Config):
     heads:int = Field(4, ge=1, le=256)
     kv_heads:int|None = Field(None, ge=1, le=256) # `llama`: heads of keys and values; default `heads`
     ffn:int|None = Field(None, ge=8) # Width of the feed-forward layer; default 8/3 of `width` (llama), 4 times it (gpt2)
-    seq_len:int = Field(256, ge=1, le=1<<20) # Tokens the model sees at once
+    seq_len:int = Field(256, ge=2, le=1<<20) # Tokens the model sees at once
     dropout:float = Field(0.0, ge=0, lt=1) # `gpt2`: after embeddings, attention and feed-forward; `llama`: in attention
     tie_embeddings:bool = True # One matrix for input and output embeddings
     device:str = "auto" # `auto`, `cpu`, `cuda`, `cuda:1`, `mps`

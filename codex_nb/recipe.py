@@ -6,7 +6,7 @@
 __all__ = ['RunConfig', 'begin', 'resume_identity', 'train', 'judge', 'last_checkpoint', 'finish', 'JudgeConfig',
            'find_checkpoint', 'open_trained', 'corpus_for']
 
-# %% ../nbs/51_recipe.ipynb #8586e12f
+# %% ../nbs/51_recipe.ipynb #1872077e
 import json, math
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -19,7 +19,7 @@ from .batches import Batches
 from .checkpoint import CheckpointConfig, latest_checkpoint, load_checkpoint, prune, save_checkpoint
 from .config import Config, ConfigError, identity, leaves, notebook_parameters, resolve
 from .corpus import Corpus, CorpusConfig, open_corpus
-from .engine import FitConfig, Hook, TrainState, estimate_steps, fit, progress_hooks, samples_to_take
+from .engine import FitConfig, Hook, TrainState, estimate_steps, fit, progress_hooks, samples_to_take, say
 from .evaluate import EvaluateConfig, choose, publish_evaluation, score, summarize, summary_table
 from .generate import GenerateConfig, generate
 from .loss import lm_loss
@@ -124,7 +124,7 @@ def _near(path):
     try: return Path(path).relative_to(Path.cwd())
     except ValueError: return path
 
-# %% ../nbs/51_recipe.ipynb #16e99ffe
+# %% ../nbs/51_recipe.ipynb #be061dd2
 def resume_identity(
     cfg:RunConfig, # The run's
     rows:Rows, # What is trained on
@@ -178,7 +178,7 @@ def train(
         writer.write(state.step, values, split="validation", tokens=state.tokens, exact=values)
         text = generate(state.model, tokenizer, "", cfg.generate, cfg.seed, f"step {state.step}")
         write_sample(folder/"samples.ndjson", state.step, text)
-        print(f"step {state.step:5} of {state.total_steps}  validation {values['bits_per_byte']:.3f} bits per byte  {state.throughput.mean:,.0f} tokens/s  | {' '.join(text.split())[:60]}", flush=True)
+        say(f"step {state.step:5} of {state.total_steps}  validation {values['bits_per_byte']:.3f} bits per byte  {state.throughput.mean:,.0f} tokens/s  | {' '.join(text.split())[:60]}")
         if sink: sink.feed()
     def save(state):
         log(state)

@@ -30,7 +30,7 @@ BAD = {
     "bad line": ("data {}/bad.jsonl", "bad.jsonl:2: "),
     "too short to divide": ("data {}/short.txt", "too little text: the validation split is empty"),
     "too short for a row": ("data {}/shortish.txt -p seq_len 512", "tokens cannot fill a row of 512: give more text or a smaller seq_len"),
-    "seq_len": ("seq_len 0", "model.seq_len: given 0; must be int, >= 1"),
+    "seq_len": ("seq_len 0", "model.seq_len: given 0; must be int, >= 2"),
     "preset": ("preset tinny", "there is no preset 'tinny'; did you mean tiny?"),
     "device": ("device cuda:9", "device: 'cuda:9' cannot be used"),
     "wrong type": ("steps many", "fit.steps: given 'many'; must be int, >= 1"),
@@ -45,19 +45,27 @@ def test_bad_input_is_one_clear_error(name, inputs, tmp_path):
     kept = [p for p in left(tmp_path) if not (name == "too short for a row" and p.startswith("store/"))] # a corpus that is whole is no half-written thing
     assert kept == [] and not (tmp_path/"runs").exists()
 
-@pytest.mark.parametrize("given,expected", [("epohcs 3", "did you mean epochs?"), ("seq_len 0", "must be int, >= 1")])
+@pytest.mark.parametrize("given,expected", [("epohcs 3", "did you mean epochs?"), ("seq_len 0", "must be int, >= 2")])
 def test_papermill_stops_on_a_bad_parameter(given, expected, tmp_path):
     done = run("papermill", "nbs/train.ipynb", str(tmp_path/"out.ipynb"), "-p", *given.split(), home=tmp_path/"home")
     assert done.returncode != 0 and expected in done.stderr and not (tmp_path/"home").exists()
 
-def test_papermill_from_nbs_without_an_output_path(tmp_path):
-    done = run("papermill", "train.ipynb", *SMALL, home=tmp_path, cwd=ROOT/"nbs")
+@pytest.mark.parametrize("where,notebook", [(ROOT, "nbs/train.ipynb"), (ROOT/"nbs", "train.ipynb")])
+def test_papermill_by_hand(where, notebook, tmp_path):
+    "`-p epochs 3` is three passes; without an output path the executed notebook goes to standard output."
+    out = [str(tmp_path/"out.ipynb")] if where == ROOT else []
+    done = run("papermill", notebook, *out, "-p", "epochs", "3", *SMALL[2:4], "-p", "batch_size", "64", "-p", "eval_every", "500", "-p", "max_documents", "4", home=tmp_path, cwd=where)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert any("# Parameters" in "".join(c["source"]) for c in json.loads(done.stdout)["cells"])
+    executed = json.loads(Path(out[0]).read_text() if out else done.stdout)
+    assert any("# Parameters" in "".join(c["source"]) for c in executed["cells"])
     folder, = (tmp_path/"runs").iterdir()
+    said = json.loads((folder/"config.json").read_text())
+    assert said["config"]["fit"]["epochs"] == 3 and said["config"]["fit"]["steps"] is None
+    state = json.loads(next((folder/"checkpoints").glob("*/state.json")).read_text())["progress"]
+    tokens = json.loads(next((tmp_path/"store"/"tokens").glob("*/manifest.json")).read_text())["meta"]["tokens"]
+    assert state["position"] == 3*(tokens//64) and state["step"] == -(-3*(tokens//64)//64)
     verified = run("codex-nb", "verify", folder.name[-4:], home=tmp_path)
-    assert verified.returncode == 0 and "L0 holds: finished" in verified.stdout
-    assert "parent corpus: ok" in verified.stdout
+    assert verified.returncode == 0 and "L0 holds: finished" in verified.stdout and "parent corpus: ok" in verified.stdout
 
 def test_run_then_the_same_folder_again(tmp_path):
     folder = tmp_path/"runs"/"mine"
