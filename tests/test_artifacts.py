@@ -31,6 +31,21 @@ def test_killed_while_publishing(tmp_path):
     with publish(tmp_path/"b", "numbers"): pass
     assert not list(tmp_path.glob(".tmp-*")) # leftovers of dead processes are cleared
 
+def test_killed_while_publishing_the_first_time(tmp_path):
+    code = "import sys; from codex_nb.artifacts import publish; print('ready', flush=True)\nfor n in range(10**6):\n    with publish(f'{sys.argv[1]}/{n}', 'numbers') as d:\n        for i in range(6): (d.path/f'{i}.bin').write_bytes(bytes([n%256])*200_000)"
+    rng, whole = random.Random(1), 0
+    for k in range(60 if PROVE else 10):
+        home = tmp_path/str(k)
+        p = subprocess.Popen([sys.executable, "-c", code, str(home)], stdout=subprocess.PIPE)
+        p.stdout.readline()
+        time.sleep(rng.random()*0.2)
+        p.send_signal(signal.SIGKILL); p.wait()
+        for a in home.iterdir() if home.exists() else []:
+            if a.name.startswith(".tmp-"): continue
+            assert problems(a) == []
+            whole += 1
+    assert whole > 10
+
 def test_size_limit_leaves_the_old_artifact(tmp_path):
     with publish(tmp_path/"a", "numbers") as d: (d.path/"x").write_text("old")
     code = textwrap.dedent("""

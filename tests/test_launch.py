@@ -54,7 +54,7 @@ def test_papermill_stops_on_a_bad_parameter(given, expected, tmp_path):
 def test_papermill_by_hand(where, notebook, tmp_path):
     "`-p epochs 3` is three passes; without an output path the executed notebook goes to standard output."
     out = [str(tmp_path/"out.ipynb")] if where == ROOT else []
-    done = run("papermill", notebook, *out, "-p", "epochs", "3", *SMALL[2:4], "-p", "batch_size", "64", "-p", "eval_every", "500", "-p", "max_documents", "4", home=tmp_path, cwd=where)
+    done = run("papermill", notebook, *out, "-p", "epochs", "3", *SMALL[3:6], "-p", "batch_size", "64", "-p", "eval_every", "500", "-p", "max_documents", "4", home=tmp_path, cwd=where)
     assert done.returncode == 0, done.stderr[-2000:]
     executed = json.loads(Path(out[0]).read_text() if out else done.stdout)
     assert any("# Parameters" in "".join(c["source"]) for c in executed["cells"])
