@@ -7,14 +7,14 @@ __all__ = ['outside', 'ENVIRONMENT', 'canonical_json', 'digest_of', 'ConfigError
            'leaves', 'resolve', 'nest', 'save_config', 'load_config', 'diff_plain', 'diff_config',
            'notebook_parameters', 'env_setting']
 
-# %% ../nbs/00_config.ipynb #7dd96434
+# %% ../nbs/00_config.ipynb #24a3080d
 import ast, difflib, hashlib, json, os
 from pathlib import Path
 from typing import Any, ClassVar, get_args, get_origin, Literal
 
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 # %% ../nbs/00_config.ipynb #8cd46eb4

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SPLITS', 'CorpusConfig', 'split_of', 'split_by_position', 'Corpus', 'build_corpus', 'open_corpus']
 
-# %% ../nbs/11_corpus.ipynb #a509d2d0
-import hashlib, os
+# %% ../nbs/11_corpus.ipynb #96e85b1a
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path

@@ -6,10 +6,9 @@
 __all__ = ['FitConfig', 'samples_to_take', 'NonFiniteError', 'train_step', 'TrainState', 'Hook', 'fit', 'estimate_steps',
            'is_watched', 'say', 'progress_hooks']
 
-# %% ../nbs/34_engine.ipynb #6da2b21a
+# %% ../nbs/34_engine.ipynb #3dbaafd0
 import math, os, sys, time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,9 +17,9 @@ from pydantic import Field, model_validator
 from tqdm import tqdm
 
 from .batches import Batch, Batches
-from .config import Config, outside
+from .config import Config
 from .distributed import World
-from .loss import IGNORE, lm_loss
+from .loss import IGNORE
 from .monitor import Throughput
 
 # %% ../nbs/34_engine.ipynb #61fe262c

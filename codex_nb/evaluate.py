@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['EvaluateConfig', 'Record', 'windows', 'choose', 'score', 'summarize', 'publish_evaluation', 'summary_table']
 
-# %% ../nbs/43_evaluate.ipynb #6a00f3f4
+# %% ../nbs/43_evaluate.ipynb #b7d7d212
 import json, math, random
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -112,7 +111,7 @@ def score(
     if bad: raise ValueError(f"the loss is not finite on {', '.join(bad[:5])}: the model's weights are damaged, or training diverged")
     return out
 
-# %% ../nbs/43_evaluate.ipynb #c6f68f56
+# %% ../nbs/43_evaluate.ipynb #cda94e2e
 def summarize(
     records:list[Record], # Of the documents
     texts:list[str], # Their texts, for the compressors
@@ -125,8 +124,8 @@ def summarize(
     per_token = bootstrap_ratio(col("nll"), col("tokens"), rng, resamples)
     found = {"loss": (loss_of, per_token), "perplexity": (perplexity, per_token)}
     out = {name: {"value": float(f(i.value, 1)), "low": float(f(i.low, 1)), "high": float(f(i.high, 1))} for name, (f, i) in found.items()}
-    for name, top, bottom, scale in (("bits_per_byte", "nll", "bytes", 1/math.log(2)), ("accuracy", "correct", "tokens", 1.0)):
-        i = bootstrap_ratio(col(top)*scale, col(bottom), rng, resamples)
+    for name, top, bottom in (("bits_per_byte", bits_per_byte(col("nll"), 1), col("bytes")), ("accuracy", accuracy(col("correct"), 1), col("tokens"))):
+        i = bootstrap_ratio(top, bottom, rng, resamples)
         out[name] = {"value": i.value, "low": i.low, "high": i.high}
     out = {k: {n: None if math.isnan(x) else x for n, x in v.items()} for k, v in out.items()}
     return {"metrics": out, "compressors": compressor_bits_per_byte(texts), "documents": len(records), "tokens": int(col("tokens").sum()), "bytes": int(col("bytes").sum())}

@@ -5,12 +5,10 @@
 # %% auto #0
 __all__ = ['Throughput', 'measured_flops', 'mfu']
 
-# %% ../nbs/32_monitor.ipynb #0edf7a6d
+# %% ../nbs/32_monitor.ipynb #581349f0
 import time
 
 import torch
-
-from .model import autocast
 
 # %% ../nbs/32_monitor.ipynb #4d92d6db
 class Throughput:

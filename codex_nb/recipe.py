@@ -6,7 +6,7 @@
 __all__ = ['RunConfig', 'begin', 'resume_identity', 'train', 'judge', 'last_checkpoint', 'finish', 'JudgeConfig',
            'find_checkpoint', 'open_trained', 'corpus_for']
 
-# %% ../nbs/51_recipe.ipynb #1872077e
+# %% ../nbs/51_recipe.ipynb #1c33fd56
 import json, math
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -20,17 +20,18 @@ from .checkpoint import CheckpointConfig, latest_checkpoint, load_checkpoint, pr
 from .config import Config, ConfigError, identity, leaves, notebook_parameters, resolve
 from .corpus import Corpus, CorpusConfig, open_corpus
 from .engine import FitConfig, Hook, TrainState, estimate_steps, fit, progress_hooks, samples_to_take, say
-from .evaluate import EvaluateConfig, choose, publish_evaluation, score, summarize, summary_table
+from .evaluate import EvaluateConfig, choose, publish_evaluation, score, summarize
 from .generate import GenerateConfig, generate
 from .loss import lm_loss
-from .model import ModelConfig, autocast, build_model, count_parameters, flops_per_token, open_model, resolve_device, resolve_dtype
+from .metrics import bits_per_byte, loss_of
+from .model import ModelConfig, autocast, open_model, resolve_device, resolve_dtype
 from .optim import OptimConfig, lr_at, make_optimizer
 from .repro import seed_everything, set_determinism
 from .runs import Run, find_run, list_runs
 from .store import find_stored, store_folder, workspace
-from .tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
-from .tokens import Rows, TokenStore, build_tokens
-from .tracking import MetricsWriter, MLflowSink, TrackingConfig, metrics_csv, read_metrics, read_samples, repair_metrics, write_sample
+from .tokenizer import Tokenizer, TokenizerConfig
+from .tokens import Rows
+from .tracking import MetricsWriter, MLflowSink, TrackingConfig, metrics_csv, repair_metrics, write_sample
 
 # %% ../nbs/51_recipe.ipynb #82cd330a
 class RunConfig(Config):
@@ -124,7 +125,7 @@ def _near(path):
     try: return Path(path).relative_to(Path.cwd())
     except ValueError: return path
 
-# %% ../nbs/51_recipe.ipynb #be061dd2
+# %% ../nbs/51_recipe.ipynb #ad51437b
 def resume_identity(
     cfg:RunConfig, # The run's
     rows:Rows, # What is trained on
@@ -174,7 +175,7 @@ def train(
         log(state)
         records = score(state.model, tokenizer, watched, cfg.evaluate.stride, cfg.evaluate.eval_batch, cfg.model.dtype)
         nll, count, size = (sum(getattr(r, k) for r in records) for k in ("nll", "tokens", "bytes"))
-        values = {"loss": nll/count, "bits_per_byte": nll/math.log(2)/size}
+        values = {"loss": loss_of(nll, count), "bits_per_byte": bits_per_byte(nll, size)}
         writer.write(state.step, values, split="validation", tokens=state.tokens, exact=values)
         text = generate(state.model, tokenizer, "", cfg.generate, cfg.seed, f"step {state.step}")
         write_sample(folder/"samples.ndjson", state.step, text)

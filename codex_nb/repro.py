@@ -6,8 +6,8 @@
 __all__ = ['seed_for', 'generator', 'seed_everything', 'rng_state', 'set_rng_state', 'set_determinism', 'determinism',
            'lock_file', 'packages', 'environment', 'numeric_identity', 'tensors_digest']
 
-# %% ../nbs/03_repro.ipynb #a7d28dae
-import hashlib, os, platform, random, sys
+# %% ../nbs/03_repro.ipynb #6ec4f253
+import hashlib, os, platform, random
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal

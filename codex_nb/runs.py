@@ -6,11 +6,10 @@
 __all__ = ['LOCK', 'RunError', 'run_status', 'new_run_folder', 'Run', 'run_parts', 'seal_run', 'last_values', 'attach',
            'list_runs', 'find_run', 'verify_run']
 
-# %% ../nbs/50_runs.ipynb #5100c98b
-import json, os, secrets, shutil
+# %% ../nbs/50_runs.ipynb #cf01a352
+import json, secrets, shutil
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from .artifacts import MANIFEST, ArtifactError, Manifest, disk_error, json_text, problems, read_manifest, seal, write_file
 from .config import Config, digest_of, env_setting, identity

@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['data_folder', 'sample', 'stdlib']
 
-# %% ../nbs/12_samples.ipynb #8e479c4b
+# %% ../nbs/12_samples.ipynb #6a6a5a7b
 import os, platform, sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
 import codex_nb
-from .artifacts import sha256_file
 from .readers import Document, ReadError, read_jsonl, read_text
 
 # %% ../nbs/12_samples.ipynb #ed6639cf

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Lock', 'is_locked', 'workspace', 'store_folder', 'cached', 'deposit', 'find_stored']
 
-# %% ../nbs/05_store.ipynb #6e0f1adf
-import json, os, shutil, socket, tempfile
+# %% ../nbs/05_store.ipynb #6aee76f4
+import json, os, socket, tempfile
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['EOT', 'TokenizerConfig', 'sp_fast', 'Tokenizer', 'train_tokenizer', 'save_fast']
 
-# %% ../nbs/13_tokenizer.ipynb #ddcd7680
-import io, json, os
-from collections.abc import Iterable, Iterator
+# %% ../nbs/13_tokenizer.ipynb #ec0fd164
+import io, json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
-from tokenizers import AddedToken, Regex, Tokenizer as FastTokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer as FastTokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from .config import Config, ConfigError
 from .corpus import Corpus

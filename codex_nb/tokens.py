@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['TokenStore', 'build_tokens', 'Rows']
 
-# %% ../nbs/14_tokens.ipynb #5fa2d17a
+# %% ../nbs/14_tokens.ipynb #93c0f0ac
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 
