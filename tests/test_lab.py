@@ -38,10 +38,12 @@ def test_run_all_in_jupyterlab(tmp_path):
             while time.monotonic() < end and not list((tmp_path/"home"/"runs").glob("*/manifest.json")): page.wait_for_timeout(500)
             page.wait_for_timeout(1500)
             plot = page.locator(".jp-OutputArea-output img").first
+            shot = os.environ.get("SCREENSHOT", str(tmp_path/"lab.png"))
+            page.screenshot(path=shot) # to look at, should the plot not come
             plot.wait_for(state="attached", timeout=20_000)
             plot.scroll_into_view_if_needed()
             page.wait_for_timeout(500)
-            page.screenshot(path=os.environ.get("SCREENSHOT", str(tmp_path/"lab.png")))
+            page.screenshot(path=shot)
             box, errors = plot.bounding_box(), page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.error']").count()
             browser.close()
         assert errors == 0 and box["width"] > 300 and box["height"] > 100
