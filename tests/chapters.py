@@ -1,6 +1,8 @@
 """Run a chapter's cells against the compiled module: exported cells are replaced by the module's names."""
-import importlib, json, re, sys
+import importlib, json, os, re, sys
 from pathlib import Path
+
+os.environ["MPLBACKEND"] = "agg" # no screen here
 
 def run(path):
     cells = [c for c in json.loads(Path(path).read_text())["cells"] if c["cell_type"] == "code"]
