@@ -229,11 +229,10 @@ def notebook_parameters(
     values = {n: namespace[n] for n in asked if n in namespace and namespace[n] is not None}
     return values.pop("preset", None), values
 
-# %% ../nbs/00_config.ipynb #dc242b9e
+# %% ../nbs/00_config.ipynb #7f2561da
 ENVIRONMENT = {
     "CODEX_NB_HOME": "the workspace: the folder that holds runs/ and store/",
     "CODEX_NB_RUN": "the run folder a launcher has chosen for the notebook it executes",
-    "CODEX_NB_MODELS": "a folder of local models, looked in by name",
 }
 
 def env_setting(

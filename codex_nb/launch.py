@@ -138,7 +138,7 @@ def launch(
         if code not in (74, 130): seal_run(folder, "failed", error or "the notebook ended without sealing its run")
     return Outcome(folder, run_status(folder), code or (0 if run_status(folder) == "finished" else 1), error)
 
-# %% ../nbs/52_launch.ipynb #e33d8987
+# %% ../nbs/52_launch.ipynb #1eb1c480
 def resume(
     folder, # An interrupted run
     echo:bool=False, # Show what the notebook prints
@@ -148,10 +148,10 @@ def resume(
     status = run_status(folder)
     if status != "interrupted": raise RunError(f"{folder}: the run is {status}; only an interrupted one can be continued")
     said = json.loads((folder/"config.json").read_bytes())
-    flat = {n: p for n, p in leaves(config_of(Path(f"{said['kind']}.ipynb"))).items()}
+    paths = leaves(config_of(Path(f"{said['kind']}.ipynb")))
     def value(path):
         x = said["config"]
         for p in path: x = x[p]
         return x
-    given = {n: value(flat[n]) for n, where in said["sources"].items() if where == "given"}
+    given = {n: value(paths[n]) for n, where in said["sources"].items() if where == "given"}
     return launch(said["kind"], {"preset": said["sources"]["preset"], **given}, folder, echo)

@@ -46,14 +46,14 @@ class ModelConfig(Config):
         "Width of the feed-forward layer."
         return self.ffn or (-(-8*self.width//3//32)*32 if self.arch == "llama" else 4*self.width)
 
-# %% ../nbs/20_model.ipynb #832c71e1
+# %% ../nbs/20_model.ipynb #14ef83ff
 def resolve_device(
     name:str, # `auto`, or a torch device
 )->str: # A device that works; `ConfigError` with the reason when it does not
     "Choose a device, or check the one asked for."
     if name == "auto": return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try: torch.ones(2, device=torch.device(name)).sum().item()
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
+    except (RuntimeError, AssertionError) as e:
         reason = str(e).strip().splitlines()[0]
         there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())] + (["mps"] if torch.backends.mps.is_available() else [])
         raise ConfigError(f"device: {name!r} cannot be used: {reason}; this machine has {', '.join(there)}") from None

@@ -204,7 +204,7 @@ def _planned_steps(run, model, batches, loss):
     if not path.exists(): write_file(path, json_text({"steps": estimate_steps(run.cfg.fit.minutes, model, batches, loss)}))
     return json.loads(path.read_bytes())["steps"]
 
-# %% ../nbs/51_recipe.ipynb #f308434f
+# %% ../nbs/51_recipe.ipynb #0e62ed69
 def judge(
     run:Run, # Its folder is written to
     model, # A causal language model
@@ -220,7 +220,8 @@ def judge(
     summary = summarize(records, [d.text for d in documents], cfg.resamples, run.cfg.seed)
     summary |= {"split": cfg.split, "documents_in_split": corpus.counts[cfg.split]["documents"]}
     target = run.folder/"evaluations"/cfg.split
-    publish_evaluation(target, records, summary, cfg, {"checkpoint": checkpoint, "tokenizer": tokenizer.digest, "corpus": corpus.digest}) if not target.exists() else open_artifact(target)
+    if target.exists(): open_artifact(target, "evaluation")
+    else: publish_evaluation(target, records, summary, cfg, {"checkpoint": checkpoint, "tokenizer": tokenizer.digest, "corpus": corpus.digest})
     return summary
 
 def last_checkpoint(

@@ -132,6 +132,8 @@ def test_environment_variables_are_listed():
     for name, text in ENVIRONMENT.items(): assert f"| {name} | {text} |" in plain
     used = {m for p in LIB.glob("*.py") for m in re.findall(r"CODEX_NB_[A-Z]+", p.read_text())}
     assert used <= set(ENVIRONMENT)
+    read = {m for p in LIB.glob("*.py") for m in re.findall(r"env_setting\(\"(\w+)\"\)", p.read_text())}
+    assert read == set(ENVIRONMENT), "a variable is listed that nothing reads"
 
 def test_every_page_is_in_the_sidebar():
     site = yaml.safe_load((ROOT/"_quarto.yml").read_text())
