@@ -6,7 +6,7 @@
 __all__ = ['RunConfig', 'begin', 'resume_identity', 'train', 'judge', 'last_checkpoint', 'finish', 'JudgeConfig',
            'find_checkpoint', 'open_trained', 'corpus_for']
 
-# %% ../nbs/51_recipe.ipynb #1c33fd56
+# %% ../nbs/51_recipe.ipynb #765a2aab
 import json, math
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -15,12 +15,12 @@ import torch
 from pydantic import Field, PrivateAttr
 
 from .artifacts import Artifact, ArtifactError, DiskError, json_text, open_artifact, problems, write_file
-from .batches import Batches
+from .batches import Batches, order_digest
 from .checkpoint import CheckpointConfig, latest_checkpoint, load_checkpoint, prune, save_checkpoint
 from .config import Config, ConfigError, identity, leaves, notebook_parameters, resolve
 from .corpus import Corpus, CorpusConfig, open_corpus
 from .engine import FitConfig, Hook, TrainState, estimate_steps, fit, progress_hooks, samples_to_take, say
-from .evaluate import EvaluateConfig, choose, publish_evaluation, score, summarize
+from .evaluate import EvaluateConfig, choose, judged_text, publish_evaluation, score, summarize
 from .generate import GenerateConfig, generate
 from .loss import lm_loss
 from .metrics import bits_per_byte, loss_of
@@ -29,11 +29,12 @@ from .optim import OptimConfig, lr_at, make_optimizer
 from .repro import seed_everything, set_determinism
 from .runs import Run, find_run, list_runs
 from .store import find_stored, store_folder, workspace
-from .tokenizer import Tokenizer, TokenizerConfig
-from .tokens import Rows
+from .tokenizer import Tokenizer
+from .vocabulary import TokenizerConfig
+from .tokens import Rows, RowsConfig
 from .tracking import MetricsWriter, MLflowSink, TrackingConfig, metrics_csv, repair_metrics, write_sample
 
-# %% ../nbs/51_recipe.ipynb #82cd330a
+# %% ../nbs/51_recipe.ipynb #95590b83
 class RunConfig(Config):
     "Everything a training run is asked to do."
     seed:int = Field(0, ge=0) # Of everything random
@@ -41,6 +42,7 @@ class RunConfig(Config):
     threads:int|None = Field(None, ge=1, le=1024) # Of torch on the CPU; default: torch's choice
     corpus:CorpusConfig = CorpusConfig()
     tokenizer:TokenizerConfig = TokenizerConfig()
+    rows:RowsConfig = RowsConfig()
     model:ModelConfig = ModelConfig()
     optim:OptimConfig = OptimConfig()
     fit:FitConfig = FitConfig()
@@ -125,15 +127,16 @@ def _near(path):
     try: return Path(path).relative_to(Path.cwd())
     except ValueError: return path
 
-# %% ../nbs/51_recipe.ipynb #ad51437b
+# %% ../nbs/51_recipe.ipynb #f3520d82
 def resume_identity(
     cfg:RunConfig, # The run's
     rows:Rows, # What is trained on
     tokenizer:Tokenizer, # What made it
     total_steps:int, # Where the schedule ends
-)->dict: # Plain values
+    samples:int, # Taken in all
+)->dict: # Plain values; `order` is the digest of the order of samples
     "What must be equal for a checkpoint to be continued."
-    return {"tokens": rows.store.digest, "tokenizer": tokenizer.digest, "seq_len": rows.seq_len, "batch_size": cfg.fit.batch_size, "micro_batch": cfg.fit.micro_batch, "clip": cfg.fit.clip,
+    return {"order": order_digest(len(rows), cfg.seed, samples), "tokens": rows.store.digest, "tokenizer": tokenizer.digest, "seq_len": rows.seq_len, "rows": identity(cfg.rows), "batch_size": cfg.fit.batch_size, "micro_batch": cfg.fit.micro_batch, "clip": cfg.fit.clip,
         "seed": cfg.seed, "determinism": cfg.determinism, "total_steps": total_steps, "model": identity(cfg.model), "optim": identity(cfg.optim)}
 
 def train(
@@ -150,8 +153,8 @@ def train(
     def loss(m, b):
         with autocast(cfg.model.device, cfg.model.dtype): return lm_loss(m, b)
     steps = _planned_steps(run, model, batches, loss)
-    total = math.ceil(samples_to_take(cfg.fit, batches, steps)/batches.batch_size)
-    same, start = resume_identity(cfg, rows, tokenizer, total), TrainState()
+    samples = samples_to_take(cfg.fit, batches, steps)
+    same, start = resume_identity(cfg, rows, tokenizer, math.ceil(samples/batches.batch_size), samples), TrainState()
     newest, damaged = latest_checkpoint(folder/"checkpoints")
     for d in damaged: print(f"passed over a damaged checkpoint: {d}")
     if newest:
@@ -204,7 +207,7 @@ def _planned_steps(run, model, batches, loss):
     if not path.exists(): write_file(path, json_text({"steps": estimate_steps(run.cfg.fit.minutes, model, batches, loss)}))
     return json.loads(path.read_bytes())["steps"]
 
-# %% ../nbs/51_recipe.ipynb #0e62ed69
+# %% ../nbs/51_recipe.ipynb #d5c39cb4
 def judge(
     run:Run, # Its folder is written to
     model, # A causal language model
@@ -217,7 +220,7 @@ def judge(
     documents = choose(corpus.split(cfg.split), cfg.max_documents, run.cfg.seed)
     dtype = run.cfg.model.dtype if hasattr(run.cfg, "model") else run.cfg.dtype
     records = score(model, tokenizer, documents, cfg.stride, cfg.eval_batch, dtype)
-    summary = summarize(records, [d.text for d in documents], cfg.resamples, run.cfg.seed)
+    summary = summarize(records, [judged_text(d) for d in documents], cfg.resamples, run.cfg.seed)
     summary |= {"split": cfg.split, "documents_in_split": corpus.counts[cfg.split]["documents"]}
     target = run.folder/"evaluations"/cfg.split
     if target.exists(): open_artifact(target, "evaluation")

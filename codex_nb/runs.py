@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOCK', 'RunError', 'run_status', 'new_run_folder', 'Run', 'run_parts', 'seal_run', 'last_values', 'attach',
-           'list_runs', 'find_run', 'verify_run']
+           'list_runs', 'in_use', 'find_run', 'verify_run']
 
 # %% ../nbs/50_runs.ipynb #cf01a352
 import json, secrets, shutil
@@ -40,7 +40,13 @@ def new_run_folder(
     stamp = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
     return workspace()/"runs"/"-".join(filter(None, (stamp, kind, name, secrets.token_hex(2))))
 
-# %% ../nbs/50_runs.ipynb #75b1940b
+# %% ../nbs/50_runs.ipynb #0bfd3628
+def _remember(folder): # a run outside the workspace's `runs/`, for the upkeep of the store
+    listed = workspace()/"store"/".runs"
+    listed.parent.mkdir(parents=True, exist_ok=True)
+    known = listed.read_text("utf-8").splitlines() if listed.exists() else []
+    if str(folder) not in known: write_file(listed, "".join(f"{p}\n" for p in [*(p for p in known if Path(p).is_dir()), folder]))
+
 class Run:
     "A run in progress, and its folder."
     def __init__(self, folder:Path, kind:str, cfg:Config, lock:Lock, resumed:bool):
@@ -84,6 +90,7 @@ class Run:
         "Note what this run is made from."
         path = self.folder/"parents.json"
         write_file(path, json_text((json.loads(path.read_bytes()) if path.exists() else {}) | {role: digest}))
+        if self.folder.absolute().parent != workspace()/"runs": _remember(self.folder.absolute())
 
     def figure(self,
         fig, # A matplotlib figure
@@ -147,7 +154,7 @@ def attach(
     if after.digest != before.digest: raise RunError(f"{folder}: attaching {name} changed the run's digest")
     return after
 
-# %% ../nbs/50_runs.ipynb #71415836
+# %% ../nbs/50_runs.ipynb #d48b66ae
 def list_runs(
     root=None, # Default: the workspace's `runs/`
 )->list[dict]: # `name`, `kind`, `status`, `steps`, `figures`; oldest first
@@ -161,6 +168,16 @@ def list_runs(
         except (ArtifactError, ValueError, KeyError): status, meta, kind = "damaged", {}, "?"
         out.append({"name": p.name, "kind": kind, "status": status, "steps": meta.get("steps"), "figures": meta.get("figures", {})})
     return out
+
+def in_use(
+    root=None, # Default: the workspace's `runs/`
+)->set[str]: # Digests
+    "What the runs that go on, or can be resumed, are made from."
+    root = Path(root or workspace()/"runs")
+    listed = workspace()/"store"/".runs"
+    elsewhere = [Path(l) for l in (listed.read_text("utf-8").splitlines() if listed.exists() else [])]
+    folders = {p for p in [*(root.iterdir() if root.is_dir() else []), *elsewhere] if (p/"parents.json").is_file() and run_status(p) in ("running", "interrupted")}
+    return {d for p in folders for d in json.loads((p/"parents.json").read_bytes()).values()}
 
 def find_run(
     name, # A path, or the name of a run or its end

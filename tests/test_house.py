@@ -108,7 +108,7 @@ def test_every_command_of_the_readme_exists():
     from codex_nb.cli import app
     from codex_nb.config import leaves
     from codex_nb.launch import config_of
-    known = {c.callback.__name__ for c in app.registered_commands}
+    known = {c.callback.__name__ for c in app.registered_commands} | {g.name for g in app.registered_groups}
     for c in found:
         words = c.split()
         assert shutil.which(words[0], path=f"{BIN}:{os.environ['PATH']}"), c

@@ -24,7 +24,7 @@ def inputs(tmp_path_factory):
 
 BAD = {
     "unknown parameter": ("epohcs 3", "epohcs: unknown parameter, given 3; did you mean epochs?"),
-    "missing path": ("data {}/nowhere", "there is no such file or folder; give a path, or one of sample, stdlib"),
+    "missing path": ("data {}/nowhere", "there is no such file or folder; give a path, or one of chat, markov, sample, stdlib"),
     "empty folder": ("data {}/empty", "no text in this folder: it is empty"),
     "binary file": ("data {}/picture.png", "this is a binary file, not text"),
     "bad line": ("data {}/bad.jsonl", "bad.jsonl:2: "),

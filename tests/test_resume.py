@@ -8,7 +8,7 @@ CODE = textwrap.dedent("""
     from codex_nb.engine import Hook
     from codex_nb.model import build_model
     from codex_nb.recipe import RunConfig, begin, finish, train
-    from codex_nb.tokenizer import train_tokenizer
+    from codex_nb.vocabulary import train_tokenizer
     from codex_nb.tokens import Rows, build_tokens
     stop, dtype, arch, hard = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4] == "hard"
     cfg = RunConfig.from_preset("smoke", steps=20, eval_every=7, save_every=7, keep_last=9, width=32, seq_len=32, batch_size=6, micro_batch=4, dropout=0.1, dtype=dtype, arch=arch, eval_documents=2,
