@@ -69,7 +69,7 @@ def char_form(
     tok.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     return tok
 
-# %% ../nbs/15_tokenizer.ipynb #9715d901
+# %% ../nbs/15_tokenizer.ipynb #02807864
 def _quick(spec, folder): # how to encode one text into a uint32 array, or None when only `tokenizers` knows
     model, pre, vocab = spec["model"], spec.get("pre_tokenizer") or {}, spec["model"].get("vocab")
     if model["type"] == "BPE" and not spec.get("normalizer") and not model.get("ignore_merges"):
@@ -78,7 +78,7 @@ def _quick(spec, folder): # how to encode one text into a uint32 array, or None 
         if pre == level and not model["merges"]: return lambda text: table[np.frombuffer(text.encode(), np.uint8)]
         if pre == {"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}, level]}: return _tiktoken(spec)
         if not pre and not model["merges"] and model["byte_fallback"]: return _characters(vocab)
-    return _sentencepiece(Path(folder)/"tokenizer.model") if (Path(folder)/"tokenizer.model").exists() and _is_lossless(spec) else None
+    return _sentencepiece(Path(folder)/"tokenizer.model", FastTokenizer.from_str(json.dumps(spec))) if (Path(folder)/"tokenizer.model").exists() and _is_lossless(spec) else None
 
 def _is_lossless(spec): return (spec.get("normalizer") or {}).get("normalizers", [{}])[0].get("content") == _ESC+"0"
 
@@ -105,14 +105,21 @@ def _characters(vocab):
         return np.concatenate([*parts, ids[places[-1]+1:]])
     return encode
 
-def _sentencepiece(path):
+_LONGEST = 10_000 # characters of a line up to which SentencePiece's sums of scores are exact
+
+def _sentencepiece(path, fast):
     import re, sentencepiece
     processor, spelled = sentencepiece.SentencePieceProcessor(model_file=str(path)), re.compile(_SPELLED)
+    newline, fast.encode_special_tokens = [processor.piece_to_id("\n")], True
     def encode(text):
+        lines = text.split("\n")
+        if len(max(lines, key=len)) > _LONGEST: return np.array(fast.encode(text, add_special_tokens=False).ids, np.uint32)
         if _ESC in text: text = text.replace(_ESC, _ESC+"0")
         if "▁" in text: text = text.replace("▁", _ESC+"1")
         if "<" in text: text = spelled.sub(_ESC+"2", text)
-        return np.array(processor.encode(text), np.uint32)
+        out = []
+        for ids in processor.encode(text.split("\n"), num_threads=1): out += ids; out += newline
+        return np.array(out[:-1], np.uint32)
     return encode
 
 # %% ../nbs/15_tokenizer.ipynb #4ba9b6b3

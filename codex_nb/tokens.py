@@ -57,14 +57,14 @@ def _ones(path, n):
         f.write(b"\0") # the very first id is no target
         for i in range(1, n, 1<<20): f.write(b"\1"*min(1<<20, n-i))
 
-# %% ../nbs/17_tokens.ipynb #1d82c940
+# %% ../nbs/17_tokens.ipynb #b9195a1c
 class TokenStore:
     "A verified token store: ids through a memory map, and where documents begin."
     def __init__(self,
         artifact:Artifact, # Of kind `tokens`
     ):
         self.artifact, self.digest, meta = artifact, artifact.digest, artifact.manifest.meta
-        opened = lambda name, dtype: np.memmap(artifact.path/name, dtype=dtype, mode="r")
+        opened = lambda name, dtype: np.asarray(np.memmap(artifact.path/name, dtype=dtype, mode="r"))
         self.ids = opened("ids.bin", meta["dtype"]) # uint16 or uint32, shape (tokens+1,)
         self.offsets = opened("offsets.bin", np.int64) # int64, shape (documents+1,)
         self.sizes = opened("sizes.bin", np.int64) # int64, shape (documents,), bytes of text
@@ -110,7 +110,7 @@ def best_fit(
         if left > size: free[left-size].append(r); open_ |= 1<<(left-size)
     return row
 
-# %% ../nbs/17_tokens.ipynb #abd3a7f7
+# %% ../nbs/17_tokens.ipynb #08771073
 class Rows:
     "A token store laid into rows of equal length. B rows, T predictions in each."
     def __init__(self,
@@ -153,19 +153,24 @@ class Rows:
         index:np.ndarray, # int64, shape (B,), each in [0, n)
     )->tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]: # ids, targets (`IGNORE` where not learned from), positions, documents (-1 where empty); all int64, shape (B, T)
         "Gather rows, with each token's document and its position in it."
-        place_BT, document_BT, position_BT = (self._stream if self.packing == "stream" else self._laid)(np.asarray(index, np.int64))
-        s, empty_BT = self.store, document_BT < 0
-        ids_BT, targets_BT = s.ids[place_BT].astype(np.int64), s.ids[place_BT+1].astype(np.int64)
-        if s.mask is not None: targets_BT[s.mask[place_BT+1] == 0] = IGNORE
-        if empty_BT.any(): ids_BT[empty_BT], targets_BT[empty_BT] = s.ids[0], IGNORE
-        if not self.keep_apart: position_BT = np.broadcast_to(np.arange(self.seq_len), place_BT.shape).copy()
+        ids_BT, targets_BT, position_BT, document_BT = (self._stream if self.packing == "stream" else self._laid)(np.asarray(index, np.int64))
+        if not self.keep_apart: position_BT = np.broadcast_to(np.arange(self.seq_len), ids_BT.shape).copy()
         return ids_BT, targets_BT, position_BT, document_BT
 
     def _stream(self, index):
-        start_B1 = index[:, None]*self.seq_len
-        place_BT = start_B1+np.arange(self.seq_len)
-        document_BT = np.searchsorted(self.store.offsets, place_BT, side="right")-1
-        return place_BT, document_BT, place_BT-np.maximum(self.store.offsets[document_BT], start_B1)
+        s, T, span_BT1 = self.store, self.seq_len, np.empty((len(index), self.seq_len+1), np.int64)
+        opens_BT = np.zeros((len(index), T), np.int64)
+        start_B = index*T
+        first_B, last_B = np.searchsorted(s.offsets, np.stack([start_B, start_B+T-1]), side="right")-1
+        for b, (start, first, last) in enumerate(zip(start_B.tolist(), first_B.tolist(), last_B.tolist())):
+            span_BT1[b] = s.ids[start:start+T+1]
+            if last > first: opens_BT[b, s.offsets[first+1:last+1]-start] = 1
+        document_BT = np.cumsum(opens_BT, 1)+first_B[:, None]
+        position_BT = np.arange(T)-np.maximum.accumulate(opens_BT*np.arange(T), 1)
+        targets_BT = span_BT1[:, 1:].copy()
+        if s.mask is not None:
+            for b, start in enumerate(start_B.tolist()): targets_BT[b, s.mask[start+1:start+T+1] == 0] = IGNORE
+        return span_BT1[:, :-1].copy(), targets_BT, position_BT, document_BT
 
     def _laid(self, index):
         place_BT, document_BT, position_BT = (np.zeros((len(index), self.seq_len), np.int64) for _ in range(3))
@@ -177,7 +182,11 @@ class Rows:
                 place_BT[b, at:at+n], document_BT[b, at:at+n] = self._start[p]+position_BT[b, at:at+n], self._document[p]
                 at += n
             position_BT[b, at:], document_BT[b, at:] = np.arange(self.seq_len-at), -1
-        return place_BT, document_BT, position_BT
+        s, empty_BT = self.store, document_BT < 0
+        ids_BT, targets_BT = s.ids[place_BT].astype(np.int64), s.ids[place_BT+1].astype(np.int64)
+        if s.mask is not None: targets_BT[s.mask[place_BT+1] == 0] = IGNORE
+        ids_BT[empty_BT], targets_BT[empty_BT] = s.ids[0], IGNORE
+        return ids_BT, targets_BT, position_BT, document_BT
 
     def report(self)->dict: # Counts; `utilisation` is the share of places that hold a token
         "What of the store is in these rows, and what is not."

@@ -47,7 +47,7 @@ def training_texts(
         last = ranks[order][max(0, int(np.searchsorted(np.cumsum(sizes[order]), max_bytes, side="right"))-1)]
     return (d.whole for d in corpus.split("train") if last == 1.0 or rank_of(d.sha256) <= last)
 
-# %% ../nbs/16_vocabulary.ipynb #591c095b
+# %% ../nbs/16_vocabulary.ipynb #85603c52
 def _bpe(texts, cfg, folder):
     tok = byte_form(models.BPE(), words=True)
     tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=cfg.vocab_size, special_tokens=[*SPECIALS], show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
@@ -73,8 +73,15 @@ def _sentencepiece(texts, cfg, folder):
         normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False, byte_fallback=True, allow_whitespace_only_pieces=True,
         user_defined_symbols=["\n"], control_symbols=[*SPECIALS], unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1, hard_vocab_limit=True, minloglevel=2)
     except RuntimeError as e: raise ConfigError(f"vocab_size: {cfg.vocab_size} does not suit this text: {str(e).split('] ')[-1].strip()}") from None
-    (Path(folder)/"tokenizer.model").write_bytes(model.getvalue())
-    return sp_form(sp_model(model.getvalue()))
+    data = _exact_scores(model.getvalue())
+    (Path(folder)/"tokenizer.model").write_bytes(data)
+    return sp_form(sp_model(data))
+
+def _exact_scores(data): # scores as multiples of 1/64, so that their sums do not depend on precision or order
+    from sentencepiece import sentencepiece_model_pb2 as pb
+    proto = pb.ModelProto.FromString(data)
+    for p in proto.pieces: p.score = round(p.score*64)/64
+    return proto.SerializeToString(deterministic=True)
 
 def sp_model(
     data:bytes, # A SentencePiece `.model` file
@@ -93,8 +100,8 @@ def sp_model(
 
 _TRAINERS = {"bpe": _bpe, "sp-unigram": _sentencepiece, "sp-bpe": _sentencepiece, "bytes": _bytes, "chars": _chars}
 
-# %% ../nbs/16_vocabulary.ipynb #f2110ce2
-TRAPS = ("", " ", "  a  b ", "\t\n\r\n\n  x", "e\u0301 é ﬁ ①", "👩‍👩‍👧 ☂ שלום مرحبا 中文字符 ไทย", "a\x00b\x7f\u200b\ufeff", "▁ a▁▁b", "<0x41><unk></s><|endoftext|>", "\uf8ff0\uf8ff", "Ġ Ċ", "x"*300, " "*300, "1234567 3.14", "don't I'll CamelCase snake_case", "aaaaaaabbbbbbbababababab")
+# %% ../nbs/16_vocabulary.ipynb #24684b6c
+TRAPS = ("", " ", "  a  b ", "\t\n\r\n\n  x", "e\u0301 é ﬁ ①", "👩‍👩‍👧 ☂ שלום مرحبا 中文字符 ไทย", "a\x00b\x7f\u200b\ufeff", "▁ a▁▁b", "<0x41><unk></s><|endoftext|>", "\uf8ff0\uf8ff", "Ġ Ċ", "x"*300, " "*300, " "*12+"a"+" "*28+"\n"+"-"*75+"\n"+"ab"*40, "1234567 3.14", "don't I'll CamelCase snake_case", "aaaaaaabbbbbbbababababab")
 
 def check_parity(
     one:Callable[[str], list[int]], # A way to encode
