@@ -218,7 +218,7 @@ def open_artifact(
     if kind and m.kind != kind: raise ArtifactError(f"{folder}: holds a {m.kind}, a {kind} is needed")
     return Artifact(Path(folder), m)
 
-# %% ../nbs/02_artifacts.ipynb #937c8ff3
+# %% ../nbs/02_artifacts.ipynb #ad9a4395
 def _exchange(a, b):
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "renameat2"): raise ArtifactError(f"{b}: exists, and this system cannot replace a folder in one step; choose another name")
@@ -244,7 +244,6 @@ class Draft:
     "An artifact being written."
     path:Path # The temporary folder to write into
     meta:dict # Counts and remarks for the manifest
-    attachments:tuple[str, ...] = () # Files that are kept with it but are no part of what it is
     artifact:Artifact|None = None # Set once published
 
 @contextmanager
@@ -266,7 +265,7 @@ def publish(
     draft = Draft(tmp, {})
     try:
         yield draft
-        m = seal(tmp, kind, config, parents, draft.meta, draft.attachments)
+        m = seal(tmp, kind, config, parents, draft.meta)
         for root, _, _ in os.walk(tmp, topdown=False): sync(root)
         for p in [tmp, *tmp.rglob("*")]: p.chmod(0o755 if p.is_dir() else 0o644)
         if target.exists():

@@ -111,7 +111,7 @@ class Corpus:
         left = "".join(f"; {self.meta[k]:,} {what}" for k, what in (("duplicates", "dropped as duplicates"), ("near_duplicates", "dropped as near duplicates"), ("rejects", "refused")) if self.meta.get(k))
         return f"Corpus({rows}{left}; digest {self.digest[:12]})"
 
-# %% ../nbs/13_corpus.ipynb #2ac9bc24
+# %% ../nbs/13_corpus.ipynb #6c834fb7
 class _Writer(ExitStack): # the files of a corpus, and what is counted on the way
     def __init__(self, folder):
         super().__init__()
@@ -190,7 +190,7 @@ def build_corpus(
                 total = ", ".join(f"{sum(c[k] for c in out.counts.values()):,} {k}" for k in ("documents", "bytes"))
                 refused = f", {rejects.count:,} refused, the first: {rejects.first[0]}" if rejects and rejects.count else ""
                 raise ReadError(f"{cfg.data}: too little text: the {side} split is empty ({total}{refused}; split by {how}); give more text" + (f", a larger {side}_fraction than {fraction}, or split_by='position'" if how == "hash" else ", or split_by='hash' for many short documents"))
-        draft.attachments = ("duplicates.ndjson", "rejects.ndjson")
+        if not out.dropped: (draft.path/"duplicates.ndjson").unlink()
         draft.meta.update(splits=out.counts, duplicates=out.dropped["duplicates"], near_duplicates=out.dropped["near_duplicates"], crossing=crossing, split_by=how,
             lengths={str(k): v for k, v in sorted(out.lengths.items())}, skipped=dict(skipped or {}), rejects=rejects.count if rejects else 0)
         if sides: draft.meta["shares"] = {s: {n: round(v/sum(c.values()), 4) for n, v in sorted(c.items())} for s, c in out.sources.items()}
