@@ -67,14 +67,13 @@ def order_digest(
     "The order of a run's samples, as one number."
     return digest_of({"rows": n, "seed": seed, "end": end, "first": sample_order(np.arange(min(look, end)), n, seed).tolist()})
 
-# %% ../nbs/18_batches.ipynb #f10d43cd
+# %% ../nbs/18_batches.ipynb #4404d8f7
 @dataclass(frozen=True)
 class Batch:
     "Rows for one forward pass. B rows, T predictions in each."
     ids_BT:torch.Tensor # int64, inputs
     targets_BT:torch.Tensor # int64, the id that follows each input; -100 where it does not count
     positions_BT:torch.Tensor # int64, starting again at each document
-    documents_BT:torch.Tensor # int32, which document an input belongs to; -1 where the row is empty
     sample_ids_B:torch.Tensor # int64, which rows these are
 
     def to(self,
@@ -88,8 +87,7 @@ def to_batch(
     index:np.ndarray, # int64, which rows
 )->Batch:
     "Gather rows into a batch on the CPU."
-    ids, targets, positions, documents = rows.take(index)
-    return Batch(*map(torch.from_numpy, (ids, targets, positions, documents.astype(np.int32), np.array(index, np.int64))))
+    return Batch(*map(torch.from_numpy, (*rows.take(index), np.asarray(index, np.int64))))
 
 # %% ../nbs/18_batches.ipynb #a5910253
 class Batches:

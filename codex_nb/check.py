@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['check_data', 'report_lines', 'plot_lengths']
 
-# %% ../nbs/19_check.ipynb #c6a983fa
+# %% ../nbs/19_check.ipynb #edf0be15
 import tempfile
+from array import array
 from collections import Counter
 from pathlib import Path
 
@@ -18,27 +19,29 @@ from .readers import Rejects, read_path
 from .safety import find_secrets
 from .tokenizer import Tokenizer
 
-# %% ../nbs/19_check.ipynb #1ed08dc5
+# %% ../nbs/19_check.ipynb #219a54ae
 def check_data(
     cfg:CorpusConfig, # `data` says what; the rest as for a corpus
     tokenizer:Tokenizer|None=None, # Count tokens with it
     near:bool=True, # Look for near duplicates and leakage
-    shown:int=1000, # Rejects, pairs and places listed at most, each
+    near_limit:int=250_000, # Look for near duplicates among so many documents, the first
+    shown:int=100_000, # Rejects, pairs and places listed at most, each
 )->dict: # JSON types; `ReadError` when there is nothing to read
     "Read data and say what is in it."
-    builtin, skipped, rejects = plugins.entries("dataset"), Counter(), Rejects("quarantine")
+    builtin, skipped, rejects = plugins.entries("dataset"), Counter(), Rejects("quarantine", keep=shown)
     if not cfg.data: raise ReadError(f"data: say what to read: a path, or one of {', '.join(builtin)}")
     path = Path(cfg.data).expanduser()
     if cfg.data not in builtin and not path.exists(): raise ReadError(f"{path}: there is no such file or folder; give a path, or one of {', '.join(builtin)}")
     documents = plugins.get("dataset", cfg.data)()[0] if cfg.data in builtin else read_path(path, skipped, rejects, tuple(cfg.include), tuple(cfg.exclude))
     splits, lengths, secrets, places = {s: {"documents": 0, "bytes": 0} for s in SPLITS}, Counter(), Counter(), []
-    tokens, ids, sides, pairs, leaks, sketches = 0, [], [], [], 0, NearDuplicates(cfg.near_threshold) if near else None
-    with tempfile.TemporaryDirectory() as folder:
-        exact = ExactDuplicates(Path(folder)/"hashes")
+    tokens, sides, pairs, leaks, sketches = 0, array("b"), [], 0, NearDuplicates(cfg.near_threshold) if near else None
+    with tempfile.TemporaryDirectory() as folder, open(Path(folder)/"ids", "w+b") as names:
+        exact, begins = ExactDuplicates(Path(folder)/"hashes"), array("q")
+        def name(i): names.seek(begins[i]); return names.readline()[:-1].decode("unicode_escape")
         for i, d in enumerate(documents):
             text, side = d.whole, split_of(d, cfg)
             size = len(text.encode())
-            ids.append(d.id); sides.append(side)
+            begins.append(names.tell()); names.write(d.id.encode("unicode_escape")+b"\n"); sides.append(SPLITS.index(side))
             splits[side]["documents"] += 1; splits[side]["bytes"] += size
             lengths[max(0, size.bit_length()-1)] += 1
             exact.add(bytes.fromhex(d.sha256))
@@ -46,21 +49,21 @@ def check_data(
             for f in find_secrets(text, {}):
                 secrets[f.kind] += 1
                 if len(places) < shown: places.append({"id": d.id, "line": text.count("\n", 0, f.start)+1, "kind": f.kind})
-            if sketches:
+            if sketches and i < near_limit:
                 sketch = sketches.sketch(text)
-                if hit := sketches.nearest(sketch): pairs.append({"id": d.id, "like": ids[hit[0]], "similarity": hit[1]}); leaks += side != sides[hit[0]]
+                if hit := sketches.nearest(sketch): pairs.append((i, *hit)); leaks += sides[i] != sides[hit[0]]
                 else: sketches.keep(i, sketch)
-        repeats = exact.find()
-    same = {ids[i] for i, _ in repeats.tolist()}
-    near_pairs = [p for p in pairs if p["id"] not in same]
-    one = len(ids) == 1
-    report = {"data": cfg.data, "documents": len(ids), "bytes": sum(s["bytes"] for s in splits.values()), "rejected": rejects.count, "rejects": [{"file": r.file, "line": r.line, "reason": r.reason} for r in rejects.first[:shown]],
-        "exact_duplicates": len(repeats), "near_duplicates": len(near_pairs) if near else None, "pairs": [{"id": ids[a], "like": ids[b], "similarity": 1.0} for a, b in repeats.tolist()[:shown]]+near_pairs[:shown],
-        "leakage": leaks if near else None, "split_by": "position" if one else "hash", "splits": None if one else splits, "lengths": {str(k): lengths[k] for k in sorted(lengths)},
+        repeats, n = exact.find(), len(sides)
+        same = {*repeats[:, 0].tolist()}
+        near_pairs = [p for p in pairs if p[0] not in same]
+        listed = [{"id": name(a), "like": name(b), "similarity": s} for some in ([(a, b, 1.0) for a, b in repeats[:shown].tolist()], near_pairs[:shown]) for a, b, s in some]
+    report = {"data": cfg.data, "documents": n, "bytes": sum(s["bytes"] for s in splits.values()), "rejected": rejects.count, "rejects": [{"file": r.file, "line": r.line, "reason": r.reason} for r in rejects.first[:shown]],
+        "exact_duplicates": len(repeats), "near_duplicates": len(near_pairs) if near else None, "near_looked_at": min(n, near_limit) if near else 0, "pairs": listed,
+        "leakage": leaks if near else None, "split_by": "position" if n == 1 else "hash", "splits": None if n == 1 else splits, "lengths": {str(k): lengths[k] for k in sorted(lengths)},
         "secrets": dict(secrets), "places": places, "skipped": dict(skipped)}
     return report | ({"tokens": tokens, "bytes_per_token": round(report["bytes"]/max(1, tokens), 3)} if tokenizer else {})
 
-# %% ../nbs/19_check.ipynb #5a5b0db1
+# %% ../nbs/19_check.ipynb #afb4abf9
 def report_lines(
     report:dict, # From `check_data`
     shown:int=5, # Entries of each list
@@ -73,7 +76,7 @@ def report_lines(
     out.append("split by position, as one text" if not r["splits"] else "splits: " + ", ".join(f"{s} {c['documents']:,} documents ({c['bytes']:,} bytes)" for s, c in r["splits"].items()))
     if r["lengths"]: out.append("lengths: " + ", ".join(f"{n:,} from {1<<int(k):,} bytes" for k, n in r["lengths"].items()))
     if r["skipped"]: out.append("passed over: " + ", ".join(f"{k}: {v:,}" for k, v in sorted(r["skipped"].items())))
-    out.append(f"duplicates: {r['exact_duplicates']:,} exact" + ("" if r["near_duplicates"] is None else f", {r['near_duplicates']:,} near; {r['leakage']:,} of these pairs stand on different sides of the split"))
+    out.append(f"duplicates: {r['exact_duplicates']:,} exact" + ("" if r["near_duplicates"] is None else f", {r['near_duplicates']:,} near; {r['leakage']:,} of these pairs stand on different sides of the split" + (f"; near ones among the first {r['near_looked_at']:,} documents only" if r["near_looked_at"] < r["documents"] else "")))
     some("pairs:", r["pairs"], lambda p: f"{p['id']} is like {p['like']} ({p['similarity']})")
     out.append(f"secrets: {sum(r['secrets'].values()):,}" + "".join(f"; {k}: {v}" for k, v in r["secrets"].items()))
     some("they lie in:", r["places"], lambda p: f"{p['id']}, line {p['line']}: {p['kind']}")

@@ -99,7 +99,7 @@ def verify(
         print(f"L0 {'holds' if found['ok'] else 'does not hold'}: {found['status']}")
     if not found["ok"]: raise typer.Exit(1)
 
-# %% ../nbs/59_cli.ipynb #8e9294ec
+# %% ../nbs/59_cli.ipynb #0477a550
 _group = lambda text: typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help=text)
 data, tokenizer_app, store_app = _group("Look at data."), _group("Train and use tokenizers."), _group("Keep the store of shared artifacts in order.")
 for name, sub in (("data", data), ("tokenizer", tokenizer_app), ("store", store_app)): app.add_typer(sub, name=name)
@@ -114,6 +114,7 @@ def data_check(
     on_error:Annotated[str, typer.Option("--on-error", metavar="stop|quarantine", help="Whether refused lines are an error")] = "stop",
     tokenizer:Annotated[str|None, typer.Option("--tokenizer", help="Count tokens with this tokenizer: a folder or a SentencePiece model")] = None,
     near:Annotated[bool, typer.Option("--near/--no-near", help="Look for near duplicates")] = True,
+    near_limit:Annotated[int, typer.Option("--near-limit", help="among so many documents, the first")] = 250_000,
     include:Annotated[list[str], typer.Option("--include", help="Of a folder, only paths that match; may be repeated")] = [],
     exclude:Annotated[list[str], typer.Option("--exclude", help="Of a folder, not paths that match; may be repeated")] = [],
     plot:Annotated[Path|None, typer.Option("--plot", help="Write the plot of lengths to this PNG")] = None,
@@ -123,7 +124,7 @@ def data_check(
     from codex_nb.config import ConfigError
     from codex_nb.corpus import CorpusConfig
     if on_error not in ("stop", "quarantine"): raise ConfigError(f"--on-error: given {on_error!r}; must be stop or quarantine")
-    report = check_data(CorpusConfig(data=path, include=include, exclude=exclude), _tokenizer(tokenizer) if tokenizer else None, near)
+    report = check_data(CorpusConfig(data=path, include=include, exclude=exclude), _tokenizer(tokenizer) if tokenizer else None, near, near_limit)
     if plot: plot_lengths(report).savefig(plot, dpi=110, bbox_inches="tight")
     print(json.dumps(report) if as_json else "\n".join(report_lines(report)))
     if report["rejected"] and on_error == "stop": raise typer.Exit(1)

@@ -20,7 +20,7 @@ from .recipe import RunConfig
 from .tokens import IGNORE, Rows, build_tokens
 from .vocabulary import train_tokenizer
 
-# %% ../nbs/57_preflight.ipynb #57e1f765
+# %% ../nbs/57_preflight.ipynb #4251d2d4
 def isolation(
     model, # The one to be trained
     rows:Rows, # What on
@@ -30,10 +30,10 @@ def isolation(
     index = np.unique(np.linspace(0, len(rows)-1, min(look, len(rows))).astype(np.int64))
     device, was_training = next(model.parameters()).device, model.training
     for r in index:
-        batch = to_batch(rows, np.array([r]))
-        held = [d for d in batch.documents_BT[0].unique().tolist() if d >= 0]
+        batch, document_T = to_batch(rows, np.array([r])), torch.from_numpy(rows.documents(np.array([r])))[0]
+        held = [d for d in document_T.unique().tolist() if d >= 0]
         if len(held) < 2: continue
-        first, second = batch.documents_BT[0] == held[0], batch.documents_BT[0] == held[1]
+        first, second = document_T == held[0], document_T == held[1]
         other = batch.ids_BT.clone()
         other[0, first] = (other[0, first]+1) % model.config.vocab_size
         changed = type(batch)(other, *(getattr(batch, f) for f in list(batch.__dataclass_fields__)[1:]))
@@ -44,7 +44,7 @@ def isolation(
         return torch.equal(a, b)
     return None
 
-# %% ../nbs/57_preflight.ipynb #006f0652
+# %% ../nbs/57_preflight.ipynb #8d717285
 def preflight(
     cfg:RunConfig, # The run that is meant
     timed:bool=True, # Try a step, to estimate time
@@ -58,8 +58,8 @@ def preflight(
     apart, report = isolation(model, rows), rows.report()
     out = {"corpus": corpus.digest, "tokenizer": tokenizer.digest, "tokens": rows.store.digest, "splits": corpus.counts} | {"rows": report, "isolated": apart, "parameters": parameters,
         "state_bytes": parameters*16, "first_row": tokenizer.decode(to_batch(rows, np.array([0])).ids_BT[0].tolist())[:200]}
-    seconds, peak = _step_time(model, batches, cfg) if timed else (None, None)
-    out |= {"seconds_per_step": seconds, "peak_gpu_bytes": peak}
+    seconds, activations, peak = _try_step(model, batches, cfg) if timed else (None, None, None)
+    out |= {"seconds_per_step": seconds, "activation_bytes": activations, "peak_gpu_bytes": peak}
     if not cfg.fit.minutes:
         samples = samples_to_take(cfg.fit, batches)
         steps = math.ceil(samples/batches.batch_size)
@@ -67,9 +67,18 @@ def preflight(
             "seconds": round(seconds*steps, 1) if timed else None}
     return out | {"warnings": _warnings(out, cfg)}
 
-def _step_time(model, batches, cfg):
-    cuda = cfg.model.device.startswith("cuda")
+def _activations(forward, model): # bytes of what a forward pass keeps for the backward one, parameters apart
+    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+    def pack(t): kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes(); return t
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): out = forward()
+    return sum(n for p, n in kept.items() if p not in own), out
+
+def _try_step(model, batches, cfg):
+    cuda, one = cfg.model.device.startswith("cuda"), batches.step(0)[0].to(cfg.model.device)
+    def forward():
+        with autocast(cfg.model.device, cfg.model.dtype): return lm_loss(model, one)[0]
     model.train()
+    kept, _ = _activations(forward, model)
     for _ in range(2):
         if cuda: torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
@@ -78,7 +87,7 @@ def _step_time(model, batches, cfg):
         if cuda: torch.cuda.synchronize()
         taken = time.perf_counter()-began
         model.zero_grad(set_to_none=True)
-    return round(taken, 4), torch.cuda.max_memory_allocated() if cuda else None
+    return round(taken, 4), kept, torch.cuda.max_memory_allocated() if cuda else None
 
 def _warnings(out, cfg):
     r, said = out["rows"], []
@@ -90,7 +99,7 @@ def _warnings(out, cfg):
     if out.get("epochs", 0) > 20: said.append(f"every row is seen {out['epochs']:.0f} times")
     return said
 
-# %% ../nbs/57_preflight.ipynb #ae8caf05
+# %% ../nbs/57_preflight.ipynb #f0e8ac9c
 def preflight_lines(
     out:dict, # From `preflight`
 )->list[str]:
@@ -100,6 +109,6 @@ def preflight_lines(
         f"rows: {r['rows']:,} of {r['seq_len']} ({r['packing']}), {r['utilisation']:.1%} filled, {r['tokens_left_out']:,} tokens in no row, {r['documents_divided']:,} of {r['documents']:,} documents divided",
         f"learned from: {r['supervised']:,} of {r['tokens']:,} tokens an epoch; the end of a text {r['end_of_text_learned']:,} times",
         f"documents kept apart: {'yes, tried on this model' if out['isolated'] else 'no' if out['isolated'] is False else 'no row holds two'}",
-        f"model: {out['parameters']:,} parameters; weights, gradients and moments {out['state_bytes']/2**20:,.0f} MiB" + (f", peak {out['peak_gpu_bytes']/2**20:,.0f} MiB on the GPU" if out["peak_gpu_bytes"] else "")]
+        f"model: {out['parameters']:,} parameters; about {(out['state_bytes']+(out['activation_bytes'] or 0))/2**20:,.0f} MiB of memory for weights, gradients and moments" + (" and one micro-batch" if out["activation_bytes"] else "") + (f", peak {out['peak_gpu_bytes']/2**20:,.0f} MiB on the GPU" if out["peak_gpu_bytes"] else "")]
     if "steps" in out: lines.append(f"training: {out['steps']:,} steps, {out['epochs']} epochs, {out['supervised_tokens']:,} tokens learned from" + (f"; about {d(out['seconds'])} at {out['seconds_per_step']:.2f} s a step" if out["seconds"] else ""))
     return lines + [f"note: {w}" for w in out["warnings"]]

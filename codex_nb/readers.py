@@ -6,28 +6,34 @@
 __all__ = ['MAX_EXPANSION', 'TEXT_SUFFIXES', 'Rejects', 'open_bytes', 'kind_of', 'read_jsonl', 'read_text', 'read_file',
            'read_path']
 
-# %% ../nbs/11_readers.ipynb #b10d0258
+# %% ../nbs/11_readers.ipynb #fe4a1dff
 import csv, gzip, io, os, zlib
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 
+import msgspec
+import numpy as np
 from backports import zstd
+from msgspec import UNSET
 from pathspec import GitIgnoreSpec
 
 from .config import canonical_json
 from .documents import MAX_LINE, BadLine, Document, ReadError, Reject, document_of, parse_line
 
-# %% ../nbs/11_readers.ipynb #d168ff1f
+# %% ../nbs/11_readers.ipynb #0bfc05dd
 class Rejects:
     "Where refused input goes: an error, or a list."
     def __init__(self,
         on_error:str="stop", # `stop` raises `ReadError` at the first; `quarantine` writes them down
-        path=None, # A file for them, one JSON object a line; default: only counted and the first 1000 kept
+        path=None, # A file for them, one JSON object a line
+        keep:int=1000, # How many of the first to hold in memory
     ):
         if on_error not in ("stop", "quarantine"): raise ValueError(f"on_error must be stop or quarantine, got {on_error!r}")
-        self.on_error, self.path, self.count, self.first, self.stopped = on_error, path, 0, [], False
+        self.on_error, self.path, self.keep, self.count, self.first, self.stopped = on_error, path, keep, 0, [], False
 
     def __call__(self,
         file, # The file, as the reader was given it
@@ -39,7 +45,7 @@ class Rejects:
         if self.on_error == "stop": self.stopped = True; raise ReadError(str(Reject(str(file), line, reason)))
         r = Reject(name or Path(file).name, line, reason)
         self.count += 1
-        if len(self.first) < 1000: self.first.append(r)
+        if len(self.first) < self.keep: self.first.append(r)
         if self.path:
             with open(self.path, "ab") as f: f.write(canonical_json({"file": r.file, "line": r.line, "reason": r.reason})+b"\n")
 
@@ -79,35 +85,60 @@ def kind_of(
     p = Path(path)
     return (Path(p.stem) if p.suffix.lower() in _OPENERS else p).suffix.lower()
 
-# %% ../nbs/11_readers.ipynb #aeeffbfc
-def _guarded(read): # damage to the file as a whole becomes a reject at the line reached
-    def reader(path, rejects, name):
-        at = [0]
-        try: yield from read(path, rejects, name, at)
-        except BadLine as e: rejects(path, at[0] or None, e.reason, name)
-        except ReadError as e:
-            if rejects.stopped: raise
-            rejects(path, None, str(e).removeprefix(f"{path}: "), name)
-        except _DAMAGE as e: rejects(path, at[0] or None, f"the compressed data is damaged or cut off ({e})", name)
-        except OSError as e: rejects(path, at[0] or None, f"cannot be read: {e.strerror or e}", name)
-    return reader
+# %% ../nbs/11_readers.ipynb #4ecedfbe
+@contextmanager
+def _guard(path, rejects, name): # damage to the file as a whole becomes a reject at the line reached
+    at = [0]
+    try: yield at
+    except BadLine as e: rejects(path, at[0] or None, e.reason, name)
+    except ReadError as e:
+        if rejects.stopped: raise
+        rejects(path, None, str(e).removeprefix(f"{path}: "), name)
+    except _DAMAGE as e: rejects(path, at[0] or None, f"the compressed data is damaged or cut off ({e})", name)
+    except OSError as e: rejects(path, at[0] or None, f"cannot be read: {e.strerror or e}", name)
 
-def _lines(f, at, rejects, path, name): # the lines that are not too long, `at[0]` counting
-    for line in iter(partial(f.readline, MAX_LINE+1), b""):
-        at[0] += 1
-        if len(line) <= MAX_LINE: yield line; continue
-        rejects(path, at[0], f"the line is longer than {MAX_LINE:,} bytes", name)
-        while line and not line.endswith(b"\n"): line = f.readline(MAX_LINE)
+_PORTION = 1<<18 # bytes
+_decode_lines = msgspec.json.Decoder(Document).decode_lines
 
-@_guarded
-def _jsonl(path, rejects, name, at):
-    with open_bytes(path) as f:
-        for line in _lines(f, at, rejects, path, name):
-            try: d = parse_line(line)
-            except BadLine as e: rejects(path, at[0], e.reason + (_looks(line) if at[0] == 1 else ""), name); continue
-            if not d.id: d.id = f"{name}:{at[0]}"
-            yield d
-    if not at[0]: raise ReadError(f"{path}: the file is empty")
+def _portions(f, at, rejects, path, name): # whole lines, and whether it is one: where they are short many together
+    rest = b""
+    while line := rest+f.readline(MAX_LINE+1):
+        rest = b""
+        if len(line) <= MAX_LINE: yield line, True
+        else:
+            at[0] += 1
+            rejects(path, at[0], f"the line is longer than {MAX_LINE:,} bytes", name)
+            while line and not line.endswith(b"\n"): line = f.readline(MAX_LINE)
+        if len(line) < 1000:
+            data = f.read1(_PORTION)
+            cut = data.rfind(b"\n")+1
+            if cut: yield data[:cut], False
+            rest = data[cut:]
+
+def _at_once(portion): # its records when each line is known to hold one, else nothing
+    byte = np.frombuffer(portion, np.uint8)
+    ends = np.flatnonzero(byte == 10)
+    if ends[-1] != len(portion)-1 or (byte[ends-1] != 125).any() or (byte[ends[:-1]+1] != 123).any(): return () # 123 and 125 are braces
+    try: docs = _decode_lines(portion)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError): return ()
+    return docs if len(docs) == len(ends) else ()
+
+def _jsonl(path, rejects, name):
+    with _guard(path, rejects, name) as at, open_bytes(path) as f:
+        for portion, single in _portions(f, at, rejects, path, name):
+            begin, lines, docs = at[0]+1, [portion] if single else None, [_UNREAD] if single else _at_once(portion)
+            for n, d in enumerate(docs or repeat(_UNREAD, portion.count(b"\n")), begin):
+                if not d.text or d.meta or not (d.messages is d.prompt is d.completion is UNSET): # no plain text, or unread
+                    lines = lines or portion.split(b"\n")
+                    at[0] = n
+                    try: d = parse_line(lines[n-begin])
+                    except BadLine as e: rejects(path, n, e.reason + (_looks(lines[0]) if n == 1 else ""), name); continue
+                if not d.id: d.id = f"{name}:{n}"
+                yield d
+            at[0] = n
+        if not at[0]: raise ReadError(f"{path}: the file is empty")
+
+_UNREAD = Document()
 
 _MAGIC = {b"\x1f\x8b": ("gzip data", ".gz"), b"\x28\xb5\x2f\xfd": ("zstd data", ".zst"), b"PAR1": ("a Parquet file", ".parquet"), b"PK\x03\x04": ("a zip archive", ".zip"), b"%PDF": ("a PDF", ".pdf")}
 def _looks(data): return next((f"; this looks like {what}, which should be named {suffix}" for magic, (what, suffix) in _MAGIC.items() if data.startswith(magic)), "")
@@ -120,10 +151,9 @@ def read_jsonl(
     "Stream the documents of a JSON-lines file."
     return _jsonl(Path(path), rejects or Rejects(), name or Path(path).name)
 
-# %% ../nbs/11_readers.ipynb #d416b0fa
-@_guarded
-def _text(path, rejects, name, at):
-    with open_bytes(path) as f:
+# %% ../nbs/11_readers.ipynb #0c9e90eb
+def _text(path, rejects, name):
+    with _guard(path, rejects, name) as at, open_bytes(path) as f:
         first, n, part = f.read(MAX_LINE), 1, 0
         if not first: raise ReadError(f"{path}: the file is empty")
         rest = f.read(MAX_LINE)
@@ -159,7 +189,7 @@ def read_text(
     "Stream a text file."
     return _text(Path(path), rejects or Rejects(), name or Path(path).name)
 
-# %% ../nbs/11_readers.ipynb #8ffee0e5
+# %% ../nbs/11_readers.ipynb #333e58c1
 _FIELDS = ("id", "text", "group", "meta", "messages", "prompt", "completion")
 
 def _row(row): # a row of a table as a document
@@ -177,10 +207,9 @@ def _rows(rows, columns, path, rejects, name, at):
         if not d.id: d.id = f"{name}:{at[0]}"
         yield d
 
-@_guarded
-def _csv(path, rejects, name, at):
+def _csv(path, rejects, name):
     csv.field_size_limit(MAX_LINE)
-    with open_bytes(path) as f:
+    with _guard(path, rejects, name) as at, open_bytes(path) as f:
         def text():
             for n, line in enumerate(iter(partial(f.readline, MAX_LINE+1), b""), 1):
                 at[0] = n
@@ -210,12 +239,12 @@ def _pyarrow():
     except ImportError: raise ReadError("Parquet and Arrow files need pyarrow: pip install 'codex_nb[parquet]'") from None
     return pyarrow
 
-@_guarded
-def _parquet(path, rejects, name, at):
-    pa = _pyarrow()
-    try:
-        with pa.parquet.ParquetFile(path) as f: yield from _arrow(path, f.iter_batches(batch_size=256), f.schema_arrow.names, rejects, name, at)
-    except pa.ArrowException as e: raise BadLine(f"not a whole Parquet file: {str(e).splitlines()[0]}") from None
+def _parquet(path, rejects, name):
+    with _guard(path, rejects, name) as at:
+        pa = _pyarrow()
+        try:
+            with pa.parquet.ParquetFile(path) as f: yield from _arrow(path, f.iter_batches(batch_size=256), f.schema_arrow.names, rejects, name, at)
+        except pa.ArrowException as e: raise BadLine(f"not a whole Parquet file: {str(e).splitlines()[0]}") from None
 
 def _saved_dataset(folder, rejects):
     import json
@@ -224,12 +253,11 @@ def _saved_dataset(folder, rejects):
         raise ReadError(f"{folder}: holds several splits; name one: {', '.join(str(folder/n) for n in names)}")
     state, pa = json.loads((folder/"state.json").read_bytes()), _pyarrow()
     if state.get("_indices_files"): raise ReadError(f"{folder}: saved with an index over its rows; call flatten_indices() before save_to_disk()")
-    @_guarded
-    def arrow(path, rejects, name, at):
-        try:
-            with pa.memory_map(str(path)) as m, pa.ipc.open_stream(m) as f: yield from _arrow(path, f, f.schema.names, rejects, name, at)
-        except (pa.ArrowException, FileNotFoundError) as e: raise BadLine(f"not a whole Arrow file: {str(e).splitlines()[0]}") from None
-    for f in state["_data_files"]: yield from arrow(folder/f["filename"], rejects, f["filename"])
+    for name in (f["filename"] for f in state["_data_files"]):
+        with _guard(folder/name, rejects, name) as at:
+            try:
+                with pa.memory_map(str(folder/name)) as m, pa.ipc.open_stream(m) as f: yield from _arrow(folder/name, f, f.schema.names, rejects, name, at)
+            except (pa.ArrowException, FileNotFoundError) as e: raise BadLine(f"not a whole Arrow file: {str(e).splitlines()[0]}") from None
 
 # %% ../nbs/11_readers.ipynb #3fb8f9a0
 _READERS = {".jsonl": _jsonl, ".ndjson": _jsonl, ".csv": _csv, ".parquet": _parquet}

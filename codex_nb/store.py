@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['Lock', 'is_locked', 'workspace', 'store_folder', 'cached', 'deposit', 'find_stored', 'stored', 'collect']
 
-# %% ../nbs/05_store.ipynb #e2f4abe4
+# %% ../nbs/05_store.ipynb #2ab41678
 import json, os, shutil, socket, tempfile, time
 from collections.abc import Callable, Iterable
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -68,16 +69,17 @@ def store_folder(
     "Where shared artifacts of a kind lie."
     return workspace()/"store"/kind
 
-# %% ../nbs/05_store.ipynb #d4e9d632
+# %% ../nbs/05_store.ipynb #2c7b58ce
 def cached(
     kind:str, # What is wanted
     config:dict, # The settings that determine it
     parents:dict[str, str], # Role -> digest of what it is made from
     modules:tuple[str, ...], # The modules whose code makes it
     build:Callable[[Draft], None], # Writes the files into `draft.path`
+    packages:tuple[str, ...]=(), # Installed packages whose work it is as well
 )->Artifact: # Verified
     "Open an artifact from the store, or make it there first."
-    key = digest_of({"kind": kind, "config": config, "parents": parents, "code": code_digest(*modules)})
+    key = digest_of({"kind": kind, "config": config, "parents": parents, "code": code_digest(*modules), "packages": {p: version(p) for p in packages}})
     target = store_folder(kind)/key[:20]
     with Lock(store_folder(kind)/f".{key[:20]}.lock", timeout=600):
         if not target.exists():

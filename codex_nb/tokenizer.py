@@ -7,11 +7,12 @@ __all__ = ['EOT', 'TURNS', 'END', 'SPECIALS', 'PATTERN', 'CHAT_TEMPLATE', 'Token
            'sp_form', 'char_form', 'in_threads', 'Tokenizer', 'save_fast', 'Encoded', 'encode_document', 'Padded',
            'pad']
 
-# %% ../nbs/15_tokenizer.ipynb #6d25b57f
-import json
+# %% ../nbs/15_tokenizer.ipynb #6de86015
+import json, os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +70,7 @@ def char_form(
     tok.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     return tok
 
-# %% ../nbs/15_tokenizer.ipynb #02807864
+# %% ../nbs/15_tokenizer.ipynb #407c11e4
 def _quick(spec, folder): # how to encode one text into a uint32 array, or None when only `tokenizers` knows
     model, pre, vocab = spec["model"], spec.get("pre_tokenizer") or {}, spec["model"].get("vocab")
     if model["type"] == "BPE" and not spec.get("normalizer") and not model.get("ignore_merges"):
@@ -105,36 +106,40 @@ def _characters(vocab):
         return np.concatenate([*parts, ids[places[-1]+1:]])
     return encode
 
-_LONGEST = 10_000 # characters of a line up to which SentencePiece's sums of scores are exact
+_LONGEST = 10_000 # characters up to which SentencePiece's sums of scores are exact
 
 def _sentencepiece(path, fast):
     import re, sentencepiece
-    processor, spelled = sentencepiece.SentencePieceProcessor(model_file=str(path)), re.compile(_SPELLED)
-    newline, fast.encode_special_tokens = [processor.piece_to_id("\n")], True
+    one, spelled = sentencepiece.SentencePieceProcessor(model_file=str(path)).encode_as_numpy, re.compile(_SPELLED)
+    fast.encode_special_tokens = True
     def encode(text):
-        lines = text.split("\n")
-        if len(max(lines, key=len)) > _LONGEST: return np.array(fast.encode(text, add_special_tokens=False).ids, np.uint32)
+        whole, parts, i = text, [], 0
         if _ESC in text: text = text.replace(_ESC, _ESC+"0")
         if "▁" in text: text = text.replace("▁", _ESC+"1")
         if "<" in text: text = spelled.sub(_ESC+"2", text)
-        out = []
-        for ids in processor.encode(text.split("\n"), num_threads=1): out += ids; out += newline
-        return np.array(out[:-1], np.uint32)
+        while len(text)-i > _LONGEST:
+            j = text.rfind("\n", i, i+_LONGEST)+1
+            if not j: return np.array(fast.encode(whole, add_special_tokens=False).ids, np.uint32)
+            parts.append(one(text[i:j]))
+            i = j
+        return np.concatenate([*parts, one(text[i:])]).astype(np.uint32)
     return encode
 
-# %% ../nbs/15_tokenizer.ipynb #4ba9b6b3
+# %% ../nbs/15_tokenizer.ipynb #689f5ee9
 def in_threads(
     one:Callable, # What to do with each
     items:list, # To what
     threads:int=2, # How many at a time
 )->list: # The results, in the order of the items
     "Do the same to many things, a share of them in each thread."
-    threads = min(threads, len(items))
-    if threads < 2: return [one(x) for x in items]
+    if min(threads, len(items)) < 2: return [one(x) for x in items]
     out = [None]*len(items)
     def share(k): out[k::threads] = [one(x) for x in items[k::threads]]
-    with ThreadPoolExecutor(threads) as pool: list(pool.map(share, range(threads)))
+    list(_pool(threads, os.getpid()).map(share, range(threads)))
     return out
+
+@cache
+def _pool(threads, process): return ThreadPoolExecutor(threads)
 
 # %% ../nbs/15_tokenizer.ipynb #401d2be6
 class Tokenizer:

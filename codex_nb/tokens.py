@@ -57,7 +57,7 @@ def _ones(path, n):
         f.write(b"\0") # the very first id is no target
         for i in range(1, n, 1<<20): f.write(b"\1"*min(1<<20, n-i))
 
-# %% ../nbs/17_tokens.ipynb #b9195a1c
+# %% ../nbs/17_tokens.ipynb #d15fcb60
 class TokenStore:
     "A verified token store: ids through a memory map, and where documents begin."
     def __init__(self,
@@ -84,7 +84,7 @@ def build_tokens(
     "Encode one split of a corpus."
     parents = {"corpus": corpus.digest, "tokenizer": tokenizer.digest}
     def build(draft): draft.meta.update(_write_stream(corpus.split(split), tokenizer, draft.path))
-    return TokenStore(cached("tokens", {"split": split}, parents, ("tokens", "tokenizer", "documents"), build))
+    return TokenStore(cached("tokens", {"split": split}, parents, ("tokens", "tokenizer", "documents"), build, ("tokenizers", "tiktoken", "sentencepiece")))
 
 # %% ../nbs/17_tokens.ipynb #a4b437cc
 class RowsConfig(Config):
@@ -110,7 +110,7 @@ def best_fit(
         if left > size: free[left-size].append(r); open_ |= 1<<(left-size)
     return row
 
-# %% ../nbs/17_tokens.ipynb #08771073
+# %% ../nbs/17_tokens.ipynb #c8a3b7c2
 class Rows:
     "A token store laid into rows of equal length. B rows, T predictions in each."
     def __init__(self,
@@ -122,79 +122,100 @@ class Rows:
         if seq_len < 1: raise ValueError(f"seq_len must be at least 1, got {seq_len}")
         if packing not in ("stream", "best-fit", "pad"): raise ValueError(f"packing must be stream, best-fit or pad, got {packing!r}")
         if not store.supervised: raise ConfigError("no token of this corpus would be learned from: its conversations have no assistant, or all is prompt; nothing can be trained on it")
-        self.store, self.seq_len, self.packing, self.keep_apart = store, seq_len, packing, keep_apart
-        self.n, self.tail = (len(store.ids)-1)//seq_len, 0 # Rows, and tokens left over
-        if packing == "stream": self.tail = len(store.ids)-1-self.n*seq_len
-        else: self._lay()
+        self.store, self.seq_len, self.packing, self.keep_apart, self._places = store, seq_len, packing, keep_apart, np.arange(0)
+        self._cut() if packing == "stream" else self._lay()
         if self.n < 1: raise ConfigError(f"seq_len: {len(store.ids)-1} tokens cannot fill a row of {seq_len}: give more text or a smaller seq_len")
 
-    def _lay(self): # pieces, sorted by row: where each begins in the store, how long it is, its document
+    def _cut(self): # stream: which spans of the array are rows
+        s, T = self.store, self.seq_len
+        self.n, self._useful = (len(s.ids)-1)//T, None # Rows; of masked ones those with something to learn from
+        if s.mask is not None:
+            self._useful = np.flatnonzero(np.asarray(s.mask[1:self.n*T+1]).reshape(self.n, T).any(1))
+            self.n = len(self._useful)
+        self.tail = len(s.ids)-1-self.n*T # Tokens in no row
+        self._ids, self._mask = (None if a is None or not self.n else np.lib.stride_tricks.sliding_window_view(a, T+1)[::T] for a in (s.ids, s.mask)) # views, shape (rows, T+1)
+
+    def _lay(self): # the others: pieces, sorted by row: where each begins in the store, how long it is, its document; empty places are a piece of document -1
         T, offsets = self.seq_len, np.asarray(self.store.offsets)
         sizes = np.diff(offsets)
         pieces = -(-sizes//T)
         document = np.repeat(np.arange(len(sizes)), pieces)
         within = np.arange(len(document))-np.repeat(np.cumsum(pieces)-pieces, pieces)
         start = offsets[document]+within*T
-        size = np.minimum(offsets[document+1]-start, T)
+        size, self.tail = np.minimum(offsets[document+1]-start, T), 0
         if self.store.mask is not None:
             sums = np.concatenate([[0], np.cumsum(self.store.mask, dtype=np.int64)])
             useful = sums[start+size+1] > sums[start+1]
             self.tail = int(size[~useful].sum())
             start, size, document = start[useful], size[useful], document[useful]
         row = best_fit(size, T) if self.packing == "best-fit" else np.arange(len(size))
+        self.n, self._held = int(row.max())+1 if len(row) else 0, int(size.sum())
+        empty = T-np.bincount(row, size, self.n).astype(np.int64)
+        row, start, size, document = (np.concatenate(x) for x in ((row, np.flatnonzero(empty)), (start, 0*empty[empty > 0]), (size, empty[empty > 0]), (document, 0*empty[empty > 0]-1)))
         order = np.argsort(row, kind="stable")
         self._start, self._size, self._document = start[order], size[order], document[order]
-        self.n = int(row.max())+1 if len(row) else 0
         self._first = np.searchsorted(row[order], np.arange(self.n+1))
 
     def __len__(self): return self.n
 
+    def _pieces(self, index): # of these rows, one after another: where each piece begins in the store, its size and its document; a row's sizes sum to T
+        if self.packing != "stream":
+            n = self._first[index+1]-self._first[index]
+            ends = n.cumsum()
+            at = np.arange(ends[-1])+(self._first[index]-ends+n).repeat(n)
+            return self._start[at], self._size[at], self._document[at]
+        T, offsets = self.seq_len, self.store.offsets
+        begin = index*T
+        first = offsets.searchsorted(begin, "right")
+        n = offsets.searchsorted(begin+T)-first+1
+        ends = n.cumsum()
+        document = np.arange(ends[-1])+(first-1-ends+n).repeat(n)
+        start = offsets[document]
+        start[ends-n] = begin
+        size = np.empty_like(start)
+        size[:-1] = start[1:]-start[:-1]
+        size[ends-1] = begin+T-start[ends-1]
+        return start, size, document
+
     def take(self,
         index:np.ndarray, # int64, shape (B,), each in [0, n)
-    )->tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]: # ids, targets (`IGNORE` where not learned from), positions, documents (-1 where empty); all int64, shape (B, T)
-        "Gather rows, with each token's document and its position in it."
-        ids_BT, targets_BT, position_BT, document_BT = (self._stream if self.packing == "stream" else self._laid)(np.asarray(index, np.int64))
-        if not self.keep_apart: position_BT = np.broadcast_to(np.arange(self.seq_len), ids_BT.shape).copy()
-        return ids_BT, targets_BT, position_BT, document_BT
+    )->tuple[np.ndarray, np.ndarray, np.ndarray]: # ids, targets (`IGNORE` where not learned from; may share memory with ids) and positions; all int64, shape (B, T)
+        "Gather rows, with each token's position in its document."
+        s, T, index = self.store, self.seq_len, self._numbers(index)
+        start, size, document = self._pieces(index)
+        if len(self._places) < len(index)*T: self._places = np.arange(len(index)*T)
+        places, at = self._places[:len(index)*T], size.cumsum()-size
+        if self.packing == "stream":
+            span_BT1 = self._ids[index].astype(np.int64)
+            ids_BT, targets_BT = span_BT1[:, :-1], span_BT1[:, 1:]
+            if s.mask is not None: targets_BT = np.where(self._mask[index, 1:], targets_BT, IGNORE)
+        else:
+            place, empty = places+(start-at).repeat(size), (document < 0).repeat(size)
+            place[empty] = 0
+            ids_BT, targets_BT = (s.ids[p].astype(np.int64).reshape(-1, T) for p in (place, place+1))
+            targets_BT.reshape(-1)[empty if s.mask is None else empty | (s.mask[place+1] == 0)] = IGNORE
+        position = at.repeat(size) if self.keep_apart else places//T*T
+        position_BT = np.subtract(places, position, out=position).reshape(-1, T)
+        return ids_BT, targets_BT, position_BT
 
-    def _stream(self, index):
-        s, T, span_BT1 = self.store, self.seq_len, np.empty((len(index), self.seq_len+1), np.int64)
-        opens_BT = np.zeros((len(index), T), np.int64)
-        start_B = index*T
-        first_B, last_B = np.searchsorted(s.offsets, np.stack([start_B, start_B+T-1]), side="right")-1
-        for b, (start, first, last) in enumerate(zip(start_B.tolist(), first_B.tolist(), last_B.tolist())):
-            span_BT1[b] = s.ids[start:start+T+1]
-            if last > first: opens_BT[b, s.offsets[first+1:last+1]-start] = 1
-        document_BT = np.cumsum(opens_BT, 1)+first_B[:, None]
-        position_BT = np.arange(T)-np.maximum.accumulate(opens_BT*np.arange(T), 1)
-        targets_BT = span_BT1[:, 1:].copy()
-        if s.mask is not None:
-            for b, start in enumerate(start_B.tolist()): targets_BT[b, s.mask[start+1:start+T+1] == 0] = IGNORE
-        return span_BT1[:, :-1].copy(), targets_BT, position_BT, document_BT
+    def documents(self,
+        index:np.ndarray, # int64, shape (B,), each in [0, n)
+    )->np.ndarray: # int64, shape (B, T); -1 where a place is empty
+        "Which document each place of these rows belongs to."
+        _, size, document = self._pieces(self._numbers(index))
+        return document.repeat(size).reshape(-1, self.seq_len)
 
-    def _laid(self, index):
-        place_BT, document_BT, position_BT = (np.zeros((len(index), self.seq_len), np.int64) for _ in range(3))
-        for b, r in enumerate(index):
-            at = 0
-            for p in range(self._first[r], self._first[r+1]):
-                n = self._size[p]
-                position_BT[b, at:at+n] = np.arange(n)
-                place_BT[b, at:at+n], document_BT[b, at:at+n] = self._start[p]+position_BT[b, at:at+n], self._document[p]
-                at += n
-            position_BT[b, at:], document_BT[b, at:] = np.arange(self.seq_len-at), -1
-        s, empty_BT = self.store, document_BT < 0
-        ids_BT, targets_BT = s.ids[place_BT].astype(np.int64), s.ids[place_BT+1].astype(np.int64)
-        if s.mask is not None: targets_BT[s.mask[place_BT+1] == 0] = IGNORE
-        ids_BT[empty_BT], targets_BT[empty_BT] = s.ids[0], IGNORE
-        return ids_BT, targets_BT, position_BT, document_BT
+    def _numbers(self, index):
+        index = np.asarray(index, np.int64)
+        return index if self.packing != "stream" or self._useful is None else self._useful[index]
 
     def report(self)->dict: # Counts; `utilisation` is the share of places that hold a token
         "What of the store is in these rows, and what is not."
         s, T = self.store, self.seq_len
-        held = self.n*T if self.packing == "stream" else int(self._size.sum())
+        held = self.n*T if self.packing == "stream" else self._held
         begins, ends = np.asarray(s.offsets[:-1]), np.asarray(s.offsets[1:])
-        divided = int((begins//T != (ends-1)//T).sum()) if self.packing == "stream" else int((np.diff(s.offsets) > T).sum())
-        counts = np.ones(len(ends), bool) if s.mask is None else s.mask[ends] > 0
-        supervised = held if s.mask is None else int(s.mask[1:held+1].sum()) if self.packing == "stream" else s.supervised
+        divided = int((begins//T != (ends-1)//T).sum()) if self.packing == "stream" else int((ends-begins > T).sum())
+        last = ends <= len(s.ids)-1-(len(s.ids)-1)%T if self.packing == "stream" else ends > 0 # documents whose end is in a row
+        supervised = held if s.mask is None else s.supervised if self.packing != "stream" else int(s.mask[1:len(s.ids)-(len(s.ids)-1)%T].sum())
         return {"packing": self.packing, "keep_apart": self.keep_apart, "rows": self.n, "seq_len": T, "documents": s.documents, "tokens": held, "utilisation": round(held/(self.n*T), 4),
-            "tokens_left_out": self.tail, "documents_divided": divided, "supervised": supervised, "end_of_text_learned": int((counts & (ends <= held if self.packing == "stream" else True)).sum())}
+            "tokens_left_out": self.tail, "documents_divided": divided, "supervised": supervised, "end_of_text_learned": int((last if s.mask is None else last & (s.mask[ends] > 0)).sum())}

@@ -47,7 +47,7 @@ def training_texts(
         last = ranks[order][max(0, int(np.searchsorted(np.cumsum(sizes[order]), max_bytes, side="right"))-1)]
     return (d.whole for d in corpus.split("train") if last == 1.0 or rank_of(d.sha256) <= last)
 
-# %% ../nbs/16_vocabulary.ipynb #85603c52
+# %% ../nbs/16_vocabulary.ipynb #30795b50
 def _bpe(texts, cfg, folder):
     tok = byte_form(models.BPE(), words=True)
     tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=cfg.vocab_size, special_tokens=[*SPECIALS], show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
@@ -80,7 +80,9 @@ def _sentencepiece(texts, cfg, folder):
 def _exact_scores(data): # scores as multiples of 1/64, so that their sums do not depend on precision or order
     from sentencepiece import sentencepiece_model_pb2 as pb
     proto = pb.ModelProto.FromString(data)
-    for p in proto.pieces: p.score = round(p.score*64)/64
+    for p in proto.pieces:
+        if p.piece == "\n": p.type, p.score = 1, 0 # an ordinary piece: it keeps to itself, since no other holds a newline
+        p.score = round(p.score*64)/64
     return proto.SerializeToString(deterministic=True)
 
 def sp_model(
@@ -117,7 +119,7 @@ def check_parity(
             raise TokenizerError(f"two forms of this tokenizer disagree on {t[:60]!r}{'...' if len(t) > 60 else ''} (text {n}): from token {i} on {a[i:i+6]} against {b[i:i+6]}")
     return n
 
-# %% ../nbs/16_vocabulary.ipynb #5e2be13a
+# %% ../nbs/16_vocabulary.ipynb #15577a4c
 def train_tokenizer(
     corpus:Corpus, # Its training split is used, nothing else
     cfg:TokenizerConfig, # Which kind, or where it lies
@@ -143,7 +145,7 @@ def train_tokenizer(
         checked = check_parity(made.array, lambda t: made.fast.encode(t, add_special_tokens=False).ids, (*TRAPS, *islice((d.whole[:20_000] for d in corpus.split("train")), 200)))
         draft.meta.update(vocab_size=made.vocab_size, train_bytes=size[0], parity_texts=checked)
     config = cfg.plain() | {"tokenizer_path": None}
-    artifact = cached("tokenizer", config, {"corpus": corpus.digest}, ("tokenizer", "vocabulary"), build)
+    artifact = cached("tokenizer", config, {"corpus": corpus.digest}, ("tokenizer", "vocabulary"), build, ("tokenizers", "sentencepiece"))
     return Tokenizer(artifact.path, artifact.digest)
 
 def _plan(corpus, cfg, trial=300_000):

@@ -1,5 +1,6 @@
 """Properties of readers, splits, tokenizers and the sample order."""
 import json, os, subprocess, sys
+from pathlib import Path
 import numpy as np, pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from codex_nb.batches import permute, sample_order
@@ -68,10 +69,10 @@ def test_position_split_joins_to_the_whole(text, v, t):
 def test_reading_streams(tmp_path):
     with open(tmp_path/"big.jsonl", "w") as f:
         for i in range(60_000): f.write(json.dumps({"text": f"{i} " + "word "*200})+"\n") # 60 MB
-    code = ("import resource, sys; from codex_nb.readers import read_jsonl; base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "n = sum(1 for _ in read_jsonl(sys.argv[1])); print(n, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-base)")
-    n, grown = map(int, subprocess.run([sys.executable, "-c", code, str(tmp_path/"big.jsonl")], capture_output=True, text=True, check=True).stdout.split())
-    assert n == 60_000 and grown < 20_000 # KiB
+    code = ("import sys; from memory import peak; from codex_nb.readers import read_jsonl; base = peak()\n"
+        "n = sum(1 for _ in read_jsonl(sys.argv[1])); print(n, peak()-base)")
+    n, grown = map(int, subprocess.run([sys.executable, "-c", code, str(tmp_path/"big.jsonl")], capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout.split())
+    assert n == 60_000 and grown < 20 # MiB
 
 def test_links_and_loops_are_not_followed(tmp_path):
     (tmp_path/"a.txt").write_text("text"); (tmp_path/"loop").symlink_to(tmp_path); (tmp_path/"b.txt").symlink_to(tmp_path/"a.txt")

@@ -209,3 +209,25 @@ def test_the_fast_way_takes_no_more_than_the_slow_one(text, meta, spoil):
         try: return f(s.encode())
         except BadLine as e: return e.reason
     assert outcome(parse_line) == outcome(_read_slowly)
+
+SHREDS = [FINE, FINE, FINE, FINE+FINE, FINE+b" ", b" "+FINE, FINE+b"\r", b"\r", b"", b" ", b"{", b"}", b'{"text": "a", "meta":', b"{}}", b'{"text": "a", "meta": {}', b"{}", b"{}"+FINE, b'{"text": "x}', b'{y"}', b'{"id":', b'"one", "text": "a"}',
+    b'{"text": ""}', b'{"text": "a", "meta": {"k": [1]}}', b'{"text": "a", "prompt": ""}', b'{"prompt": "", "completion": "c"}', msg(("user", "a"), ("assistant", "b")), b'{"text": "' + b"long"*400 + b'"}', b'{"text": "\xe9"}', b'{"text": 1, "text": "a"}',
+    b'{"text": "a", "meta": {"k": 1e400}}', b'{"text": "a", "meta": {"k": 99999999999999999999999}}', b'{"text": "a", "meta": {"k": "\\udfff"}}', b'{"text": "a", "meta": ' + b'{"k":'*70 + b"1" + b"}"*71, b'{"text": "a", "meta": {}\n}\n'+FINE*2, b'{"text": "a", "meta":\n{}}\n'+FINE*2, b'{"text": "a",\n"id": "b"}\n'+FINE*2, b"\n"+FINE*2, FINE*2+b"\n"]
+
+@settings(max_examples=20_000 if PROVE else 1000, deadline=None)
+@given(st.lists(st.sampled_from(SHREDS), min_size=1, max_size=8), st.booleans(), st.sampled_from([1, 30, 200, 1<<18]))
+def test_many_lines_at_once_are_read_as_each_alone(tmp_path_factory, shreds, last, portion):
+    import codex_nb.readers as readers
+    path = tmp_path_factory.getbasetemp()/"shreds.jsonl"
+    path.write_bytes(b"\n".join(shreds)+b"\n"*last)
+    lines, want = path.read_bytes().split(b"\n"), []
+    if not lines[-1]: lines.pop()
+    for n, line in enumerate(lines, 1):
+        try: d = parse_line(line); want.append((d.id or f"shreds.jsonl:{n}", d.whole))
+        except BadLine as e: want.append((n, e.reason))
+    if not lines: return
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(readers, "_PORTION", portion)
+        rejects = Rejects("quarantine")
+        got = [(d.id, d.whole) for d in read_path(path, rejects=rejects)]
+    assert got == [w for w in want if isinstance(w[0], str)] and [(r.line, r.reason) for r in rejects.first] == [w for w in want if isinstance(w[0], int)]

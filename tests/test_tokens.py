@@ -1,5 +1,5 @@
 """Tokenizers in every combination, packing that keeps documents apart, the physical limit, the store's upkeep, memory."""
-import json, math, os, random, resource, shutil, subprocess, sys, time
+import json, math, os, random, shutil, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -67,14 +67,14 @@ def test_documents_do_not_see_each_other(tales, arch, packing):
         seen = 0
         rows = Rows(store, 64, packing, keep_apart=keep)
         for r in range(len(rows)):
-            b = to_batch(rows, np.array([r]))
-            docs = [d for d in b.documents_BT[0].unique().tolist() if d >= 0]
+            b, of = to_batch(rows, np.array([r])), torch.from_numpy(rows.documents(np.array([r])))
+            docs = [d for d in of.unique().tolist() if d >= 0]
             if len(docs) < 2: continue
             for one, other in zip(docs, docs[1:]):
                 ids = b.ids_BT.clone()
-                ids[b.documents_BT == one] = (ids[b.documents_BT == one]+7) % tok.vocab_size
-                changed = type(b)(ids, b.targets_BT, b.positions_BT, b.documents_BT, b.sample_ids_B)
-                with torch.no_grad(): x, y = (logits_of(model, v)[0][b.documents_BT[0] == other] for v in (b, changed))
+                ids[of == one] = (ids[of == one]+7) % tok.vocab_size
+                changed = type(b)(ids, b.targets_BT, b.positions_BT, b.sample_ids_B)
+                with torch.no_grad(): x, y = (logits_of(model, v)[0][of[0] == other] for v in (b, changed))
                 assert torch.equal(x, y) == keep
                 seen += 1
             if seen > (400 if PROVE else 30): break
@@ -93,7 +93,7 @@ def test_every_prediction_is_made_once(tales, seq_len, packing, keep):
     tok = train_tokenizer(tales, TokenizerConfig(vocab_size=300))
     store = build_tokens(tales, tok)
     rows = Rows(store, seq_len, packing, keep)
-    ids, targets, positions, documents = rows.take(np.arange(len(rows)))
+    (ids, targets, positions), documents = rows.take(np.arange(len(rows))), rows.documents(np.arange(len(rows)))
     want = np.sort(np.asarray(store.ids[1:len(store.ids)-rows.tail], np.int64))
     assert (np.sort(targets[targets != IGNORE]) == want).all()
     assert ((targets != IGNORE) == (documents >= 0)).all() and ids.shape == targets.shape == (len(rows), seq_len)
@@ -156,12 +156,12 @@ def test_upkeep_takes_nothing_from_a_run_that_can_go_on(tmp_path, monkeypatch):
     assert in_use() == set()
 
 MEMORY = """
-import resource, sys, os
+import sys
+from memory import peak
 from codex_nb.corpus import CorpusConfig, open_corpus
 from codex_nb.vocabulary import TokenizerConfig, train_tokenizer
 from codex_nb.tokens import build_tokens
 import pyarrow, pyarrow.parquet, pyarrow.ipc, tiktoken
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
 base = peak()
 c = open_corpus(CorpusConfig(data=sys.argv[1]))
 read = peak()-base
@@ -192,7 +192,7 @@ def heap(folder, kind, megabytes):
 def test_memory_does_not_grow_with_the_input(tmp_path, kind, then):
     size, bound = (1000, 1000) if PROVE else (60, 220)
     path = heap(tmp_path, kind, size)
-    done = subprocess.run([sys.executable, "-c", MEMORY, str(path), then], capture_output=True, text=True, env=os.environ | {"CODEX_NB_HOME": str(tmp_path/"home")})
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(path), then], capture_output=True, text=True, env=os.environ | {"CODEX_NB_HOME": str(tmp_path/"home")}, cwd=Path(__file__).parent)
     assert done.returncode == 0, done.stderr
     n, read, all_ = map(int, done.stdout.split())
     print(f"{kind}: {n} documents of {size} MB, {read} MiB to read, {all_} MiB in all")
