@@ -63,7 +63,7 @@ def check_data(
         "secrets": dict(secrets), "places": places, "skipped": dict(skipped)}
     return report | ({"tokens": tokens, "bytes_per_token": round(report["bytes"]/max(1, tokens), 3)} if tokenizer else {})
 
-# %% ../nbs/19_check.ipynb #afb4abf9
+# %% ../nbs/19_check.ipynb #7bba0e02
 def report_lines(
     report:dict, # From `check_data`
     shown:int=5, # Entries of each list
@@ -92,5 +92,5 @@ def plot_lengths(
     keys = range(min(map(int, report["lengths"]), default=0), max(map(int, report["lengths"]), default=0)+1)
     fig, ax = plt.subplots(figsize=(6, 2.4))
     ax.bar([f"{1<<k:,}" if k < 10 else f"{1<<(k-10):,} Ki" if k < 20 else f"{1<<(k-20):,} Mi" for k in keys], [report["lengths"].get(str(k), 0) for k in keys])
-    ax.set_xlabel("length of a document, bytes, from"); ax.set_ylabel("documents"); ax.tick_params(axis="x", labelsize=7)
+    ax.set_xlabel("length of a document, bytes, from"); ax.set_ylabel("documents"); ax.tick_params(axis="x", labelsize=7, rotation=30)
     return fig

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['isolation', 'preflight', 'preflight_lines']
 
-# %% ../nbs/57_preflight.ipynb #be248de3
+# %% ../nbs/57_preflight.ipynb #0d264b62
 import math, time
 
 import numpy as np
 import torch
 
 from .batches import Batches, order_digest, to_batch
-from .corpus import open_corpus
+from .corpus import SPLITS, open_corpus
 from .engine import samples_to_take
 from .loss import lm_loss
 from .model import autocast, build_model, count_parameters, logits_of
@@ -99,13 +99,13 @@ def _warnings(out, cfg):
     if out.get("epochs", 0) > 20: said.append(f"every row is seen {out['epochs']:.0f} times")
     return said
 
-# %% ../nbs/57_preflight.ipynb #f0e8ac9c
+# %% ../nbs/57_preflight.ipynb #f4046784
 def preflight_lines(
     out:dict, # From `preflight`
 )->list[str]:
     "A report as lines of text."
     r, d = out["rows"], lambda s: f"{s/3600:.1f} h" if s > 5400 else f"{s/60:.1f} min" if s > 90 else f"{s:.0f} s"
-    lines = ["corpus: " + ", ".join(f"{s} {c['documents']:,}" for s, c in out["splits"].items()) + " documents",
+    lines = ["corpus: " + ", ".join(f"{s} {out['splits'][s]['documents']:,}" for s in SPLITS) + " documents",
         f"rows: {r['rows']:,} of {r['seq_len']} ({r['packing']}), {r['utilisation']:.1%} filled, {r['tokens_left_out']:,} tokens in no row, {r['documents_divided']:,} of {r['documents']:,} documents divided",
         f"learned from: {r['supervised']:,} of {r['tokens']:,} tokens an epoch; the end of a text {r['end_of_text_learned']:,} times",
         f"documents kept apart: {'yes, tried on this model' if out['isolated'] else 'no' if out['isolated'] is False else 'no row holds two'}",

@@ -189,7 +189,7 @@ def read_text(
     "Stream a text file."
     return _text(Path(path), rejects or Rejects(), name or Path(path).name)
 
-# %% ../nbs/11_readers.ipynb #333e58c1
+# %% ../nbs/11_readers.ipynb #29edb9d5
 _FIELDS = ("id", "text", "group", "meta", "messages", "prompt", "completion")
 
 def _row(row): # a row of a table as a document
@@ -247,13 +247,16 @@ def _parquet(path, rejects, name):
         except pa.ArrowException as e: raise BadLine(f"not a whole Parquet file: {str(e).splitlines()[0]}") from None
 
 def _saved_dataset(folder, rejects):
-    import json
-    if (folder/"dataset_dict.json").exists():
-        names = json.loads((folder/"dataset_dict.json").read_bytes())["splits"]
-        raise ReadError(f"{folder}: holds several splits; name one: {', '.join(str(folder/n) for n in names)}")
-    state, pa = json.loads((folder/"state.json").read_bytes()), _pyarrow()
+    several = (folder/"dataset_dict.json").exists()
+    try:
+        state = msgspec.json.decode((folder/("dataset_dict.json" if several else "state.json")).read_bytes())
+        names = state["splits"] if several else [f["filename"] for f in state["_data_files"]]
+        if any(Path(n).name != n for n in names): raise ValueError("it names files outside the folder")
+    except (ValueError, KeyError, TypeError, OSError) as e: raise ReadError(f"{folder}: not a whole folder saved by datasets ({type(e).__name__}: {e})") from None
+    if several: raise ReadError(f"{folder}: holds several splits; name one: {', '.join(str(folder/n) for n in names)}")
     if state.get("_indices_files"): raise ReadError(f"{folder}: saved with an index over its rows; call flatten_indices() before save_to_disk()")
-    for name in (f["filename"] for f in state["_data_files"]):
+    pa = _pyarrow()
+    for name in names:
         with _guard(folder/name, rejects, name) as at:
             try:
                 with pa.memory_map(str(folder/name)) as m, pa.ipc.open_stream(m) as f: yield from _arrow(folder/name, f, f.schema.names, rejects, name, at)

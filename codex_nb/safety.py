@@ -11,32 +11,33 @@ import os, re
 from dataclasses import dataclass
 from typing import Any
 
-# %% ../nbs/01_safety.ipynb #bb5074a3
+# %% ../nbs/01_safety.ipynb #e58a6fb7
 @dataclass(frozen=True)
 class Rule:
     "One kind of secret and how it is recognised."
     kind:str # Named in the replacement: `[redacted KIND]`
     pattern:re.Pattern # Where it stands
     group:int=0 # The group of `pattern` that is the secret; 0 is all of it
+    hints:tuple[str, ...]=("",) # One of these stands in every match, in lower case
 
-RULES = [Rule(k, re.compile(p, f), g) for k, p, g, f in (
-    ("private-key", r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----.*?(?:-----END (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----|\Z)", 0, re.S),
-    ("aws-key-id", r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b", 0, 0),
-    ("aws-secret", r"(?i)aws.{0,20}?secret.{0,20}?['\"=:\s]([A-Za-z0-9/+]{40})(?![A-Za-z0-9/+])", 1, 0),
-    ("github-token", r"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{60,})\b", 0, 0),
-    ("gitlab-token", r"\bglpat-[A-Za-z0-9_-]{20,}", 0, 0),
-    ("slack-token", r"\bxox[abposr]-[A-Za-z0-9-]{10,}", 0, 0),
-    ("google-key", r"\bAIza[0-9A-Za-z_-]{35}", 0, 0),
-    ("anthropic-key", r"\bsk-ant-[A-Za-z0-9_-]{20,}", 0, 0),
-    ("openai-key", r"\bsk-(?:proj-|svcacct-)?[A-Za-z0-9_-]{20,}", 0, 0),
-    ("huggingface-token", r"\bhf_[A-Za-z0-9]{30,}", 0, 0),
-    ("stripe-key", r"\b[sr]k_(?:live|test)_[0-9A-Za-z]{16,}", 0, 0),
-    ("pypi-token", r"\bpypi-[A-Za-z0-9_-]{50,}", 0, 0),
-    ("npm-token", r"\bnpm_[A-Za-z0-9]{36}\b", 0, 0),
-    ("jwt", r"\beyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}", 0, 0),
-    ("bearer-token", r"(?i)\bbearer\s+([A-Za-z0-9._~+/-]{16,}=*)", 1, 0),
-    ("url-password", r"\b[a-zA-Z][a-zA-Z0-9+.-]*://[^\s:/@'\"]*:([^\s/@'\"]{1,})@", 1, 0),
-    ("assigned-secret", r"(?i)(?:password|passwd|secret|api[_-]?key|access[_-]?token|auth[_-]?token)['\"]?\s*[:=]\s*(['\"])((?!\[redacted)[^'\"\n]{6,})\1", 2, 0),
+RULES = [Rule(k, re.compile(p, f), g, h) for k, p, g, f, h in (
+    ("private-key", r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----.*?(?:-----END (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----|\Z)", 0, re.S, ("private key",)),
+    ("aws-key-id", r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b", 0, 0, ("akia", "asia",)),
+    ("aws-secret", r"(?i)aws.{0,20}?secret.{0,20}?['\"=:\s]([A-Za-z0-9/+]{40})(?![A-Za-z0-9/+])", 1, 0, ("aws",)),
+    ("github-token", r"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{60,})\b", 0, 0, ("ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_",)),
+    ("gitlab-token", r"\bglpat-[A-Za-z0-9_-]{20,}", 0, 0, ("glpat-",)),
+    ("slack-token", r"\bxox[abposr]-[A-Za-z0-9-]{10,}", 0, 0, ("xox",)),
+    ("google-key", r"\bAIza[0-9A-Za-z_-]{35}", 0, 0, ("aiza",)),
+    ("anthropic-key", r"\bsk-ant-[A-Za-z0-9_-]{20,}", 0, 0, ("sk-ant-",)),
+    ("openai-key", r"\bsk-(?:proj-|svcacct-)?[A-Za-z0-9_-]{20,}", 0, 0, ("sk-",)),
+    ("huggingface-token", r"\bhf_[A-Za-z0-9]{30,}", 0, 0, ("hf_",)),
+    ("stripe-key", r"\b[sr]k_(?:live|test)_[0-9A-Za-z]{16,}", 0, 0, ("k_live_", "k_test_",)),
+    ("pypi-token", r"\bpypi-[A-Za-z0-9_-]{50,}", 0, 0, ("pypi-",)),
+    ("npm-token", r"\bnpm_[A-Za-z0-9]{36}\b", 0, 0, ("npm_",)),
+    ("jwt", r"\beyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}", 0, 0, ("eyj",)),
+    ("bearer-token", r"(?i)\bbearer\s+([A-Za-z0-9._~+/-]{16,}=*)", 1, 0, ("bearer",)),
+    ("url-password", r"\b[a-zA-Z][a-zA-Z0-9+.-]*://[^\s:/@'\"]*:([^\s/@'\"]{1,})@", 1, 0, ("://",)),
+    ("assigned-secret", r"(?i)(?:password|passwd|secret|api[_-]?key|access[_-]?token|auth[_-]?token)['\"]?\s*[:=]\s*(['\"])((?!\[redacted)[^'\"\n]{6,})\1", 2, 0, ("password", "passwd", "secret", "key", "token",)),
 )]
 
 # %% ../nbs/01_safety.ipynb #957db15c
@@ -55,7 +56,7 @@ def environment_secrets(
     environ = os.environ if environ is None else environ
     return sorted({v for k, v in environ.items() if looks_secret(k) and len(v) >= 8}, key=len, reverse=True)
 
-# %% ../nbs/01_safety.ipynb #99144898
+# %% ../nbs/01_safety.ipynb #0f85072a
 @dataclass(frozen=True)
 class Finding:
     "Where a secret stands; never the secret."
@@ -68,7 +69,8 @@ def find_secrets(
     environ:dict|None=None, # Default: this process's environment
 )->list[Finding]: # In order of place, not overlapping
     "Every secret in `text` that a rule or the environment knows."
-    found = [Finding(r.kind, *m.span(r.group)) for r in RULES for m in r.pattern.finditer(text)]
+    low = text.lower()
+    found = [Finding(r.kind, *m.span(r.group)) for r in RULES if any(h in low for h in r.hints) for m in r.pattern.finditer(text)]
     found += [Finding("environment", m.start(), m.end()) for v in environment_secrets(environ) for m in re.finditer(re.escape(v), text)]
     out = []
     for f in sorted(found, key=lambda f: (f.start, -f.end)):

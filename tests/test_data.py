@@ -7,6 +7,7 @@ from codex_nb.batches import permute, sample_order
 from codex_nb.corpus import CorpusConfig, build_corpus, open_corpus, split_by_position, split_of
 from codex_nb.documents import Document, ReadError
 from codex_nb.readers import read_jsonl, read_path
+from codex_nb.safety import RULES, find_secrets
 from codex_nb.tokens import Rows, build_tokens
 from codex_nb.vocabulary import TokenizerConfig, train_tokenizer
 
@@ -100,3 +101,11 @@ def test_changed_code_makes_a_new_store(tmp_path, monkeypatch):
     monkeypatch.setattr(artifacts, "code_digest", lambda *m: real(*m)[::-1])
     artifacts.cached("thing", {}, {}, ("tokens",), build)
     assert len(made) == 2
+
+@pytest.mark.parametrize("rule", RULES, ids=[r.kind for r in RULES])
+def test_no_secret_is_without_its_hint(rule):
+    @settings(max_examples=1000 if os.environ.get("PROVE") else 60, deadline=None, suppress_health_check=[*HealthCheck])
+    @given(st.from_regex(rule.pattern, alphabet=st.characters(codec="utf-8", categories=["L", "N", "P", "S", "Z"])))
+    def each(text):
+        assert any(f.start <= m.start(rule.group) and m.end(rule.group) <= f.end for f in find_secrets(text, {}) for m in [rule.pattern.search(text)])
+    each()

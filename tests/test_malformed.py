@@ -121,6 +121,9 @@ def parquet(p):
     import pyarrow as pa, pyarrow.parquet as pq
     pq.write_table(pa.table({"text": ["a", "b"]}), p)
 
+def saved(p, state):
+    p.mkdir(); (p/"dataset_info.json").write_text("{}"); (p/"state.json").write_text(state)
+
 # (what, file name, how it is made, the reason; None where it is good)
 FILES = [
     ("empty file", "a.jsonl", lambda p: p.write_bytes(b""), "the file is empty"),
@@ -151,6 +154,10 @@ FILES = [
     ("CSV, empty cell", "a.csv", lambda p: p.write_text('text,id\n,b\n'), ":2: `text` is empty"),
     ("CSV", "a.csv", lambda p: p.write_text('\ufefftext,id\r\n"a ""b"", c",1\r\n'), None),
     ("a dangling link", "a.txt", lambda p: p.symlink_to(p.with_name("nowhere")), "there is no such file or folder"),
+    ("a saved dataset, its list broken", "saved", lambda p: saved(p, "{"), "not a whole folder saved by datasets"),
+    ("a saved dataset without a list", "saved", lambda p: saved(p, "{}"), "not a whole folder saved by datasets"),
+    ("a saved dataset that points elsewhere", "saved", lambda p: saved(p, '{"_data_files": [{"filename": "../../other.arrow"}]}'), "names files outside the folder"),
+    ("a saved dataset, its file missing", "saved", lambda p: saved(p, '{"_data_files": [{"filename": "data.arrow"}]}'), "not a whole Arrow file"),
     ("a pipe", "a.jsonl", lambda p: os.mkfifo(p), "not a regular file"),
 ]
 

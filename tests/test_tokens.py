@@ -163,6 +163,10 @@ from codex_nb.vocabulary import TokenizerConfig, train_tokenizer
 from codex_nb.tokens import build_tokens
 import pyarrow, pyarrow.parquet, pyarrow.ipc, tiktoken
 base = peak()
+if sys.argv[2] == "check":
+    from codex_nb.check import check_data
+    c = check_data(CorpusConfig(data=sys.argv[1]), near_limit=20_000)
+    sys.exit(print(c["documents"], 0, round(peak()-base)))
 c = open_corpus(CorpusConfig(data=sys.argv[1]))
 read = peak()-base
 if sys.argv[2] == "tokens": build_tokens(c, train_tokenizer(c, TokenizerConfig(vocab_size=2048, max_train_bytes=2_000_000)))
@@ -188,7 +192,7 @@ def heap(folder, kind, megabytes):
         for i, r in enumerate(rows): (path/f"{i}.txt").write_text(r["text"]*40) if i % 40 == 0 else None
     return path
 
-@pytest.mark.parametrize("kind,then", [("jsonl", "tokens"), ("csv", ""), ("txt", ""), ("parquet", ""), ("folder", "")])
+@pytest.mark.parametrize("kind,then", [("jsonl", "tokens"), ("jsonl", "check"), ("csv", ""), ("txt", ""), ("parquet", ""), ("folder", "")])
 def test_memory_does_not_grow_with_the_input(tmp_path, kind, then):
     size, bound = (1000, 1000) if PROVE else (60, 220)
     path = heap(tmp_path, kind, size)
