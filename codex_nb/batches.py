@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['permute', 'sample_order', 'order_digest', 'Batch', 'to_batch', 'Batches']
 
-# %% ../nbs/18_batches.ipynb #96d9745b
-from dataclasses import dataclass
+# %% ../nbs/18_batches.ipynb #173706a2
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -67,9 +67,8 @@ def order_digest(
     "The order of a run's samples, as one number."
     return digest_of({"rows": n, "seed": seed, "end": end, "first": sample_order(np.arange(min(look, end)), n, seed).tolist()})
 
-# %% ../nbs/18_batches.ipynb #4404d8f7
-@dataclass(frozen=True)
-class Batch:
+# %% ../nbs/18_batches.ipynb #f3f5e749
+class Batch(NamedTuple):
     "Rows for one forward pass. B rows, T predictions in each."
     ids_BT:torch.Tensor # int64, inputs
     targets_BT:torch.Tensor # int64, the id that follows each input; -100 where it does not count
@@ -80,14 +79,15 @@ class Batch:
         device, # Where to
     )->"Batch":
         "The same batch on a device."
-        return Batch(*(getattr(self, f).to(device, non_blocking=True) for f in self.__dataclass_fields__))
+        return Batch(*(x.to(device, non_blocking=True) for x in self))
 
 def to_batch(
     rows:Rows, # Where from
     index:np.ndarray, # int64, which rows
 )->Batch:
     "Gather rows into a batch on the CPU."
-    return Batch(*map(torch.from_numpy, (*rows.take(index), np.asarray(index, np.int64))))
+    index = np.asarray(index, np.int64)
+    return Batch(*map(torch.from_numpy, (*rows.take(index), index)))
 
 # %% ../nbs/18_batches.ipynb #a5910253
 class Batches:

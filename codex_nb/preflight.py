@@ -20,7 +20,7 @@ from .recipe import RunConfig
 from .tokens import IGNORE, Rows, build_tokens
 from .vocabulary import train_tokenizer
 
-# %% ../nbs/57_preflight.ipynb #4251d2d4
+# %% ../nbs/57_preflight.ipynb #47e7320a
 def isolation(
     model, # The one to be trained
     rows:Rows, # What on
@@ -36,7 +36,7 @@ def isolation(
         first, second = document_T == held[0], document_T == held[1]
         other = batch.ids_BT.clone()
         other[0, first] = (other[0, first]+1) % model.config.vocab_size
-        changed = type(batch)(other, *(getattr(batch, f) for f in list(batch.__dataclass_fields__)[1:]))
+        changed = batch._replace(ids_BT=other)
         model.eval()
         try:
             with torch.no_grad(): a, b = (logits_of(model, x.to(device))[0][second.to(device)] for x in (batch, changed))

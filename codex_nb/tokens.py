@@ -110,7 +110,7 @@ def best_fit(
         if left > size: free[left-size].append(r); open_ |= 1<<(left-size)
     return row
 
-# %% ../nbs/17_tokens.ipynb #c8a3b7c2
+# %% ../nbs/17_tokens.ipynb #23c368c7
 class Rows:
     "A token store laid into rows of equal length. B rows, T predictions in each."
     def __init__(self,
@@ -158,33 +158,32 @@ class Rows:
 
     def __len__(self): return self.n
 
-    def _pieces(self, index): # of these rows, one after another: where each piece begins in the store, its size and its document; a row's sizes sum to T
+    def _pieces(self, index): # of these rows, one behind another: the place in them at which each piece begins, its size, its document, and where it begins in the store
+        T = self.seq_len
         if self.packing != "stream":
             n = self._first[index+1]-self._first[index]
             ends = n.cumsum()
-            at = np.arange(ends[-1])+(self._first[index]-ends+n).repeat(n)
-            return self._start[at], self._size[at], self._document[at]
-        T, offsets = self.seq_len, self.store.offsets
-        begin = index*T
+            piece = np.arange(ends[-1])+(self._first[index]-ends+n).repeat(n)
+            size = self._size[piece]
+            return size.cumsum()-size, size, self._document[piece], self._start[piece]
+        begin, offsets = index*T, self.store.offsets
         first = offsets.searchsorted(begin, "right")
         n = offsets.searchsorted(begin+T)-first+1
-        ends = n.cumsum()
-        document = np.arange(ends[-1])+(first-1-ends+n).repeat(n)
-        start = offsets[document]
-        start[ends-n] = begin
-        size = np.empty_like(start)
-        size[:-1] = start[1:]-start[:-1]
-        size[ends-1] = begin+T-start[ends-1]
-        return start, size, document
+        ends, rows = n.cumsum(), self._places[:len(index)*T:T]
+        document = self._places[:ends[-1]]+(first-1-ends+n).repeat(n)
+        at = offsets[document]-(begin-rows).repeat(n)
+        at[ends-n] = rows
+        size = np.empty_like(at)
+        size[:-1], size[-1] = at[1:]-at[:-1], len(index)*T-at[-1]
+        return at, size, document, None
 
     def take(self,
         index:np.ndarray, # int64, shape (B,), each in [0, n)
     )->tuple[np.ndarray, np.ndarray, np.ndarray]: # ids, targets (`IGNORE` where not learned from; may share memory with ids) and positions; all int64, shape (B, T)
         "Gather rows, with each token's position in its document."
         s, T, index = self.store, self.seq_len, self._numbers(index)
-        start, size, document = self._pieces(index)
-        if len(self._places) < len(index)*T: self._places = np.arange(len(index)*T)
-        places, at = self._places[:len(index)*T], size.cumsum()-size
+        at, size, document, start = self._pieces(index)
+        places = self._places[:len(index)*T]
         if self.packing == "stream":
             span_BT1 = self._ids[index].astype(np.int64)
             ids_BT, targets_BT = span_BT1[:, :-1], span_BT1[:, 1:]
@@ -202,11 +201,12 @@ class Rows:
         index:np.ndarray, # int64, shape (B,), each in [0, n)
     )->np.ndarray: # int64, shape (B, T); -1 where a place is empty
         "Which document each place of these rows belongs to."
-        _, size, document = self._pieces(self._numbers(index))
+        _, size, document, _ = self._pieces(self._numbers(index))
         return document.repeat(size).reshape(-1, self.seq_len)
 
     def _numbers(self, index):
         index = np.asarray(index, np.int64)
+        if len(self._places) < len(index)*self.seq_len: self._places = np.arange(len(index)*self.seq_len)
         return index if self.packing != "stream" or self._useful is None else self._useful[index]
 
     def report(self)->dict: # Counts; `utilisation` is the share of places that hold a token
