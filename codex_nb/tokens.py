@@ -110,7 +110,7 @@ def best_fit(
         if left > size: free[left-size].append(r); open_ |= 1<<(left-size)
     return row
 
-# %% ../nbs/17_tokens.ipynb #23c368c7
+# %% ../nbs/17_tokens.ipynb #810890ea
 class Rows:
     "A token store laid into rows of equal length. B rows, T predictions in each."
     def __init__(self,
@@ -133,6 +133,9 @@ class Rows:
             self._useful = np.flatnonzero(np.asarray(s.mask[1:self.n*T+1]).reshape(self.n, T).any(1))
             self.n = len(self._useful)
         self.tail = len(s.ids)-1-self.n*T # Tokens in no row
+        before = s.offsets.searchsorted(np.arange((len(s.ids)-1)//T+1)*T) # documents that begin before each row
+        self._opened = before+(s.offsets[np.minimum(before, s.documents)] == np.arange(len(before))*T) # or with it
+        self._count = before[1:]-self._opened[:-1]+1 # pieces of each row
         self._ids, self._mask = (None if a is None or not self.n else np.lib.stride_tricks.sliding_window_view(a, T+1)[::T] for a in (s.ids, s.mask)) # views, shape (rows, T+1)
 
     def _lay(self): # the others: pieces, sorted by row: where each begins in the store, how long it is, its document; empty places are a piece of document -1
@@ -166,13 +169,12 @@ class Rows:
             piece = np.arange(ends[-1])+(self._first[index]-ends+n).repeat(n)
             size = self._size[piece]
             return size.cumsum()-size, size, self._document[piece], self._start[piece]
-        begin, offsets = index*T, self.store.offsets
-        first = offsets.searchsorted(begin, "right")
-        n = offsets.searchsorted(begin+T)-first+1
-        ends, rows = n.cumsum(), self._places[:len(index)*T:T]
-        document = self._places[:ends[-1]]+(first-1-ends+n).repeat(n)
-        at = offsets[document]-(begin-rows).repeat(n)
-        at[ends-n] = rows
+        n, rows = self._count[index], self._places[:len(index)*T:T]
+        ends = n.cumsum()
+        first = ends-n
+        document = self._places[:ends[-1]]+(self._opened[index]-1-first).repeat(n)
+        at = self.store.offsets[document]-(index*T-rows).repeat(n)
+        at[first] = rows
         size = np.empty_like(at)
         size[:-1], size[-1] = at[1:]-at[:-1], len(index)*T-at[-1]
         return at, size, document, None
