@@ -141,7 +141,7 @@ def preflight(
     out = preflight(RunConfig.from_preset(given.pop("preset", None), **given))
     print(json.dumps(out) if as_json else "\n".join(preflight_lines(out)))
 
-# %% ../nbs/59_cli.ipynb #8a8bc0f5
+# %% ../nbs/59_cli.ipynb #58121b11
 def _tokenizer(name):
     from codex_nb.store import find_stored, stored
     from codex_nb.tokenizer import Tokenizer
@@ -175,11 +175,13 @@ def tokenizer_report(
     name:Annotated[str, typer.Argument(help="A folder, a .model file, or the beginning of a digest")],
     source:_Data,
     as_json:_Json = False,
+    plot:Annotated[Path|None, typer.Option("--plot", help="Write a plot of bytes per token to this PNG")] = None,
 )->None:
     "Say what a tokenizer makes of a corpus."
     from codex_nb.corpus import CorpusConfig, open_corpus
-    from codex_nb.vocabulary import quality
+    from codex_nb.vocabulary import plot_quality, quality
     r = quality(_tokenizer(name), open_corpus(CorpusConfig(data=source)))
+    if plot: plot_quality({name[:12]: r}).savefig(plot, dpi=110, bbox_inches="tight")
     if as_json: return print(json.dumps(r))
     for title, part in (("", r["splits"]), (" of kind", r["kinds"])):
         for k, s in part.items(): print(f"{title} {k}: {s['bytes_per_token']} bytes per token ({s['bytes']:,} bytes, {s['tokens']:,} tokens)".strip())

@@ -162,9 +162,9 @@ def _plan(corpus, cfg, trial=300_000):
     held = size*(4 if cfg.tokenizer.startswith("sp-") else 0)+(64<<20)
     return {"tokenizer": cfg.tokenizer, "vocab_size": cfg.vocab_size, "documents": count, "train_bytes": size, "corpus_bytes": corpus.counts["train"]["bytes"], "seconds": round(seconds*size/max(1, taken), 3), "memory_bytes": held}
 
-# %% ../nbs/16_vocabulary.ipynb #b8842bca
+# %% ../nbs/16_vocabulary.ipynb #1616ae6a
 def import_tokenizer(
-    path, # A folder with `tokenizer.json`, or a SentencePiece `.model`, or a folder with `tokenizer.model`
+    path, # A folder with `tokenizer.json`, or an older one that `transformers` opens; a SentencePiece `.model`, or a folder with `tokenizer.model`
 )->Tokenizer: # In the store, under its own digest
     "Bring in a tokenizer that was made elsewhere."
     path = Path(path).expanduser()
@@ -183,13 +183,23 @@ def _bring(path, to):
         except Exception as e: raise TokenizerError(f"{path/'tokenizer.json'}: cannot be read: {e}") from None
         shutil.copyfile(path/"tokenizer.json", to/"tokenizer.json")
     elif model.is_file(): _convert(model, to)
-    else: raise TokenizerError(f"{path}: neither tokenizer.json nor tokenizer.model here; there are: {', '.join(sorted(p.name for p in path.iterdir())) or 'no files'}")
+    else: return _old_layout(path, to)
     folder = path if path.is_dir() else path.parent
     config = {k: v for name in ("special_tokens_map.json", "tokenizer_config.json") if path.is_dir() and (folder/name).exists() for k, v in json.loads((folder/name).read_bytes()).items()}
     if path.is_dir() and (folder/"chat_template.jinja").exists(): config["chat_template"] = (folder/"chat_template.jinja").read_text("utf-8")
     if not config.get("eos_token") and model.is_file() and not (path/"tokenizer.json").exists(): config["eos_token"] = _eos_of(model)
     config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
     (to/"tokenizer_config.json").write_text(json.dumps(config, indent=1, sort_keys=True, ensure_ascii=False)+"\n")
+
+def _old_layout(path, to): # a vocabulary in files of its own, as before tokenizer.json; transformers knows how each kind goes together
+    files, why = sorted(p.name for p in path.iterdir()), ""
+    if {"tokenizer_config.json", "config.json"} & {*files}:
+        from transformers import AutoTokenizer
+        with tempfile.TemporaryDirectory() as new:
+            try: AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False, use_fast=True).save_pretrained(new)
+            except Exception as e: why = f", and transformers cannot open it: {str(e).strip().splitlines()[0][:200]}"
+            if (Path(new)/"tokenizer.json").exists(): return _bring(Path(new), to)
+    raise TokenizerError(f"{path}: neither tokenizer.json nor tokenizer.model here{why}; there are: {', '.join(files) or 'no files'}")
 
 def _eos_of(model):
     import sentencepiece
@@ -213,7 +223,7 @@ def _convert(path, to):
     tok.add_special_tokens([p.piece for p in pieces if p.type == 3])
     tok.save(str(to/"tokenizer.json"))
 
-# %% ../nbs/16_vocabulary.ipynb #f5face5f
+# %% ../nbs/16_vocabulary.ipynb #6eb561fe
 def quality(
     tokenizer:Tokenizer, # Which
     corpus:Corpus, # On what
@@ -238,9 +248,10 @@ def quality(
 
 def plot_quality(
     reports:dict[str, dict], # Name -> what `quality` gave
-)->None:
+): # A matplotlib figure
     "Bytes per token of several tokenizers, beside plain bytes."
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(6, 0.4*len(reports)+1))
     for k, s in enumerate(SPLITS): ax.barh(np.arange(len(reports))+0.27*(1-k), [r["splits"].get(s, {}).get("bytes_per_token", 0) for r in reports.values()], 0.25, label=s)
     ax.axvline(1, color="k", lw=0.8, ls=":"); ax.set_yticks(range(len(reports)), list(reports)); ax.set_xlabel("bytes per token (dotted: plain bytes)"); ax.legend(fontsize=7)
+    return fig

@@ -1,8 +1,9 @@
 """Properties of readers, splits, tokenizers and the sample order."""
-import json, os, subprocess, sys
+import json, os, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
+import codex_nb
 from codex_nb.batches import permute, sample_order
 from codex_nb.corpus import CorpusConfig, build_corpus, open_corpus, split_by_position, split_of
 from codex_nb.documents import Document, ReadError
@@ -23,7 +24,9 @@ def tokenizer(request, tmp_path_factory):
 
 @many
 @given(hard)
-def test_round_trip(tokenizer, text): assert tokenizer.decode(tokenizer.encode(text)) == text
+def test_round_trip(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text and ids == tokenizer.fast.encode(text, add_special_tokens=False).ids
 
 def test_a_megabyte_of_one_character(tokenizer):
     for c in " ax☂": assert tokenizer.decode(tokenizer.encode(c*(1<<20))) == c*(1<<20)
@@ -90,17 +93,18 @@ def test_store_key_follows_content_not_dates(tmp_path, monkeypatch):
     (folder/"07.txt").write_text("another text")
     assert open_corpus(cfg).digest != first.digest
 
-def test_changed_code_makes_a_new_store(tmp_path, monkeypatch):
-    import codex_nb.store as artifacts
-    monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
-    made = []
-    build = lambda d: (made.append(1), (d.path/"x").write_text("x"))
-    artifacts.cached("thing", {}, {}, ("tokens",), build)
-    artifacts.cached("thing", {}, {}, ("tokens",), build)
-    real = artifacts.code_digest
-    monkeypatch.setattr(artifacts, "code_digest", lambda *m: real(*m)[::-1])
-    artifacts.cached("thing", {}, {}, ("tokens",), build)
-    assert len(made) == 2
+def test_changed_code_makes_a_new_store(tmp_path):
+    package = Path(shutil.copytree(Path(codex_nb.__file__).parent, tmp_path/"other"/"codex_nb", symlinks=False))
+    code = ("from codex_nb.corpus import *; from codex_nb.vocabulary import *; from codex_nb.tokens import *; c = open_corpus(CorpusConfig(data='sample'))\n"
+        "s = build_tokens(c, train_tokenizer(c, TokenizerConfig(tokenizer='bytes'))); print(s.artifact.path.name, s.digest, codex_nb.__file__)")
+    def made(): return subprocess.run([sys.executable, "-c", "import codex_nb; "+code], capture_output=True, text=True, check=True, cwd=package.parent, env=os.environ | {"CODEX_NB_HOME": str(tmp_path/"home"), "PYTHONPATH": str(package.parent)}).stdout.split()
+    first = made()
+    assert first[2].startswith(str(package))
+    os.utime(package/"tokens.py", (1, 1))
+    assert made() == first
+    (package/"tokens.py").write_text((package/"tokens.py").read_text()+"# one line more\n")
+    again = made()
+    assert again[0] != first[0] and again[1] == first[1] # made anew, and its content is the same
 
 @pytest.mark.parametrize("rule", RULES, ids=[r.kind for r in RULES])
 def test_no_secret_is_without_its_hint(rule):

@@ -102,6 +102,15 @@ def test_every_prediction_is_made_once(tales, seq_len, packing, keep):
             if n <= seq_len: assert len(set(np.argwhere(documents == d)[:, 0])) == 1
     assert rows.report()["supervised"] == (targets != IGNORE).sum()
 
+def test_nothing_to_learn_from_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
+    corpus = build_corpus([Document(str(i), prompt=f"question {i}", completion="x") for i in range(60)], CorpusConfig(data="asked"))
+    store = build_tokens(corpus, train_tokenizer(corpus, TokenizerConfig(tokenizer="bytes")))
+    assert Rows(store, 8).report()["tokens_left_out"] > 0 and (Rows(store, 4).take(np.arange(len(Rows(store, 4))))[1] != IGNORE).any(1).all()
+    store.supervised = 0 # as a mask that is all zero would have it
+    for packing in ("stream", "best-fit", "pad"):
+        with pytest.raises(ConfigError, match="no token of this corpus would be learned from"): Rows(store, 8, packing)
+
 @settings(max_examples=1000 if PROVE else 50, deadline=None)
 @given(st.lists(st.tuples(st.text(min_size=1, max_size=8), st.integers(0, 6)), min_size=1), st.text(max_size=5))
 def test_a_group_stays_together(docs, salt):
