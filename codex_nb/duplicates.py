@@ -48,7 +48,7 @@ class ExactDuplicates:
         first = index[np.maximum.accumulate(np.where(new, np.arange(len(new)), 0))]
         return np.stack([index[~new], first[~new]], 1)
 
-# %% ../nbs/12_duplicates.ipynb #f5defe94
+# %% ../nbs/12_duplicates.ipynb #c8a680c1
 _WORDS = re.compile(r"\w+|[^\w\s]")
 
 def shingles(
@@ -64,9 +64,10 @@ class NearDuplicates:
     def __init__(self,
         threshold:float=0.8, # Least similarity that counts, in (0, 1]
         permutations:int=128, # Numbers kept of each text
+        crowd:int=1000, # Texts that come up together to be compared; those beyond are not kept
     ):
         if not 0.5 <= threshold <= 1: raise ValueError(f"threshold must lie between 0.5 and 1, got {threshold}: below that everything resembles everything")
-        self.threshold, self._n, self._kept = threshold, permutations, {}
+        self.threshold, self._n, self._crowd, self._kept = threshold, permutations, crowd, {}
         self._index = RMinHashLSH(threshold=threshold, num_perm=permutations, num_bands=permutations//4)
 
     def sketch(self,
@@ -89,6 +90,7 @@ class NearDuplicates:
         number:int, # What to call it
         sketch:RMinHash, # From `sketch`
     )->None:
-        "Compare later texts with this one."
+        "Compare later texts with this one, unless it stands in a crowd."
+        if len(self._index.query(sketch)) >= self._crowd: return
         self._kept[number] = sketch
         self._index.insert(number, sketch)
