@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['check_data', 'report_lines', 'plot_lengths']
 
-# %% ../nbs/19_check.ipynb #edf0be15
+# %% ../nbs/19_check.ipynb #6997899f
 import tempfile
 from array import array
 from collections import Counter
 from pathlib import Path
 
 from . import plugins
-from .corpus import SPLITS, CorpusConfig, split_of
+from .corpus import SPLITS, CorpusConfig, of_one_text, split_of
 from .documents import ReadError
 from .duplicates import ExactDuplicates, NearDuplicates
 from .readers import Rejects, read_path
 from .safety import find_secrets
 from .tokenizer import Tokenizer
 
-# %% ../nbs/19_check.ipynb #219a54ae
+# %% ../nbs/19_check.ipynb #c6a51105
 def check_data(
     cfg:CorpusConfig, # `data` says what; the rest as for a corpus
     tokenizer:Tokenizer|None=None, # Count tokens with it
@@ -35,11 +35,13 @@ def check_data(
     documents = plugins.get("dataset", cfg.data)()[0] if cfg.data in builtin else read_path(path, skipped, rejects, tuple(cfg.include), tuple(cfg.exclude))
     splits, lengths, secrets, places = {s: {"documents": 0, "bytes": 0} for s in SPLITS}, Counter(), Counter(), []
     tokens, sides, pairs, leaks, sketches = 0, array("b"), [], 0, NearDuplicates(cfg.near_threshold) if near else None
+    first, one = None, True
     with tempfile.TemporaryDirectory() as folder, open(Path(folder)/"ids", "w+b") as names:
         exact, begins = ExactDuplicates(Path(folder)/"hashes"), array("q")
         def name(i): names.seek(begins[i]); return names.readline()[:-1].decode("unicode_escape")
         for i, d in enumerate(documents):
-            text, side = d.whole, split_of(d, cfg)
+            text, side, first = d.whole, split_of(d, cfg), first or d
+            one = one and of_one_text(first, d)
             size = len(text.encode())
             begins.append(names.tell()); names.write(d.id.encode("unicode_escape")+b"\n"); sides.append(SPLITS.index(side))
             splits[side]["documents"] += 1; splits[side]["bytes"] += size
@@ -57,9 +59,10 @@ def check_data(
         same = {*repeats[:, 0].tolist()}
         near_pairs = [p for p in pairs if p[0] not in same]
         listed = [{"id": name(a), "like": name(b), "similarity": s} for some in ([(a, b, 1.0) for a, b in repeats[:shown].tolist()], near_pairs[:shown]) for a, b, s in some]
+    how = cfg.split_by if cfg.split_by != "auto" else "position" if n and one else "hash"
     report = {"data": cfg.data, "documents": n, "bytes": sum(s["bytes"] for s in splits.values()), "rejected": rejects.count, "rejects": [{"file": r.file, "line": r.line, "reason": r.reason} for r in rejects.first[:shown]],
         "exact_duplicates": len(repeats), "near_duplicates": len(near_pairs) if near else None, "near_looked_at": min(n, near_limit) if near else 0, "pairs": listed,
-        "leakage": leaks if near else None, "split_by": "position" if n == 1 else "hash", "splits": None if n == 1 else splits, "lengths": {str(k): lengths[k] for k in sorted(lengths)},
+        "leakage": leaks if near else None, "split_by": how, "splits": splits if how == "hash" else None, "lengths": {str(k): lengths[k] for k in sorted(lengths)},
         "secrets": dict(secrets), "places": places, "skipped": dict(skipped)}
     return report | ({"tokens": tokens, "bytes_per_token": round(report["bytes"]/max(1, tokens), 3)} if tokenizer else {})
 
