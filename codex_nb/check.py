@@ -19,7 +19,7 @@ from .readers import Rejects, read_path
 from .safety import find_secrets
 from .tokenizer import Tokenizer
 
-# %% ../nbs/19_check.ipynb #c6a51105
+# %% ../nbs/19_check.ipynb #2d4edfad
 def check_data(
     cfg:CorpusConfig, # `data` says what; the rest as for a corpus
     tokenizer:Tokenizer|None=None, # Count tokens with it
@@ -56,7 +56,7 @@ def check_data(
                 if hit := sketches.nearest(sketch): pairs.append((i, *hit)); leaks += sides[i] != sides[hit[0]]
                 else: sketches.keep(i, sketch)
         repeats, n = exact.find(), len(sides)
-        same = {*repeats[:, 0].tolist()}
+        same = {*repeats[repeats[:, 0] < near_limit, 0].tolist()}
         near_pairs = [p for p in pairs if p[0] not in same]
         listed = [{"id": name(a), "like": name(b), "similarity": s} for some in ([(a, b, 1.0) for a, b in repeats[:shown].tolist()], near_pairs[:shown]) for a, b, s in some]
     how = cfg.split_by if cfg.split_by != "auto" else "position" if n and one else "hash"

@@ -44,7 +44,7 @@ def isolation(
         return torch.equal(a, b)
     return None
 
-# %% ../nbs/57_preflight.ipynb #8d717285
+# %% ../nbs/57_preflight.ipynb #3c93f4dc
 def preflight(
     cfg:RunConfig, # The run that is meant
     timed:bool=True, # Try a step, to estimate time
@@ -70,20 +70,19 @@ def preflight(
 def _activations(forward, model): # bytes of what a forward pass keeps for the backward one, parameters apart
     own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
     def pack(t): kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes(); return t
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): out = forward()
-    return sum(n for p, n in kept.items() if p not in own), out
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): alive = forward() # or storages would be freed and come again
+    return sum(n for p, n in kept.items() if p not in own)
 
 def _try_step(model, batches, cfg):
-    cuda, one = cfg.model.device.startswith("cuda"), batches.step(0)[0].to(cfg.model.device)
-    def forward():
-        with autocast(cfg.model.device, cfg.model.dtype): return lm_loss(model, one)[0]
+    cuda = cfg.model.device.startswith("cuda")
+    def forward(b):
+        with autocast(cfg.model.device, cfg.model.dtype): return lm_loss(model, b.to(cfg.model.device))[0]
     model.train()
-    kept, _ = _activations(forward, model)
+    kept = _activations(lambda: forward(batches.step(0)[0]), model)
     for _ in range(2):
         if cuda: torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
-        for b in batches.step(0):
-            with autocast(cfg.model.device, cfg.model.dtype): lm_loss(model, b.to(cfg.model.device))[0].backward()
+        for b in batches.step(0): forward(b).backward()
         if cuda: torch.cuda.synchronize()
         taken = time.perf_counter()-began
         model.zero_grad(set_to_none=True)

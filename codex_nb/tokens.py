@@ -110,7 +110,7 @@ def best_fit(
         if left > size: free[left-size].append(r); open_ |= 1<<(left-size)
     return row
 
-# %% ../nbs/17_tokens.ipynb #810890ea
+# %% ../nbs/17_tokens.ipynb #9895469f
 class Rows:
     "A token store laid into rows of equal length. B rows, T predictions in each."
     def __init__(self,
@@ -214,10 +214,11 @@ class Rows:
     def report(self)->dict: # Counts; `utilisation` is the share of places that hold a token
         "What of the store is in these rows, and what is not."
         s, T = self.store, self.seq_len
+        cut = s.tokens//T*T # targets in all rows of `stream`, useful or not
         held = self.n*T if self.packing == "stream" else self._held
         begins, ends = np.asarray(s.offsets[:-1]), np.asarray(s.offsets[1:])
         divided = int((begins//T != (ends-1)//T).sum()) if self.packing == "stream" else int((ends-begins > T).sum())
-        last = ends <= len(s.ids)-1-(len(s.ids)-1)%T if self.packing == "stream" else ends > 0 # documents whose end is in a row
-        supervised = held if s.mask is None else s.supervised if self.packing != "stream" else int(s.mask[1:len(s.ids)-(len(s.ids)-1)%T].sum())
+        last = ends <= cut if self.packing == "stream" else ends > 0 # documents whose end is in a row
+        supervised = held if s.mask is None else s.supervised if self.packing != "stream" else int(s.mask[1:cut+1].sum())
         return {"packing": self.packing, "keep_apart": self.keep_apart, "rows": self.n, "seq_len": T, "documents": s.documents, "tokens": held, "utilisation": round(held/(self.n*T), 4),
             "tokens_left_out": self.tail, "documents_divided": divided, "supervised": supervised, "end_of_text_learned": int((last if s.mask is None else last & (s.mask[ends] > 0)).sum())}

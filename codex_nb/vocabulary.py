@@ -162,7 +162,7 @@ def _plan(corpus, cfg, trial=300_000):
     held = size*(4 if cfg.tokenizer.startswith("sp-") else 0)+(64<<20)
     return {"tokenizer": cfg.tokenizer, "vocab_size": cfg.vocab_size, "documents": count, "train_bytes": size, "corpus_bytes": corpus.counts["train"]["bytes"], "seconds": round(seconds*size/max(1, taken), 3), "memory_bytes": held}
 
-# %% ../nbs/16_vocabulary.ipynb #1616ae6a
+# %% ../nbs/16_vocabulary.ipynb #e4e59063
 def import_tokenizer(
     path, # A folder with `tokenizer.json`, or an older one that `transformers` opens; a SentencePiece `.model`, or a folder with `tokenizer.model`
 )->Tokenizer: # In the store, under its own digest
@@ -197,7 +197,7 @@ def _old_layout(path, to): # a vocabulary in files of its own, as before tokeniz
         from transformers import AutoTokenizer
         with tempfile.TemporaryDirectory() as new:
             try: AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False, use_fast=True).save_pretrained(new)
-            except Exception as e: why = f", and transformers cannot open it: {str(e).strip().splitlines()[0][:200]}"
+            except Exception as e: why = f", and transformers cannot open it: {(str(e).split(chr(10))[0] or type(e).__name__)[:200]}"
             if (Path(new)/"tokenizer.json").exists(): return _bring(Path(new), to)
     raise TokenizerError(f"{path}: neither tokenizer.json nor tokenizer.model here{why}; there are: {', '.join(files) or 'no files'}")
 

@@ -106,6 +106,17 @@ def test_changed_code_makes_a_new_store(tmp_path):
     again = made()
     assert again[0] != first[0] and again[1] == first[1] # made anew, and its content is the same
 
+def test_another_version_of_a_package_makes_a_new_artifact(tmp_path, monkeypatch):
+    import codex_nb.store as store
+    monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
+    made = []
+    def ask(): store.cached("thing", {}, {}, ("tokens",), lambda d: (made.append(1), (d.path/"x").write_text("x")), ("numpy",))
+    ask(); ask()
+    assert len(made) == 1
+    monkeypatch.setattr(store, "version", lambda package: "0.0")
+    ask()
+    assert len(made) == 2
+
 @pytest.mark.parametrize("rule", RULES, ids=[r.kind for r in RULES])
 def test_no_secret_is_without_its_hint(rule):
     @settings(max_examples=1000 if os.environ.get("PROVE") else 60, deadline=None, suppress_health_check=[*HealthCheck])
