@@ -130,7 +130,7 @@ def producer()->dict: # `{"version", "git", "code"}`
     "Which code is running."
     return {"version": codex_nb.__version__, "git": git_head(), "code": code_digest()}
 
-# %% ../nbs/02_artifacts.ipynb #6dae2cc9
+# %% ../nbs/02_artifacts.ipynb #2ccf4c09
 def _walk(folder):
     for root, dirs, names in os.walk(folder):
         dirs[:] = sorted(d for d in dirs if not d.startswith("."))
@@ -144,6 +144,7 @@ def seal(
     parents:dict[str, str]|None=None, # Role -> digest
     meta:dict|None=None, # Counts and remarks
     attachments:tuple[str, ...]=(), # Relative paths outside the digest; `*` for all
+    known:dict[str, dict]|None=None, # Relative path -> `{"sha256", "size"}` of files that were hashed and synced while being written
 )->Manifest:
     "Write the manifest of a finished folder."
     folder = Path(folder)
@@ -152,9 +153,10 @@ def seal(
         rel = p.relative_to(folder).as_posix()
         if rel == MANIFEST: continue
         if p.is_symlink(): raise ArtifactError(f"{p}: a link cannot be part of an artifact; put the file itself there")
-        sync(p)
-        aside = rel in attachments or "*" in attachments
-        (extra if aside else files)[rel] = {"sha256": sha256_file(p), "size": p.stat().st_size}
+        aside, said = rel in attachments or "*" in attachments, (known or {}).get(rel)
+        if said and said["size"] != p.stat().st_size: raise ArtifactError(f"{p}: {p.stat().st_size} bytes, {said['size']} were written")
+        if not said: sync(p)
+        (extra if aside else files)[rel] = said or {"sha256": sha256_file(p), "size": p.stat().st_size}
     config, parents = redact_json(config or {}), dict(parents or {})
     m = Manifest(kind, content_digest(kind, config, parents, files), config, parents, files, extra, redact_json(meta or {}),
         producer(), datetime.now(timezone.utc).isoformat(timespec="seconds"))
@@ -218,7 +220,7 @@ def open_artifact(
     if kind and m.kind != kind: raise ArtifactError(f"{folder}: holds a {m.kind}, a {kind} is needed")
     return Artifact(Path(folder), m)
 
-# %% ../nbs/02_artifacts.ipynb #ad9a4395
+# %% ../nbs/02_artifacts.ipynb #2c509527
 def _exchange(a, b):
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "renameat2"): raise ArtifactError(f"{b}: exists, and this system cannot replace a folder in one step; choose another name")
@@ -244,6 +246,7 @@ class Draft:
     "An artifact being written."
     path:Path # The temporary folder to write into
     meta:dict # Counts and remarks for the manifest
+    known:dict # As for `seal`
     artifact:Artifact|None = None # Set once published
 
 @contextmanager
@@ -262,10 +265,10 @@ def publish(
         clear_leftovers(target.parent)
         tmp = Path(tempfile.mkdtemp(prefix=f".tmp-{socket.gethostname()}-{os.getpid()}-", dir=target.parent))
     except OSError as e: raise disk_error(e, target) or e
-    draft = Draft(tmp, {})
+    draft = Draft(tmp, {}, {})
     try:
         yield draft
-        m = seal(tmp, kind, config, parents, draft.meta)
+        m = seal(tmp, kind, config, parents, draft.meta, known=draft.known)
         for root, _, _ in os.walk(tmp, topdown=False): sync(root)
         for p in [tmp, *tmp.rglob("*")]: p.chmod(0o755 if p.is_dir() else 0o644)
         if target.exists():

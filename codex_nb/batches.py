@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['permute', 'sample_order', 'order_digest', 'Batch', 'to_batch', 'Batches']
 
-# %% ../nbs/18_batches.ipynb #173706a2
+# %% ../nbs/18_batches.ipynb #7239f332
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 
 from .config import digest_of
 from .repro import seed_for
-from .tokens import Rows
+from .tokens import IGNORE, Rows
 
 # %% ../nbs/18_batches.ipynb #fa5f4371
 def _mix(x, key): # splitmix64's finaliser on uint64 arrays (Steele, Lea and Flood 2014)
@@ -89,7 +89,7 @@ def to_batch(
     index = np.asarray(index, np.int64)
     return Batch(*map(torch.from_numpy, (*rows.take(index), index)))
 
-# %% ../nbs/18_batches.ipynb #a5910253
+# %% ../nbs/18_batches.ipynb #beddc805
 class Batches:
     "All batches of a run, each a function of its position."
     def __init__(self,
@@ -117,5 +117,10 @@ class Batches:
     )->list[Batch]: # This rank's micro-batches
         "The batches of the optimizer step that begins at `position`."
         stop = position+self.batch_size if end is None else min(position+self.batch_size, end)
-        index = sample_order(np.arange(position, stop), len(self.rows), self.seed)[self.rank::self.world_size]
-        return [to_batch(self.rows, index[i:i+self.micro_batch]) for i in range(0, len(index), self.micro_batch)]
+        order = sample_order(np.arange(position, stop), len(self.rows), self.seed)
+        index, most = order[self.rank::self.world_size], -(-len(order)//self.world_size)
+        out = [to_batch(self.rows, index[i:i+self.micro_batch]) for i in range(0, len(index), self.micro_batch)]
+        if len(out) < -(-most//self.micro_batch): # a rank with less to do than others still has to meet them: a row from which nothing is learned
+            idle = to_batch(self.rows, order[:1])
+            out.append(idle._replace(targets_BT=torch.full_like(idle.targets_BT, IGNORE)))
+        return out

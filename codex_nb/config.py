@@ -229,10 +229,12 @@ def notebook_parameters(
     values = {n: namespace[n] for n in asked if n in namespace and namespace[n] is not None}
     return values.pop("preset", None), values
 
-# %% ../nbs/00_config.ipynb #7f2561da
+# %% ../nbs/00_config.ipynb #9bcb99e7
 ENVIRONMENT = {
     "CODEX_NB_HOME": "the workspace: the folder that holds runs/ and store/",
     "CODEX_NB_RUN": "the run folder a launcher has chosen for the notebook it executes",
+    "CODEX_NB_MODELS": "a folder of models, looked at before models/ in the working directory",
+    "CODEX_NB_ALLOW": "differences that resume --allow accepts, separated by commas",
 }
 
 def env_setting(

@@ -33,19 +33,21 @@ def next_token(
     if 0 < cfg.top_k < len(logits_V): logits_V = logits_V.masked_fill(logits_V < logits_V.topk(cfg.top_k).values[-1], -torch.inf)
     return int(torch.multinomial(logits_V.softmax(-1).cpu(), 1, generator=g))
 
-# %% ../nbs/42_generate.ipynb #541f0717
+# %% ../nbs/42_generate.ipynb #b1f99330
 @torch.no_grad()
 def generate(
     model, # A causal language model
     tokenizer:Tokenizer, # Its tokenizer
-    prompt:str="", # What to continue; empty is the start of a document
+    prompt:str|list[int]="", # What to continue, as text or ids; empty is the start of a document
     cfg:GenerateConfig=GenerateConfig(), # How to sample
     seed:int=0, # The run's seed
     name:str="0", # This text's place; another name, another text
+    stop:tuple[str, ...]=(), # Special tokens that end it, besides the end of text
 )->str: # The continuation, without the prompt
     "Continue one prompt."
     device, limit, was_training = next(model.parameters()).device, model.config.max_position_embeddings, model.training
-    ids = [tokenizer.eot, *tokenizer.encode(prompt)]
+    ids = [tokenizer.eot, *(tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)]
+    ends = {tokenizer.eot, *(tokenizer.fast.token_to_id(t) for t in stop)}
     if len(ids) >= limit: raise ValueError(f"the prompt has {len(ids)} tokens, the model's context {limit}: give a shorter one")
     g, new, past, feed = generator(seed, "generate", name), [], None, ids
     model.eval()
@@ -54,7 +56,7 @@ def generate(
             if past is not None and past.get_seq_length()+len(feed) > limit: past, feed = None, (ids+new)[-(limit//2):]
             out = model(input_ids=torch.tensor([feed], device=device), past_key_values=past, use_cache=True)
             token = next_token(out.logits[0, -1], cfg, g)
-            if token == tokenizer.eot: break
+            if token in ends: break
             new.append(token)
             past, feed = out.past_key_values, [token]
     finally: model.train(was_training)

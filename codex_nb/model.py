@@ -4,23 +4,25 @@
 
 # %% auto #0
 __all__ = ['ModelConfig', 'resolve_device', 'resolve_dtype', 'autocast', 'build_model', 'logits_of', 'count_parameters',
-           'flops_per_token', 'open_model']
+           'flops_per_token', 'no_bars', 'open_model']
 
-# %% ../nbs/20_model.ipynb #d9bb8a36
-from contextlib import nullcontext
+# %% ../nbs/20_model.ipynb #7aa68ab1
+from contextlib import contextmanager, nullcontext
 from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers.utils import logging as hf_logging
 
 from .batches import Batch
-from .config import Config, ConfigError
+from .config import Config, ConfigError, outside
 from .repro import seed_for
 
-# %% ../nbs/20_model.ipynb #39715707
+# %% ../nbs/20_model.ipynb #f9428103
 class ModelConfig(Config):
     "Size and shape of a model, and where it computes."
+    base:str|None = Field(None, json_schema_extra=outside) # Instead of a new model: a folder, or a name that the library finds; identity is its content
     arch:Literal["llama", "gpt2"] = "llama"
     width:int = Field(192, ge=8, le=16384) # Size of the residual stream
     layers:int = Field(4, ge=1, le=256)
@@ -82,7 +84,7 @@ def autocast(
     "Compute products in `dtype`; weights and sums stay fp32."
     return torch.autocast(device.split(":")[0], dtype=torch.bfloat16) if dtype == "bf16" else nullcontext()
 
-# %% ../nbs/20_model.ipynb #5b514c71
+# %% ../nbs/20_model.ipynb #8068e613
 def build_model(
     cfg:ModelConfig, # Shape
     vocab_size:int, # Ids of the tokenizer
@@ -101,6 +103,7 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(seed, "weights"))
         model = AutoModelForCausalLM.from_config(hf, dtype=torch.float32, attn_implementation="sdpa")
+    model.config.architectures = [type(model).__name__] # as save_pretrained says it
     return model.to(device).train()
 
 # %% ../nbs/20_model.ipynb #c319c71d
@@ -129,11 +132,20 @@ def flops_per_token(
     vectors = sum(p.numel() for p in model.parameters() if p.dim() < 2)
     return 6*(count_parameters(model)-look_up-vectors) + 12*c.num_hidden_layers*c.hidden_size*seq_len
 
-# %% ../nbs/20_model.ipynb #26c24e76
+# %% ../nbs/20_model.ipynb #2ff7a6a9
+@contextmanager
+def no_bars():
+    "Without the bars that transformers draws for every file it reads or writes."
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try: yield
+    finally:
+        if shown: hf_logging.enable_progress_bar()
+
 def open_model(
     folder, # A Hugging Face model folder with safetensors weights
     device:str="cpu", # Where it goes
 ): # The model, fp32, in evaluation mode
     "Load a model from a local folder."
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32)
+    with no_bars(): model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32)
     return model.to(device).eval()

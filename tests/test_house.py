@@ -90,7 +90,7 @@ def test_importing_the_package_is_light():
 def test_run_notebooks_have_a_parameters_cell():
     from codex_nb.config import leaves
     from codex_nb.launch import config_of
-    for name in ("train", "evaluate"):
+    for name in ("train", "finetune", "evaluate"):
         tagged = [c for c in cells(NBS/f"{name}.ipynb") if "parameters" in c["metadata"].get("tags", [])]
         assert len(tagged) == 1, name
         names = [t.id for n in ast.parse("".join(tagged[0]["source"])).body for t in n.targets]
@@ -206,5 +206,5 @@ def test_no_secrets_in_tracked_files():
     assert not found
 
 def test_the_project_speaks_of_itself_alone():
-    words = re.compile(r"/work/main|/root/|\.\./shared|\.library")
+    words = re.compile(r"/work/main|/root/|\.\./shared|/\.library")
     assert not {p.name: m[0] for p in tracked() if p.suffix in (".py", ".ipynb", ".md", ".toml", ".ini", ".yml", ".cfg", ".lock") or p.name in ("Makefile", "run") if p.name != "test_house.py" and (m := words.search(p.read_text(errors="replace")))}

@@ -6,18 +6,18 @@ CODE = textwrap.dedent("""
     import os, sys
     from codex_nb.corpus import open_corpus
     from codex_nb.engine import Hook
-    from codex_nb.model import build_model
-    from codex_nb.recipe import RunConfig, begin, finish, train
+    from codex_nb.recipe import begin, finish, make_model, train
+    from codex_nb.settings import RunConfig
     from codex_nb.vocabulary import train_tokenizer
     from codex_nb.tokens import Rows, build_tokens
     stop, dtype, arch, hard = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4] == "hard"
-    cfg = RunConfig.from_preset("smoke", steps=20, eval_every=7, save_every=7, keep_last=9, width=32, seq_len=32, batch_size=6, micro_batch=4, dropout=0.1, dtype=dtype, arch=arch, eval_documents=2,
+    cfg = RunConfig.from_preset("smoke", steps=20, eval_every=7, save_every=7, keep_last=9, width=32, seq_len=32, batch_size=6, micro_batch=4, dropout=0.1, dtype=dtype, arch=arch, eval_documents=2, background=False,
         max_new_tokens=8, optimizer="muon" if arch == "llama" else "adamw", lr=5e-3)
     corpus = open_corpus(cfg.corpus)
     tokenizer = train_tokenizer(corpus, cfg.tokenizer)
     rows = Rows(build_tokens(corpus, tokenizer), cfg.model.seq_len)
     run = begin("train", cfg)
-    model = build_model(cfg.model, tokenizer.vocab_size, tokenizer.eot, cfg.seed)
+    model = make_model(run, tokenizer)
     def end(state):
         if state.step == stop: os._exit(9) if hard else state.stop("asked to")
     state = train(run, model, tokenizer, rows, corpus, hooks=(Hook(end),))

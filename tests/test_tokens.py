@@ -131,7 +131,8 @@ def below(records, bits): # bits per symbol above the source, with its interval
 def test_no_model_beats_the_source(tmp_path, monkeypatch):
     monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
     from codex_nb.evaluate import Record, score
-    from codex_nb.recipe import RunConfig, begin, train
+    from codex_nb.recipe import begin, make_model, train
+    from codex_nb.settings import RunConfig
     cfg = RunConfig.from_preset("smoke", data="markov", tokenizer="bytes", steps=600 if PROVE else 150, eval_every=1000, save_every=1000)
     corpus = open_corpus(cfg.corpus)
     tok = train_tokenizer(corpus, cfg.tokenizer)
@@ -148,7 +149,8 @@ def test_no_model_beats_the_source(tmp_path, monkeypatch):
 
 def test_upkeep_takes_nothing_from_a_run_that_can_go_on(tmp_path, monkeypatch):
     monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
-    from codex_nb.recipe import RunConfig, begin
+    from codex_nb.recipe import begin
+    from codex_nb.settings import RunConfig
     from codex_nb.runs import in_use
     cfg = RunConfig.from_preset("smoke")
     corpora = [open_corpus(CorpusConfig(data="sample", salt=s)) for s in "abc"]
