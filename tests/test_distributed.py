@@ -1,0 +1,104 @@
+"""Several processes: the same samples, the same losses to rounding, resumed with another number, ended by one that dies."""
+import json, os, shutil, signal, subprocess, sys, time
+from pathlib import Path
+import pytest
+
+PROVE = bool(os.environ.get("PROVE"))
+SMALL = dict(steps=12, width=32, seq_len=32, batch_size=8, micro_batch=1, eval_every=6, save_every=6, keep_last=9, eval_documents=2, max_new_tokens=4, optimizer="adamw", lr=1e-3, dtype="fp32", products="torch", mlflow=False)
+
+def prepared(home, name, **change):
+    from codex_nb.launch import prepare_run
+    os.environ["CODEX_NB_HOME"] = str(home)
+    try: return prepare_run("train", SMALL | change, home/"runs"/name)
+    finally: del os.environ["CODEX_NB_HOME"]
+
+def job(config, n, home, restarts=0, **env):
+    words = [sys.executable, "-m", "codex_nb.recipe"] if n == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), "--max-restarts", str(restarts), "-m", "codex_nb.recipe"]
+    return subprocess.Popen([*words, str(config)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=os.environ | {"CODEX_NB_HOME": str(home), "OMP_NUM_THREADS": "1"} | env)
+
+def done(*args, **kw):
+    p = job(*args, **kw)
+    out, err = p.communicate(timeout=240)
+    assert p.returncode == 0, err[-3000:]
+    return out
+
+def losses(folder): return {r["step"]: float.fromhex(r["exact"]["loss"]) for l in (folder/"metrics.ndjson").read_text().splitlines() if (r := json.loads(l))["split"] == "train"}
+def order(folder): return json.loads(sorted(folder.glob("checkpoints/*/state.json"))[-1].read_text())["data"]["order"]
+def close(a, b): assert a.keys() == b.keys() and max(abs(a[s]-b[s])/abs(b[s]) for s in b) < 1e-4, (a, b)
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    home = tmp_path_factory.mktemp("one")
+    config = prepared(home, "one")
+    done(config, 1, home)
+    return config.parent
+
+@pytest.mark.parametrize("n,parallel", [(2, "ddp"), (2, "fsdp")] + ([(4, "ddp"), (4, "fsdp")] if PROVE else []))
+def test_as_one(n, parallel, tmp_path, one):
+    config = prepared(tmp_path, "several", parallel=parallel)
+    done(config, n, tmp_path)
+    assert order(config.parent) == order(one)
+    close(losses(config.parent), losses(one))
+    from codex_nb.runs import verify_run
+    assert verify_run(config.parent)["ok"] and verify_run(config.parent)["status"] == "finished"
+
+def cut_back(folder, step): # as if it had been stopped there
+    (folder/"manifest.json").unlink()
+    for p in folder.glob("checkpoints/step-*"):
+        if int(p.name[5:]) > step: shutil.rmtree(p)
+
+def test_2_then_1_then_4(tmp_path, one):
+    config, allow = prepared(tmp_path, "changing"), dict(CODEX_NB_ALLOW="world_size,parallel,threads")
+    done(config, 2, tmp_path)
+    cut_back(config.parent, 6)
+    refused = job(config, 1, tmp_path)
+    _, said = refused.communicate(timeout=120)
+    assert refused.returncode == 1 and "world_size was 2, now 1" in said and "--allow" in said, said
+    (config.parent/"manifest.json").unlink() # sealed as failed by the refusal
+    out = done(config, 1, tmp_path, **allow)
+    assert "going on from step-00000006" in out and "no longer bit for bit: " in out
+    close(losses(config.parent), losses(one))
+    cut_back(config.parent, 6)
+    assert "going on from step-00000006" in done(config, 4, tmp_path, **allow)
+    close(losses(config.parent), losses(one))
+
+def test_a_signal_to_all(tmp_path):
+    config = prepared(tmp_path, "stopped", steps=100_000, eval_every=10**6, save_every=10**6)
+    p = job(config, 2, tmp_path)
+    end = time.monotonic()+120
+    while time.monotonic() < end and p.poll() is None and not (config.parent/"metrics.ndjson").exists(): time.sleep(0.05)
+    time.sleep(0.7)
+    p.send_signal(signal.SIGTERM)
+    p.communicate(timeout=60)
+    assert p.returncode != 0
+    from codex_nb.checkpoint import latest_checkpoint
+    newest, skipped = latest_checkpoint(config.parent/"checkpoints")
+    assert newest and not skipped and int(newest.name[5:]) == max(losses(config.parent))
+
+def test_a_rank_that_dies_ends_the_job(tmp_path):
+    config = prepared(tmp_path, "dying", steps=100_000, eval_every=10**6, save_every=20)
+    p = job(config, 2, tmp_path)
+    end = time.monotonic()+120
+    while time.monotonic() < end and p.poll() is None and not list(config.parent.glob("checkpoints/step-*")): time.sleep(0.05)
+    import psutil
+    ranks = [c for c in psutil.Process(p.pid).children(recursive=True) if c.environ().get("RANK") == "1"]
+    ranks[0].kill()
+    began = time.monotonic()
+    out, err = p.communicate(timeout=60)
+    assert p.returncode != 0 and time.monotonic()-began < 40
+    assert "rank" in err and "SIGKILL" in err, err[-2000:]
+
+def test_from_the_notebook_with_a_restart(tmp_path):
+    "`nproc 2` in a launched notebook; one process is killed once, and the job goes on from its last checkpoint."
+    from test_launch import ROOT
+    folder = tmp_path/"runs"/"two"
+    words = [Path(sys.executable).parent/"codex-nb", "run", "train", "--folder", str(folder), *(w for k, v in (SMALL | dict(steps=400, eval_every=1000, save_every=20, nproc=2, restarts=1, max_documents=4, resamples=100)).items() for w in ("-p", f"{k}={json.dumps(v) if not isinstance(v, str) else v}"))]
+    p = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | {"CODEX_NB_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"})
+    import psutil
+    end = time.monotonic()+120
+    while time.monotonic() < end and p.poll() is None and not list(folder.glob("checkpoints/step-*")): time.sleep(0.02)
+    ranks = [c for c in psutil.Process(p.pid).children(recursive=True) if c.environ().get("RANK") == "1"]
+    for c in ranks: c.kill()
+    out, err = p.communicate(timeout=240)
+    assert p.returncode == 0, err[-3000:]+out[-2000:]
+    assert list(losses(folder)) == list(range(1, 401)) and (not ranks or "going on from step-" in out)
