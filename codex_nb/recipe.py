@@ -47,7 +47,7 @@ def train(
         if not isinstance(e, DiskError): run.finish("failed", f"{type(e).__name__}: {e}")
         raise
 
-# %% ../nbs/53_recipe.ipynb #77428c38
+# %% ../nbs/53_recipe.ipynb #7224647d
 def _train_processes(run, model, hooks):
     if hooks: raise ConfigError("hooks: functions of this notebook cannot be called in other processes; use nproc=1")
     d, env = run.cfg.distributed, {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "CODEX_NB_RUN")}
@@ -100,7 +100,7 @@ def work(
         settle_process(run.cfg, world)
         try:
             model = make_model(run, tokenizer)
-            state = train_here(run, model, tokenizer, rows, corpus, world=world, again="exit")
+            state = train_here(run, model, tokenizer, rows, corpus, world=world, again="exit" if world.size == 1 else "ignore") # torchrun sends its signal twice, and kills after half a minute
         except Interrupted as e: return EXIT_CODES[e.name]
         except Exception as e:
             if world.main and not attached and not isinstance(e, DiskError): run.finish("failed", f"{type(e).__name__}: {e}")
