@@ -7,8 +7,8 @@ __all__ = ['app', 'data', 'tokenizer_app', 'models_app', 'store_app', 'join_para
            'runs', 'verify', 'data_check', 'preflight', 'tokenizer_train', 'tokenizer_report', 'tokenizer_encode',
            'tokenizer_decode', 'models_list', 'models_verify', 'models_import', 'store_list', 'store_gc', 'main']
 
-# %% ../nbs/69_cli.ipynb #cc5486f9
-import json, sys
+# %% ../nbs/69_cli.ipynb #e0b89f18
+import json, signal, sys, threading
 from pathlib import Path
 from typing import Annotated
 
@@ -297,11 +297,16 @@ def store_gc(
     for a in gone: print(f"{'would remove' if dry_run else 'removed'} {a['kind']} {a['digest'][:12]} ({a['bytes']:,} bytes, used {a['used']:.1f} days ago)")
     print(f"{len(gone)} artifacts, {sum(a['bytes'] for a in gone):,} bytes")
 
-# %% ../nbs/69_cli.ipynb #ad5552ef
+# %% ../nbs/69_cli.ipynb #ec0094fc
+def _stopped(number, frame): # before a run has begun, or after it has ended
+    print(f"codex-nb: stopped by {signal.Signals(number).name}", file=sys.stderr)
+    sys.exit(128+number)
+
 def main(
     argv:list[str]|None=None, # Default: the process's arguments
-)->None: # Exits: 0 done, 1 an error in what was given, 2 a wrong command line, 74 the disk failed
+)->None: # Exits: 0 done, 1 an error in what was given, 2 a wrong command line, 3 a guard, 74 the disk failed, 130 and 143 stopped by a signal
     "The command `codex-nb`."
+    before = {n: signal.signal(n, _stopped) for n in (signal.SIGINT, signal.SIGTERM)} if threading.current_thread() is threading.main_thread() else {}
     try: app(join_parameters(sys.argv[1:] if argv is None else argv))
     except OSError as e:
         from codex_nb.artifacts import DiskError
@@ -316,3 +321,5 @@ def main(
         if not isinstance(e, (ArtifactError, ConfigError, PluginError, ReadError, TokenizerError)): raise
         print(f"codex-nb: {e}", file=sys.stderr)
         sys.exit(1)
+    finally:
+        for n, handler in before.items(): signal.signal(n, handler)

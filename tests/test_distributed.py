@@ -102,3 +102,29 @@ def test_from_the_notebook_with_a_restart(tmp_path):
     out, err = p.communicate(timeout=240)
     assert p.returncode == 0, err[-3000:]+out[-2000:]
     assert list(losses(folder)) == list(range(1, 401)) and (not ranks or "going on from step-" in out)
+
+IP = shutil.which("ip") or "/sbin/ip"
+def _namespaces():
+    try: return subprocess.run([IP, "netns", "add", "codex-nb-probe"], capture_output=True).returncode == 0 and subprocess.run([IP, "netns", "del", "codex-nb-probe"], capture_output=True).returncode == 0
+    except OSError: return False
+
+@pytest.mark.skipif(not _namespaces(), reason="no network namespaces allowed here, or iproute2 is missing")
+def test_two_hosts(tmp_path, one):
+    "Two network namespaces joined by a cable: each is a host with one process."
+    names, tag = [f"cnb{os.getpid()}{x}" for x in "ab"], os.getpid() % 1000
+    def ip(*words): subprocess.run([IP, *words], check=True, capture_output=True)
+    config = prepared(tmp_path, "hosts")
+    for n in names: ip("netns", "add", n)
+    try:
+        ip("link", "add", f"va{tag}", "netns", names[0], "type", "veth", "peer", "name", f"vb{tag}", "netns", names[1])
+        for n, dev, address in ((names[0], f"va{tag}", "10.99.7.1/24"), (names[1], f"vb{tag}", "10.99.7.2/24")):
+            ip("-n", n, "addr", "add", address, "dev", dev)
+            for d in (dev, "lo"): ip("-n", n, "link", "set", d, "up")
+        def host(i, dev): return subprocess.Popen([IP, "netns", "exec", names[i], sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(i), "--nproc-per-node", "1", "--master-addr", "10.99.7.1", "--master-port", "29577", "-m", "codex_nb.recipe", str(config)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"CODEX_NB_HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": dev})
+        hosts = [host(0, f"va{tag}"), host(1, f"vb{tag}")]
+        said = [p.communicate(timeout=180)[1] for p in hosts]
+        assert [p.returncode for p in hosts] == [0, 0], said
+        close(losses(config.parent), losses(one))
+    finally:
+        for n in names: subprocess.run([IP, "netns", "del", n], capture_output=True)

@@ -38,14 +38,14 @@ def test_a_signal_at_any_moment(n, tmp_path, straight):
         end = time.monotonic()+120
         while time.monotonic() < end and not steps(folder): time.sleep(0.02)
         time.sleep(rng.uniform(0, 1.5))
-    else: time.sleep(rng.uniform(0.3, 9))
+    else: time.sleep(rng.uniform(1, 9))
     p.send_signal(sent)
     out, err = p.communicate(timeout=120)
     if p.returncode == 0: assert "finished: " in out; assert digest(folder) == straight; return # it had ended already
     assert p.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[sent], (p.returncode, err)
     assert "Traceback" not in err and "zmq" not in err.lower(), err
     assert kernels(folder) == []
-    if not folder.exists(): assert "nothing was written" in err or "stopping" in err; return # the run had not begun
+    if not folder.exists(): assert "stopped by" in err or "nothing was written" in err or "stopping" in err, err; return # the run had not begun
     newest, skipped = latest_checkpoint(folder/"checkpoints")
     assert skipped == []
     if newest: assert int(newest.name[5:]) == steps(folder)[-1], "the checkpoint is that of the last step"

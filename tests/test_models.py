@@ -1,0 +1,71 @@
+"""Models come from disk alone: found, refused and opened in a process without network."""
+import json, os, subprocess, sys, textwrap
+from pathlib import Path
+import pytest
+
+CODE = textwrap.dedent("""
+    import socket, sys
+    from pathlib import Path
+    from codex_nb.config import ConfigError
+    from codex_nb.library import find_model, import_model, load_model, verify_model
+    from codex_nb.model import ModelConfig, build_model, count_parameters, no_bars
+    try: socket.create_connection(("192.0.2.1", 80), timeout=2); sys.exit("there is a network")
+    except OSError: pass
+    model = build_model(ModelConfig(width=32, layers=1, heads=2, seq_len=16), 64, 0, 0)
+    with no_bars(): model.save_pretrained("made")
+    import_model("made", "small")
+    assert verify_model(find_model("small")) == []
+    assert count_parameters(load_model(find_model("small"))) == count_parameters(model)
+    for name in ("gpt2", "openai-community/gpt2", "meta-llama/Llama-3.2-1B"): # names that a hub would know
+        try: find_model(name); sys.exit(f"{name} was found")
+        except ConfigError as e: assert "looked at" in str(e) and "codex-nb models import" in str(e), e
+    print("done")
+""")
+
+@pytest.mark.skipif(subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode != 0, reason="no network namespace allowed here")
+@pytest.mark.parametrize("offline", [None, "1", "0"])
+def test_without_a_network(offline, tmp_path):
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))} | ({"HF_HUB_OFFLINE": offline} if offline else {}) | {"CODEX_NB_MODELS": str(tmp_path/"models")}
+    done = subprocess.run(["unshare", "--net", sys.executable, "-c", CODE], capture_output=True, text=True, cwd=tmp_path, env=env, timeout=120)
+    assert done.returncode == 0 and done.stdout.strip() == "done", done.stderr
+
+def test_places_in_order(tmp_path, monkeypatch):
+    from codex_nb.config import ConfigError
+    from codex_nb.library import find_model
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CODEX_NB_MODELS", str(tmp_path/"shared"))
+    def put(folder): folder.mkdir(parents=True); (folder/"config.json").write_text("{}"); (folder/"model.safetensors").write_bytes(b"x")
+    with pytest.raises(ConfigError) as e: find_model("m")
+    said = str(e.value)
+    assert said.index(str(tmp_path/"m")) < said.index(str(tmp_path/"shared"/"m")) < said.index(str(tmp_path/"models"/"m"))
+    for place in (tmp_path/"models"/"m", tmp_path/"shared"/"m", tmp_path/"m"):
+        put(place)
+        assert find_model("m").absolute() == place
+
+BAD = {
+    "no such base": ("-p base nowhere", "base: no model 'nowhere'; looked at"),
+    "adapter without base": ("-p adapter lora", "an adapter needs a base"),
+    "shape and base": ("-p base x -p layers 3", "layers: given together with base"),
+    "processes": ("-p nproc 3", "batch_size: 16 rows cannot be shared equally by 3 processes"),
+    "kernels": ("-p products onednn -p dtype bf16", "products: onednn is for fp32 on a CPU"),
+    "rank": ("-p rank 0", "adapter.rank: given 0; must be int, >= 1"),
+    "on_bad": ("-p on_bad ignore", "fit.on_bad: given 'ignore'; must be one of 'stop', 'skip'"),
+}
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_clear_error(name, tmp_path):
+    from test_launch import left, run
+    given, expected = BAD[name]
+    done = run("codex-nb", "run", "train", *given.split(), home=tmp_path)
+    assert done.returncode == 1 and expected in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert [p for p in left(tmp_path) if not p.startswith("store/")] == [] and not (tmp_path/"runs").exists()
+
+def test_targets_that_match_nothing(tmp_path, monkeypatch):
+    from test_launch import SMALL, run
+    done = run("codex-nb", "run", "train", *SMALL, "--folder", str(tmp_path/"runs"/"base"), home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    base = str(sorted((tmp_path/"runs"/"base"/"checkpoints").iterdir())[-1])
+    done = run("codex-nb", "run", "finetune", "-p", "base", "base", "-p", "targets", '["query"]', "-p", "seq_len", "32", home=tmp_path)
+    assert done.returncode == 1 and "targets: query: no such linear layer in this model; there are down_proj" in done.stderr, done.stderr
+    done = run("codex-nb", "run", "train", "-p", "base", base, "-p", "seq_len", "32", "-p", "vocab_size", "600", "-p", "steps", "2", home=tmp_path)
+    assert done.returncode == 1 and "use the base's own: tokenizer_path=" in done.stderr, done.stderr
