@@ -20,14 +20,14 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import Config, ConfigError
 
-# %% ../nbs/21_compute.ipynb #b323f4a9
+# %% ../nbs/21_compute.ipynb #1e577266
 class ComputeConfig(Config):
     "How the arithmetic of a step is carried out; results agree to rounding."
     compile:Literal["auto", "on", "off"] = "auto" # `auto`: on CUDA, and where a run is long enough to pay for it
     attention:Literal["auto", "sdpa", "eager"] = "auto" # `eager`: plain products and a softmax; `sdpa`: torch's fused kernels
     products:Literal["auto", "torch", "onednn"] = "auto" # Whose kernels multiply fp32 matrices on a CPU
     recompute:bool = False # Compute activations again in the backward pass instead of keeping them
-    loss_chunk:int|None = Field(None, ge=16) # Tokens whose logits are held at once; default: about 16 MB of them
+    loss_chunk:int|None = Field(None, ge=16) # Tokens whose logits are held at once; default: at most 512, and about 64 MB of them
 
 # %% ../nbs/21_compute.ipynb #d2a875fb
 def _mm(x, w): return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "") # x @ w.T

@@ -36,7 +36,7 @@ def lm_loss(
     total = F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), batch.targets_BT.reshape(-1), ignore_index=IGNORE, reduction="sum")
     return total, (batch.targets_BT != IGNORE).sum()
 
-# %% ../nbs/23_loss.ipynb #442fe303
+# %% ../nbs/23_loss.ipynb #4b91a046
 def _softmax_grad(logits_NV, targets_N, dtype): # sum of losses, and its gradient for the logits in `dtype`
     logits_NV = logits_NV.float()
     top = logits_NV.amax(-1, keepdim=True)
@@ -78,14 +78,14 @@ def chunked_loss(
     hidden_ND:torch.Tensor, # Last hidden states of N places, any floating dtype
     weight_VD:torch.Tensor, # The output matrix
     targets_N:torch.Tensor, # int64; `IGNORE` where nothing is to be predicted
-    size:int|None=None, # Places at once; default: about 16 MB of logits
+    size:int|None=None, # Places at once; default: at most 512, and about 64 MB of logits
     dtype:torch.dtype=torch.float32, # Of the products; sums and softmax are fp32
     kernels:str="torch", # `onednn`: fp32 products on a CPU by oneDNN
     compiled:bool=False, # Compile the softmax and its gradient
 )->torch.Tensor: # Sum in nats, fp32, differentiable once
     "Cross entropy of a linear output layer, a portion at a time."
     if hidden_ND.shape[:1] != targets_N.shape: raise ValueError(f"targets have shape {tuple(targets_N.shape)}, hidden states are for {len(hidden_ND)} places")
-    size = size or max(64, (16<<20)//(4*len(weight_VD))//64*64)
+    size = size or min(512, max(64, (64<<20)//(4*len(weight_VD))//64*64))
     return _ChunkedLoss.apply(hidden_ND, weight_VD, targets_N, min(size, len(hidden_ND)), dtype, kernels, compiled)
 
 # %% ../nbs/23_loss.ipynb #d7d63310

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['NAMES', 'write_tensors', 'tensor_table']
 
-# %% ../nbs/06_tensors.ipynb #05035939
-import json, os, queue, threading
+# %% ../nbs/06_tensors.ipynb #afd96faf
+import ctypes, json, os, queue, sys, threading
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
 from .artifacts import ArtifactError, disk_error, sha256_file
 
-# %% ../nbs/06_tensors.ipynb #99a1c588
+# %% ../nbs/06_tensors.ipynb #85d80b75
 NAMES = {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16", "torch.float64": "F64", "torch.int64": "I64", "torch.int32": "I32", "torch.int16": "I16", "torch.int8": "I8",
     "torch.uint8": "U8", "torch.bool": "BOOL"}
 
@@ -37,6 +38,15 @@ class _Hashing:
         self._thread.join()
         return {"sha256": self.digest.hexdigest(), "size": self.size}
 
+@cache
+def _libc(): return ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+
+def _begin_writing(f, start, every=8<<20): # let the disk work while more is coming; where this cannot be asked, it begins at the end
+    end, libc = f.tell(), _libc()
+    if end-start < every or not hasattr(libc, "sync_file_range"): return start
+    libc.sync_file_range(f.fileno(), ctypes.c_longlong(start), ctypes.c_longlong(end-start), 2) # SYNC_FILE_RANGE_WRITE
+    return end
+
 def write_tensors(
     path, # The file to make; it must not exist
     tensors:dict, # Name -> `torch.Tensor`, on any device
@@ -56,12 +66,14 @@ def write_tensors(
     hashing = _Hashing()
     try:
         with open(path, "xb", buffering=0) as f:
+            start = 0
             for whole in (len(head).to_bytes(8, "little")+head, *(_bytes_of(tensors[n]) for n in names)):
                 whole = memoryview(whole)
                 for i in range(0, len(whole), portion):
                     part = whole[i:i+portion]
                     hashing.add(part)
                     while part: part = part[f.write(part):]
+                    start = _begin_writing(f, start)
             os.fsync(f.fileno())
     except OSError as e: raise disk_error(e, path) or e
     finally: said = hashing.done()
