@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['train', 'work', 'main', 'export_merged', 'finish']
 
-# %% ../nbs/53_recipe.ipynb #fde4ef0b
+# %% ../nbs/53_recipe.ipynb #a5b8c729
 import json, os, shutil, socket, subprocess, sys, threading, traceback
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from .config import ConfigError, env_setting, leaves
 from .corpus import Corpus, open_corpus
 from .distributed import joined, leave
 from .engine import GuardError, TrainState
-from .interrupts import EXIT_CODES, NOTED, Interrupted, Signals
+from .interrupts import EXIT_CODES, NOTED, Interrupted, Signals, die_with_parent
 from .library import load_model
 from .runs import Run
 from .settings import KINDS, RunConfig
@@ -47,11 +47,12 @@ def train(
         if not isinstance(e, DiskError): run.finish("failed", f"{type(e).__name__}: {e}")
         raise
 
-# %% ../nbs/53_recipe.ipynb #7224647d
+# %% ../nbs/53_recipe.ipynb #b49e5eee
 def _train_processes(run, model, hooks):
     if hooks: raise ConfigError("hooks: functions of this notebook cannot be called in other processes; use nproc=1")
     d, env = run.cfg.distributed, {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "CODEX_NB_RUN")}
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(d.nproc), "--max-restarts", str(d.restarts), "-m", "codex_nb.recipe", str(run.folder/"config.json"), "--attached"]
+    torchrun = "from codex_nb.interrupts import die_with_parent; die_with_parent(); from torch.distributed.run import main; main()"
+    words = [sys.executable, "-c", torchrun, "--standalone", "--nproc-per-node", str(d.nproc), "--max-restarts", str(d.restarts), "-m", "codex_nb.recipe", str(run.folder/"config.json"), "--attached"]
     p = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env | {"OMP_NUM_THREADS": str(max(1, (run.cfg.threads or 1)//d.nproc))}, start_new_session=True)
     state = TrainState()
     state.stop = lambda reason, now=False: p.terminate() # torchrun hands it on
@@ -92,7 +93,7 @@ def work(
         if world.local == 0: _inputs(cfg) # made once on each machine; the others find it
         world.wait()
         corpus, tokenizer, rows = _inputs(cfg)
-        if attached: run = Run(folder, said["kind"], cfg, None, True)
+        if attached: die_with_parent(); run = Run(folder, said["kind"], cfg, None, True)
         else:
             run = begin(said["kind"], cfg, folder, corpus=corpus, tokenizer=tokenizer, tokens=rows.store) if world.main else None
             world.wait()

@@ -103,6 +103,20 @@ def test_from_the_notebook_with_a_restart(tmp_path):
     assert p.returncode == 0, err[-3000:]+out[-2000:]
     assert list(losses(folder)) == list(range(1, 401)) and (not ranks or "going on from step-" in out)
 
+def test_none_outlives_the_notebook(tmp_path):
+    from test_launch import ROOT
+    import psutil
+    folder = tmp_path/"runs"/"two"
+    words = [Path(sys.executable).parent/"codex-nb", "run", "train", "--folder", str(folder), *(w for k, v in (SMALL | dict(steps=100_000, eval_every=10**6, save_every=20, nproc=2)).items() for w in ("-p", f"{k}={json.dumps(v) if not isinstance(v, str) else v}"))]
+    p = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | {"CODEX_NB_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"})
+    end = time.monotonic()+120
+    while time.monotonic() < end and p.poll() is None and not list(folder.glob("checkpoints/step-*")): time.sleep(0.02)
+    below = psutil.Process(p.pid).children(recursive=True)
+    assert len([c for c in below if "RANK" in c.environ()]) == 2
+    p.kill(); p.wait()
+    _, alive = psutil.wait_procs(below, timeout=10)
+    assert not [c for c in alive if c.status() != psutil.STATUS_ZOMBIE]
+
 IP = shutil.which("ip") or "/sbin/ip"
 def _namespaces():
     try: return subprocess.run([IP, "netns", "add", "codex-nb-probe"], capture_output=True).returncode == 0 and subprocess.run([IP, "netns", "del", "codex-nb-probe"], capture_output=True).returncode == 0
