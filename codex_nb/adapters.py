@@ -6,7 +6,7 @@
 __all__ = ['AdapterConfig', 'peft_library', 'linear_layers', 'add_adapter', 'adapter_report', 'adapter_tensors',
            'set_adapter_tensors', 'adapter_settings', 'merge']
 
-# %% ../nbs/24_adapters.ipynb #5a22f10a
+# %% ../nbs/24_adapters.ipynb #2cce4e6a
 import os, warnings
 from typing import Literal
 
@@ -16,7 +16,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import Config, ConfigError
-from .model import count_parameters
 from .repro import seed_for
 
 # %% ../nbs/24_adapters.ipynb #e617f2aa

@@ -38,14 +38,14 @@ def judge(
     else: publish_evaluation(target, records, summary, cfg, {"checkpoint": checkpoint, "tokenizer": tokenizer.digest, "corpus": corpus.digest})
     return summary
 
-# %% ../nbs/54_judging.ipynb #2e665086
+# %% ../nbs/54_judging.ipynb #d36746b0
 def find_checkpoint(
     name:str|None, # A run, a checkpoint folder, or None for the newest finished training run
 )->Artifact: # Verified
     "Find the checkpoint that is meant."
     if name and (Path(name)/"state.json").is_file(): return open_artifact(name, "checkpoint")
     if name: return last_checkpoint(find_run(name))
-    done = [r["name"] for r in list_runs() if r["kind"] in ("train", "finetune") and r["status"] == "finished"]
+    done = [r["name"] for r in list_runs() if r["kind"] == "train" and r["status"] == "finished"]
     if not done: raise ArtifactError(f"checkpoint: none was given, and there is no finished training run in {workspace()/'runs'}; train one with: papermill nbs/train.ipynb")
     return last_checkpoint(workspace()/"runs"/done[-1])
 

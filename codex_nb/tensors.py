@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['NAMES', 'write_tensors', 'tensor_table']
 
-# %% ../nbs/06_tensors.ipynb #afd96faf
+# %% ../nbs/06_tensors.ipynb #60679629
 import ctypes, json, os, queue, sys, threading
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
-from .artifacts import ArtifactError, disk_error, sha256_file
+from .artifacts import ArtifactError, disk_error
 
 # %% ../nbs/06_tensors.ipynb #85d80b75
 NAMES = {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16", "torch.float64": "F64", "torch.int64": "I64", "torch.int32": "I32", "torch.int16": "I16", "torch.int8": "I8",
