@@ -60,12 +60,17 @@ def test_bad_input_is_one_clear_error(name, tmp_path):
     assert done.returncode == 1 and expected in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert [p for p in left(tmp_path) if not p.startswith("store/")] == [] and not (tmp_path/"runs").exists()
 
-def test_targets_that_match_nothing(tmp_path, monkeypatch):
-    from test_launch import SMALL, run
-    done = run("codex-nb", "run", "train", *SMALL, "--folder", str(tmp_path/"runs"/"base"), home=tmp_path)
-    assert done.returncode == 0, done.stderr
-    base = str(sorted((tmp_path/"runs"/"base"/"checkpoints").iterdir())[-1])
-    done = run("codex-nb", "run", "finetune", "-p", "base", "base", "-p", "targets", '["query"]', "-p", "seq_len", "32", home=tmp_path)
+def test_a_base_that_does_not_fit(tmp_path, monkeypatch):
+    import shutil
+    from codex_nb.corpus import CorpusConfig, open_corpus
+    from codex_nb.model import ModelConfig, build_model, no_bars
+    from codex_nb.vocabulary import TokenizerConfig, train_tokenizer
+    from test_launch import run
+    monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
+    tokenizer = train_tokenizer(open_corpus(CorpusConfig(data="sample")), TokenizerConfig(vocab_size=512))
+    with no_bars(): build_model(ModelConfig(width=32, layers=1, heads=2, seq_len=64), tokenizer.vocab_size, tokenizer.eot, 0).save_pretrained(tmp_path/"base")
+    for n in ("tokenizer.json", "tokenizer_config.json"): shutil.copyfile(tokenizer.path/n, tmp_path/"base"/n)
+    done = run("codex-nb", "run", "finetune", "-p", "base", str(tmp_path/"base"), "-p", "targets", '["query"]', home=tmp_path)
     assert done.returncode == 1 and "targets: query: no such linear layer in this model; there are down_proj" in done.stderr, done.stderr
-    done = run("codex-nb", "run", "train", "-p", "base", base, "-p", "seq_len", "32", "-p", "vocab_size", "600", "-p", "steps", "2", home=tmp_path)
+    done = run("codex-nb", "run", "train", "-p", "base", str(tmp_path/"base"), "-p", "vocab_size", "600", "-p", "steps", "2", home=tmp_path)
     assert done.returncode == 1 and "use the base's own: tokenizer_path=" in done.stderr, done.stderr

@@ -28,7 +28,7 @@ def straight(tmp_path_factory):
     assert p.returncode == 0, err
     return digest(home/"runs"/"straight")
 
-@pytest.mark.parametrize("n", range(50 if PROVE else 3))
+@pytest.mark.parametrize("n", range(50 if PROVE else 2))
 def test_a_signal_at_any_moment(n, tmp_path, straight):
     from codex_nb.checkpoint import latest_checkpoint
     rng, folder = random.Random(n), tmp_path/"runs"/"stopped"
