@@ -72,10 +72,10 @@ def adapter_report(
     trainable, own = (sum(p.numel() for p in model.parameters() if p.requires_grad == t) for t in (True, False))
     return {"adapted": {k: kinds.count(k) for k in sorted(set(kinds))}, "trainable": trainable, "parameters": own+trainable, "share": round(trainable/(own+trainable), 6)}
 
-# %% ../nbs/24_adapters.ipynb #af7bd1b1
+# %% ../nbs/24_adapters.ipynb #99060943
 def adapter_tensors(
     model, # A peft model
-)->dict[str, torch.Tensor]: # As peft names them in a file
+)->dict[str, torch.Tensor]: # As peft names them in a file; they share memory with the model
     "What an adapter consists of."
     return {n: t.detach() for n, t in peft_library().get_peft_model_state_dict(model).items()}
 
@@ -87,7 +87,8 @@ def set_adapter_tensors(
     own = adapter_tensors(model)
     wrong = sorted(own.keys() ^ tensors.keys()) or [n for n in own if own[n].shape != tensors[n].shape]
     if wrong: raise ConfigError(f"this adapter does not fit the model: {', '.join(wrong[:5])}; the model's adapter has {', '.join(sorted(own)[:3])}, ...")
-    peft_library().set_peft_model_state_dict(model, tensors)
+    with torch.no_grad():
+        for n, t in own.items(): t.copy_(tensors[n])
 
 def adapter_settings(
     model, # A peft model

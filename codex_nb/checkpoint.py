@@ -7,9 +7,11 @@ __all__ = ['STATE', 'NO_SCALER', 'CheckpointError', 'optimizer_tensors', 'optimi
            'model_tensors', 'snapshot', 'write_checkpoint', 'set_weights', 'read_weights', 'load_checkpoint',
            'checkpoints', 'latest_checkpoint']
 
-# %% ../nbs/33_checkpoint.ipynb #0cf806f1
+# %% ../nbs/33_checkpoint.ipynb #0330f621
 import json, shutil
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,13 @@ import torch
 from safetensors.torch import load_file
 
 from .adapters import adapter_settings, adapter_tensors, set_adapter_tensors
-from .artifacts import Artifact, ArtifactError, open_artifact, publish
-from .distributed import World, share_like, whole
+from .artifacts import Artifact, ArtifactError, open_artifact, publish, read_manifest
+from .distributed import World, own_share, read_shares, share_like, share_name, whole
 from .optim import EMA
 from .repro import numeric_identity, rng_state, seed_everything, seed_for, set_rng_state
 from .tensors import write_tensors
 
-# %% ../nbs/33_checkpoint.ipynb #ef5d6b38
+# %% ../nbs/33_checkpoint.ipynb #41b90174
 class CheckpointError(ArtifactError):
     "A checkpoint that cannot be continued from, and why."
 
@@ -34,9 +36,9 @@ def _named(model, optimizer):
 def optimizer_tensors(
     model, # Names the parameters
     optimizer, # After at least one step
-)->dict[str, torch.Tensor]: # `exp_avg/NAME` and so on, whole; on a sharded model every rank must ask
+)->dict[str, torch.Tensor]: # `exp_avg/NAME` and so on; shares, where the model lies in shares
     "An optimizer's state by the names of the parameters."
-    return {f"{key}/{name}": whole(value.detach()) for group in _named(model, optimizer) for name, p in group for key, value in optimizer.state[p].items()}
+    return {f"{key}/{name}": value.detach() for group in _named(model, optimizer) for name, p in group for key, value in optimizer.state[p].items()}
 
 def optimizer_settings(
     model, # Names the parameters
@@ -46,7 +48,7 @@ def optimizer_settings(
     plain = lambda v: list(v) if isinstance(v, tuple) else v
     return [{k: plain(v) for k, v in g.items() if k != "params"} | {"parameters": [n for n, _ in named]} for g, named in zip(optimizer.param_groups, _named(model, optimizer))]
 
-# %% ../nbs/33_checkpoint.ipynb #955a038b
+# %% ../nbs/33_checkpoint.ipynb #5d109158
 STATE = ("progress", "schedule", "scaler", "data", "identity", "exact", "rng", "optimizer")
 NO_SCALER = {"kind": "none"} # fp32 and bf16 need none
 
@@ -63,21 +65,24 @@ class Standing:
 class Snapshot:
     "Everything of a moment, on the CPU, shared with nothing that changes."
     tensors:dict[str, dict[str, torch.Tensor]] # File -> name -> tensor
+    tables:dict[str, dict[str, str]] # File -> what its table says besides
     texts:dict[str, str] # File -> text
     copies:dict[str, Path] # File -> where it lies
     standing:Standing
 
 def model_tensors(
     model, # A `transformers` or peft model
+    keep:bool=True, # False: help the other ranks to put shares together, and keep nothing
+    copy:bool=False, # To the CPU, apart from the model
 )->dict[str, torch.Tensor]: # As `save_pretrained` names them, shared ones once; whole
     "The weights that a checkpoint holds."
+    together = ((n, whole(t.detach())) for n, t in _weights(model).items()) # one at a time, so that those who keep none need no room
+    if copy: together = ((n, t.to("cpu", copy=True) if keep else None) for n, t in together)
+    return {n: t for n, t in together if keep}
+
+def _weights(model): # those that share memory once
     if hasattr(model, "peft_config"): return adapter_tensors(model)
-    out, seen = {}, {}
-    for n, t in model.state_dict(keep_vars=True).items():
-        if id(t) in seen: continue
-        seen[id(t)] = n
-        out[n] = whole(t.detach())
-    return out
+    return {n: t for t, n in reversed({t: n for n, t in reversed(model.state_dict(keep_vars=True).items())}.items())}
 
 def snapshot(
     model, # A `transformers` or peft model
@@ -86,13 +91,17 @@ def snapshot(
     standing:Standing, # Where things stand
     ema:EMA|None=None, # An average of the weights, if one is kept
     world:World=World(), # All ranks take part
-)->Snapshot|None: # None on ranks other than 0
+)->Snapshot|None: # None on ranks that have nothing to write
     "Copy everything that changes."
     adapted, generators = hasattr(model, "peft_config"), world.gather(rng_state())
-    tensors = {"adapter_model.safetensors" if adapted else "model.safetensors": model_tensors(model), "optimizer.safetensors": optimizer_tensors(model, optimizer)}
-    if ema: tensors["ema.safetensors"] = {n: whole(t) for n, t in ema.tensors.items()}
-    if not world.main: return None
-    tensors = {f: {n: t.to("cpu", copy=True) for n, t in ts.items()} for f, ts in tensors.items()}
+    parts = {"optimizer": optimizer_tensors(model, optimizer)} | ({"ema": ema.tensors} if ema else {})
+    weights, shares = model_tensors(model, world.main, True), any(hasattr(p, "placements") for p in model.parameters())
+    if not shares and not world.main: return None
+    files = {share_name(part, world): own_share(ts, world) for part, ts in parts.items()} if shares else {f"{part}.safetensors": (ts, {}) for part, ts in parts.items()}
+    tensors = {f: {n: t.to("cpu", copy=True) for n, t in ts.items()} for f, (ts, _) in files.items()}
+    tables = {f: table for f, (_, table) in files.items()}
+    if not world.main: return Snapshot(tensors, tables, {}, {}, standing)
+    tensors["adapter_model.safetensors" if adapted else "model.safetensors"] = weights
     state = {"progress": standing.progress, "schedule": standing.schedule, "scaler": NO_SCALER, "data": standing.data, "identity": standing.identity, "exact": standing.exact | numeric_identity(),
         "rng": generators, "optimizer": optimizer_settings(model, optimizer)}
     texts = {"state.json": json.dumps(state, allow_nan=False)}
@@ -101,29 +110,39 @@ def snapshot(
         texts["config.json"] = model.config.to_json_string()
         if getattr(model, "generation_config", None): texts["generation_config.json"] = model.generation_config.to_json_string()
     copies = {n: Path(tokenizer_folder)/n for n in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model") if (Path(tokenizer_folder)/n).is_file()}
-    return Snapshot(tensors, texts, copies, standing)
+    return Snapshot(tensors, tables, texts, copies, standing)
 
-# %% ../nbs/33_checkpoint.ipynb #532507a7
+# %% ../nbs/33_checkpoint.ipynb #c6758c43
+def _write_files(folder, snap):
+    for name in snap.tensors: (folder/name).parent.mkdir(exist_ok=True)
+    return {name: write_tensors(folder/name, ts, {"format": "pt"} | snap.tables.get(name, {})) for name, ts in snap.tensors.items()}
+
 def write_checkpoint(
     folder, # The folder to make, e.g. `checkpoints/step-00000400`
     snap:Snapshot, # From `snapshot`
     parents:dict[str, str], # Role -> digest
     meta:dict[str, Any]|None=None, # Remarks, such as the last measurements
-)->Artifact: # Published whole; `DiskError` when there is no room
+    world:World=World(), # Those who have a share to write
+)->Artifact|None: # Published whole, by rank 0; `DiskError` when there is no room
     "Write a snapshot; a checkpoint that is there (a damaged one, say) is replaced."
     config = {"data": snap.standing.data, "identity": snap.standing.identity, "schedule": snap.standing.schedule}
-    with publish(folder, "checkpoint", config=config, parents=parents, replace=Path(folder).exists()) as draft:
-        for name, ts in snap.tensors.items(): draft.known[name] = write_tensors(draft.path/name, ts, {"format": "pt"})
+    with ExitStack() as stack:
+        begin = lambda: stack.enter_context(publish(folder, "checkpoint", config=config, parents=parents, replace=Path(folder).exists()))
+        draft = world.attempt(lambda: begin() if world.main else None)
+        known = world.gather(world.attempt(partial(_write_files, world.share(draft and draft.path), snap)))
+        if not world.main: return None
+        for said in known: draft.known.update(said)
         for name, text in snap.texts.items(): (draft.path/name).write_text(text+"\n", encoding="utf-8")
         for name, path in snap.copies.items(): shutil.copyfile(path, draft.path/name)
         draft.meta.update({k: snap.standing.progress[k] for k in ("step", "position", "tokens")}, **(meta or {}))
     return draft.artifact
 
-# %% ../nbs/33_checkpoint.ipynb #3d9c08ce
+# %% ../nbs/33_checkpoint.ipynb #2ea7e069
 def _parts(folder, artifact, adapted, ema):
     weights = "adapter_model.safetensors" if adapted else "model.safetensors"
-    needed = [weights, "adapter_config.json" if adapted else "config.json", "optimizer.safetensors", "state.json", "tokenizer.json", "tokenizer_config.json", *(["ema.safetensors"] if ema else [])]
-    missing = [p for p in needed if p not in artifact.manifest.files]
+    files = artifact.manifest.files
+    needed = [weights, "adapter_config.json" if adapted else "config.json", "state.json", "tokenizer.json", "tokenizer_config.json"]
+    missing = [p for p in needed if p not in files] + [f"{p}.safetensors" for p in ("optimizer", *(["ema"] if ema else [])) if f"{p}.safetensors" not in files and not any(f.startswith(f"{p}/shard-") for f in files)]
     if missing: raise CheckpointError(f"{folder}: incomplete: {', '.join(missing)} missing")
     state = json.loads((artifact.path/"state.json").read_text("utf-8"))
     missing = [k for k in STATE if not state.get(k) and state.get(k) != {}]
@@ -138,9 +157,10 @@ def set_weights(
     tensors:dict[str, torch.Tensor], # As from `model_tensors`, checked
 )->None:
     "Put weights into a model."
-    if hasattr(model, "peft_config"): return set_adapter_tensors(model, tensors)
+    own = _weights(model)
+    if hasattr(model, "peft_config"): return set_adapter_tensors(model, {n: share_like(t, own[n]) if n in own else t for n, t in tensors.items()})
     with torch.no_grad():
-        for n, t in model.state_dict(keep_vars=True).items():
+        for n, t in own.items():
             if n in tensors: t.copy_(share_like(tensors[n], t))
 
 def read_weights(
@@ -149,8 +169,13 @@ def read_weights(
     "The weights, or the adapter, that a checkpoint holds."
     return load_file(next(p for n in ("adapter_model.safetensors", "model.safetensors") if (p := Path(folder)/n).is_file()))
 
+def _part(path, part, like, world): # whole, or this process's share
+    if (path/f"{part}.safetensors").is_file(): return load_file(path/f"{part}.safetensors")
+    try: return read_shares(path/part, like, world)
+    except (ValueError, KeyError) as e: raise CheckpointError(f"{path}: {e}") from None
+
 def load_checkpoint(
-    folder, # A checkpoint
+    checkpoint, # A folder, which is verified first; or an `Artifact`, which was
     model, # Its weights are replaced
     optimizer, # Its state is replaced
     standing:Standing, # As it is now; `progress` is not looked at
@@ -159,7 +184,8 @@ def load_checkpoint(
     allow:tuple[str, ...]=(), # Names in `exact` that may differ
 )->tuple[dict, list[str]]: # `progress`, and the allowed differences in words; `CheckpointError`, and nothing was changed
     "Put everything back as it was."
-    artifact = open_artifact(folder, "checkpoint")
+    artifact = checkpoint if isinstance(checkpoint, Artifact) else open_artifact(checkpoint, "checkpoint")
+    folder = artifact.path
     weights, state = _parts(folder, artifact, hasattr(model, "peft_config"), ema)
     differ = [d for k in ("data", "schedule", "identity") for d in _differences(state[k], getattr(standing, k))]
     if differ: raise CheckpointError(f"{folder}: cannot go on from here: {'; '.join(differ)}")
@@ -169,15 +195,17 @@ def load_checkpoint(
     if refused := [k for k in unequal if k not in allow]:
         raise CheckpointError(f"{folder}: going on would no longer be equal bit for bit: {'; '.join(said)}. To go on all the same: --allow {','.join(refused)}")
     if [g["parameters"] for g in optimizer_settings(model, optimizer)] != [g["parameters"] for g in state["optimizer"]]: raise CheckpointError(f"{folder}: the optimizer's parameters are not those of this model")
-    tensors, saved = load_file(artifact.path/weights), load_file(artifact.path/"optimizer.safetensors")
-    own = {n: t.shape for n, t in model_tensors(model).items()}
+    tensors, params = load_file(folder/weights), {n: p for g in _named(model, optimizer) for n, p in g}
+    saved = _part(folder, "optimizer", lambda n: params[n.split("/", 1)[1]], world)
+    own = {n: t.shape for n, t in _weights(model).items()}
     if bad := sorted(own.keys() ^ tensors.keys()) or [n for n in own if own[n] != tensors[n].shape]: raise CheckpointError(f"{folder}: weights do not fit the model: {', '.join(bad[:5])}")
     by_name = {}
     for k, v in saved.items(): by_name.setdefault(k.split("/", 1)[1], {})[k.split("/", 1)[0]] = v
     kinds = {n: set(ks) for n, ks in by_name.items()}
     for g, named in zip(state["optimizer"], _named(model, optimizer)):
         if lost := [n for n, _ in named if n not in by_name or kinds[n] != kinds[named[0][0]]]: raise CheckpointError(f"{folder}: no whole optimizer state for {', '.join(lost[:5])}")
-    averages = load_file(artifact.path/"ema.safetensors") if ema else {}
+        if bad := [n for n, p in named for v in by_name[n].values() if v.dim() and v.shape != p.shape]: raise CheckpointError(f"{folder}: the optimizer's state does not fit {', '.join(bad[:5])}")
+    averages = _part(folder, "ema", ema.tensors.__getitem__, world) if ema else {}
     if ema and averages.keys() != ema.tensors.keys(): raise CheckpointError(f"{folder}: the averages of weights do not fit the model: {sorted(averages.keys() ^ ema.tensors.keys())[:5]}")
     if not isinstance(state["rng"], list) or not state["rng"]: raise CheckpointError(f"{folder}: no states of random generators")
 
@@ -190,7 +218,7 @@ def load_checkpoint(
     else: seed_everything(seed_for(state["identity"].get("seed", 0), "world", world.size, world.rank, state["progress"]["step"]))
     return state["progress"], said
 
-# %% ../nbs/33_checkpoint.ipynb #b9e0ef57
+# %% ../nbs/33_checkpoint.ipynb #e5add8e5
 def checkpoints(
     folder, # Holds `step-NNNNNNNN` folders
 )->list[Path]: # Oldest first, verified or not
@@ -199,10 +227,10 @@ def checkpoints(
 
 def latest_checkpoint(
     folder, # Holds `step-NNNNNNNN` folders
-)->tuple[Path|None, list[str]]: # The newest whole one, and what is wrong with those that were passed over
+)->tuple[Artifact|None, list[str]]: # The newest whole one, and what is wrong with those that were passed over
     "Find where to go on."
     skipped = []
     for p in reversed(checkpoints(folder)):
-        try: open_artifact(p, "checkpoint"); return p, skipped
+        try: return open_artifact(p, "checkpoint"), skipped
         except ArtifactError as e: skipped.append(str(e))
     return None, skipped

@@ -18,7 +18,7 @@ from .artifacts import ArtifactError, clear_leftovers, read_manifest, sync
 from .checkpoint import checkpoints, latest_checkpoint
 from .config import Config, outside
 
-# %% ../nbs/35_retention.ipynb #62ee46c6
+# %% ../nbs/35_retention.ipynb #6063a9d7
 class CheckpointConfig(Config):
     "When to save and what to keep."
     save_every:int = Field(500, ge=1, json_schema_extra=outside) # Steps between checkpoints; the last step is always saved
@@ -50,10 +50,11 @@ def plan(
     folder, # Holds `step-NNNNNNNN` folders
     cfg:CheckpointConfig, # What to keep
     protected:Iterable[str]=(), # Digests, or names, of checkpoints that something stands on
+    whole:Path|None=None, # One that is known to be whole; if none is newer, nothing is read again
 )->list[Verdict]: # One for each checkpoint, oldest first; nothing is changed
     "Decide what stays."
     there, protected = checkpoints(folder), set(protected)
-    newest, _ = latest_checkpoint(folder)
+    newest = whole if there and there[-1] == whole else (found := latest_checkpoint(folder)[0]) and found.path
     if newest is None: return [Verdict(p, True, "no checkpoint here is whole, so nothing is removed") for p in there]
     values = {p: v for p in there if (v := _measured(p, cfg.best_metric)) is not None}
     ranked = sorted(values, key=lambda p: (values[p] if cfg.best_mode == "min" else -values[p], -int(p.name[5:])))
@@ -73,9 +74,10 @@ def prune(
     folder, # Holds `step-NNNNNNNN` folders
     cfg:CheckpointConfig, # What to keep
     protected:Iterable[str]=(), # As for `plan`
+    whole:Path|None=None, # As for `plan`
 )->list[Verdict]: # What was decided
     "Remove what need not stay."
-    made = plan(folder, cfg, protected)
+    made = plan(folder, cfg, protected, whole)
     for v in made:
         if v.keep: continue
         gone = v.path.with_name(f".tmp-{socket.gethostname()}-{os.getpid()}-gone{v.path.name[5:]}") # out of sight in one step, so that none is ever half there

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Saved', 'Saver']
 
-# %% ../nbs/36_saver.ipynb #a278eaa0
+# %% ../nbs/36_saver.ipynb #87a42604
 import threading, time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,8 +13,9 @@ from pathlib import Path
 
 from .artifacts import Artifact
 from .checkpoint import Snapshot, write_checkpoint
+from .distributed import World
 
-# %% ../nbs/36_saver.ipynb #f2d587ac
+# %% ../nbs/36_saver.ipynb #61e0d615
 @dataclass(frozen=True)
 class Saved:
     "One save that is done."
@@ -26,9 +27,10 @@ class Saver:
     "Writes snapshots, one at a time."
     def __init__(self,
         background:bool=True, # False: the loop waits until it is written
-        after:Callable[[Artifact], None]=lambda a: None, # Called, in the thread, when one was published
+        after:Callable[[Artifact], None]=lambda a: None, # Called on rank 0, in the thread, when one was published
+        world:World=World(), # Those who write shares
     ):
-        self.background, self.after = background, after
+        self.background, self.after, self.world = background, after, world.apart()
         self.done:list[Saved] = [] # In order; taken from by whoever reports them
         self._thread, self._error = None, None
 
@@ -46,7 +48,8 @@ class Saver:
         copied = time.perf_counter()
         def work():
             try:
-                made = write_checkpoint(folder, snap, parents, meta)
+                made = write_checkpoint(folder, snap, parents, meta, self.world)
+                if made is None: return
                 ended = time.perf_counter()
                 self.done.append(Saved(made.path, (copied if self.background else ended)-began, ended-began))
                 self.after(made)

@@ -86,7 +86,7 @@ def _at(cfg, path):
     for p in path: cfg = getattr(cfg, p)
     return cfg
 
-# %% ../nbs/51_settings.ipynb #167cc7c7
+# %% ../nbs/51_settings.ipynb #ee6504e0
 SHAPE = ("arch", "width", "layers", "heads", "kv_heads", "ffn", "dropout", "tie_embeddings") # What a base brings along
 
 class RunConfig(Settings):
@@ -153,7 +153,7 @@ def find_base(
     if folder is None: return find_model(name)
     newest, damaged = latest_checkpoint(folder/"checkpoints")
     if newest is None: raise ConfigError(f"base: {folder}: no whole checkpoint in this run" + "".join(f"; {d}" for d in damaged))
-    return newest
+    return newest.path
 
 def _is_run(name): return (Path(name)/"config.json").is_file() and (Path(name)/"checkpoints").is_dir()
 

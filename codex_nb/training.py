@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['begin', 'settle_process', 'near', 'make_model', 'standing_of', 'train_here', 'last_checkpoint']
 
-# %% ../nbs/52_training.ipynb #789f81d2
+# %% ../nbs/52_training.ipynb #8c65505d
 import json, math, sys
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from .adapters import add_adapter
-from .artifacts import Artifact, ArtifactError, json_text, open_artifact, problems, write_file
+from .artifacts import Artifact, ArtifactError, json_text, problems, read_manifest, write_file
 from .batches import Batches, order_digest
 from .checkpoint import Standing, latest_checkpoint, load_checkpoint, model_tensors, set_weights, snapshot
 from .compute import prepare
@@ -107,7 +107,7 @@ def standing_of(
         {"micro_batch": f.micro_batch, "world_size": world.size, "parallel": cfg.distributed.parallel if world.size > 1 else "one", "device": cfg.model.device, "dtype": cfg.model.dtype,
             "compile": c.compile, "attention": c.attention, "products": c.products, "recompute": c.recompute, "loss_chunk": c.loss_chunk})
 
-# %% ../nbs/52_training.ipynb #f421e4a9
+# %% ../nbs/52_training.ipynb #48530d78
 def train_here(
     run:Run, # Its folder is written to, by rank 0
     model, # From `make_model`; trained in place
@@ -163,12 +163,12 @@ def _planned_steps(run, model, batches, objective, world):
 
 def _go_on(run, model, optimizer, same, ema, world):
     newest, damaged = latest_checkpoint(run.folder/"checkpoints") if world.main else (None, [])
-    newest = world.share(str(newest) if newest else None)
+    path = world.share(newest and newest.path)
     for d in damaged: print(f"passed over a damaged checkpoint: {d}")
-    if not newest: return TrainState()
+    if not path: return TrainState()
     allow = tuple(filter(None, (env_setting("CODEX_NB_ALLOW") or "").split(",")))
-    progress, differences = load_checkpoint(newest, model, optimizer, same, ema, world, allow)
-    if world.main: print(f"going on from {Path(newest).name}" + "".join(f"\nno longer bit for bit: {d}" for d in differences))
+    progress, differences = load_checkpoint(newest or Artifact(path, read_manifest(path)), model, optimizer, same, ema, world, allow)
+    if world.main: print(f"going on from {path.name}" + "".join(f"\nno longer bit for bit: {d}" for d in differences))
     return TrainState.of(progress)
 
 class _Hands:
@@ -181,7 +181,7 @@ class _Hands:
         self.spare = make_model(run, tokenizer) if sharded and world.main else None # for watching a model that lies in shares
         self.sharded = sharded
         self.watched = choose(corpus.split("validation"), run.cfg.evaluate.eval_documents, run.cfg.seed) if world.main else []
-        self.saver = Saver(run.cfg.checkpoint.background, self._published)
+        self.saver = Saver(run.cfg.checkpoint.background, self._published, world if sharded else World())
 
     def catch_up(self, state): # before the first step
         if self.world.main:
@@ -206,14 +206,14 @@ class _Hands:
 
     def watch(self, state):
         self.log(state)
-        if state.interrupted: return
-        tensors = model_tensors(self.model) if self.sharded else None # every rank helps to put it together
-        found = None
-        if self.world.main:
-            if self.sharded: set_weights(self.spare, tensors)
-            with self.signals.free(): found = self._measure(state, self.spare or self.model)
-        if not found: return
-        values, text, average = found
+        if self.world.share(state.interrupted) if self.sharded else state.interrupted: return
+        found, average = self._measure(state, f"step {state.step}"), ({}, None)
+        if state.ema:
+            state.ema.swap(self.model)
+            try: average = self._measure(state)
+            finally: state.ema.swap(self.model)
+        if not found or not average: return # another rank, or a signal broke it off
+        (values, text), (average, _) = found, average
         self.writer.write(state.step, values, split="validation", tokens=state.tokens, exact=values)
         if average: self.writer.write(state.step, average, split="validation_ema", tokens=state.tokens, exact=average)
         write_sample(self.folder/"samples.ndjson", state.step, text)
@@ -222,18 +222,17 @@ class _Hands:
         if self.sink: self.sink.feed()
         self._compare(state, values["loss"])
 
-    def _measure(self, state, model):
-        def figures():
+    def _measure(self, state, sample=None): # figures and a sampled text
+        if self.sharded:
+            tensors = model_tensors(self.model, self.world.main) # every rank helps to put it together
+            if self.world.main: set_weights(self.spare, tensors)
+        if not self.world.main or state.interrupted: return None
+        model, found = self.spare or self.model, None
+        with self.signals.free():
             records = score(model, self.tokenizer, self.watched, self.cfg.evaluate.stride, self.cfg.evaluate.eval_batch, self.cfg.model.dtype)
             nll, count, size = (sum(getattr(r, k) for r in records) for k in ("nll", "tokens", "bytes"))
-            return {"loss": loss_of(nll, count), "bits_per_byte": bits_per_byte(nll, size)}
-        values, average = figures(), {}
-        text = generate(model, self.tokenizer, "", self.cfg.generate, self.cfg.seed, f"step {state.step}")
-        if state.ema and not self.sharded:
-            state.ema.swap(self.model)
-            try: average = figures()
-            finally: state.ema.swap(self.model)
-        return values, text, average
+            found = {"loss": loss_of(nll, count), "bits_per_byte": bits_per_byte(nll, size)}, sample and generate(model, self.tokenizer, "", self.cfg.generate, self.cfg.seed, sample)
+        return found
 
     def _compare(self, state, loss):
         if state.best is None or loss < state.best-self.cfg.fit.min_delta: state.best, state.stale = loss, 0
@@ -250,7 +249,7 @@ class _Hands:
 
     def _published(self, artifact):
         protected = {self.stands_on, *in_use()} if self.stands_on else in_use()
-        prune(self.folder/"checkpoints", self.cfg.checkpoint, protected)
+        prune(self.folder/"checkpoints", self.cfg.checkpoint, protected, artifact.path)
 
     def close(self, state, failed=False):
         try: self.saver.wait()
@@ -264,4 +263,4 @@ def last_checkpoint(
     "A run's newest whole checkpoint."
     newest, damaged = latest_checkpoint(Path(run_folder)/"checkpoints")
     if not newest: raise ArtifactError(f"{run_folder}: no whole checkpoint in this run" + "".join(f"; {d}" for d in damaged))
-    return open_artifact(newest, "checkpoint")
+    return newest

@@ -50,11 +50,11 @@ def test_no_damage_is_silent(kind, made, tmp_path):
     for i in range(N(60, 500)):
         rng = random.Random(i)
         f = damage(tmp_path/"step-00000002", rng, kind)
-        newest, skipped = latest_checkpoint(tmp_path)
+        newest, skipped = latest_checkpoint(tmp_path); newest = newest and newest.path
         assert newest == tmp_path/"step-00000001" and len(skipped) == 1 and "step-00000002" in skipped[0], (i, f)
         with pytest.raises(ArtifactError): load_checkpoint(tmp_path/"step-00000002", model, optimizer, standing(2))
         shutil.copyfile(whole/f.name, f)
-    assert latest_checkpoint(tmp_path)[0] == tmp_path/"step-00000002"
+    assert latest_checkpoint(tmp_path)[0].path == tmp_path/"step-00000002"
 
 FAULTS = textwrap.dedent("""
     import os, sys, builtins, pathlib, shutil
@@ -157,7 +157,7 @@ def test_killed_while_saving(tmp_path):
         os.kill(pid, signal.SIGKILL)
         while said[-1] != "ended\n": said.append(p.stdout.readline())
         acknowledged = max(int(s.strip()[5:]) for s in said if s.startswith("step-"))
-        newest, skipped = latest_checkpoint(folder)
+        newest, skipped = latest_checkpoint(folder); newest = newest and newest.path
         assert newest is not None and int(newest.name[5:]) >= acknowledged and not skipped, (i, newest, acknowledged, skipped)
     from codex_nb.artifacts import clear_leftovers
     clear_leftovers(folder)

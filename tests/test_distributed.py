@@ -6,10 +6,10 @@ import pytest
 PROVE = bool(os.environ.get("PROVE"))
 SMALL = dict(steps=12, width=32, seq_len=32, batch_size=8, micro_batch=1, eval_every=6, save_every=6, keep_last=9, eval_documents=2, max_new_tokens=4, optimizer="adamw", lr=1e-3, dtype="fp32", products="torch", mlflow=False)
 
-def prepared(home, name, **change):
+def prepared(home, name, bare=SMALL, **change):
     from codex_nb.launch import prepare_run
     os.environ["CODEX_NB_HOME"] = str(home)
-    try: return prepare_run("train", SMALL | change, home/"runs"/name)
+    try: return prepare_run("train", bare | change, home/"runs"/name)
     finally: del os.environ["CODEX_NB_HOME"]
 
 def job(config, n, home, restarts=0, **env):
@@ -62,6 +62,58 @@ def test_2_then_1_then_4(tmp_path, one):
     assert "going on from step-00000006" in done(config, 4, tmp_path, **allow)
     close(losses(config.parent), losses(one))
 
+def files(folder, step): return {n: f["sha256"] for n, f in json.loads((folder/"checkpoints"/f"step-{step:08}"/"manifest.json").read_text())["files"].items()}
+
+def test_shares_2_then_4_then_1(tmp_path, one):
+    "Each rank writes its share of the optimizer and of the average; other numbers of ranks go on from them."
+    config, allow = prepared(tmp_path, "shares", parallel="fsdp", ema=0.9), dict(CODEX_NB_ALLOW="world_size,parallel,threads")
+    done(config, 2, tmp_path)
+    folder = config.parent
+    here = files(folder, 12)
+    assert {f"{part}/shard-0000{r}-of-00002.safetensors" for part in ("optimizer", "ema") for r in (1, 2)} <= here.keys() and "model.safetensors" in here
+    watched = [r for l in (folder/"metrics.ndjson").read_text().splitlines() if (r := json.loads(l))["split"] == "validation_ema"]
+    assert [r["step"] for r in watched] == [6, 12]
+    close(losses(folder), losses(one))
+    cut_back(folder, 6)
+    assert "going on from step-00000006" in done(config, 2, tmp_path)
+    assert files(folder, 12) == here # as many ranks: bit for bit
+    for n in (4, 1):
+        cut_back(folder, 6)
+        said = done(config, n, tmp_path, **allow)
+        assert "going on from step-00000006" in said and f"world_size was 2, now {n}" in said
+        close(losses(folder), losses(one))
+    from codex_nb.runs import verify_run
+    assert verify_run(folder)["ok"]
+
+def test_a_share_that_is_lost(tmp_path):
+    config = prepared(tmp_path, "lost", parallel="fsdp")
+    done(config, 2, tmp_path)
+    (config.parent/"checkpoints"/"step-00000012"/"optimizer"/"shard-00002-of-00002.safetensors").unlink()
+    cut_back(config.parent, 12)
+    out = done(config, 2, tmp_path)
+    assert "passed over a damaged checkpoint" in out and "shard-00002-of-00002.safetensors: missing" in out and "going on from step-00000006" in out
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_an_adapter(parallel, tmp_path, one):
+    base = str(one/"checkpoints"/"step-00000012")
+    given = {k: v for k, v in SMALL.items() if k not in ("width",)} | dict(base=base, adapter="lora", rank=2)
+    folders = []
+    for name, n, how in (("alone", 1, "ddp"), ("two", 2, parallel)):
+        config = prepared(tmp_path, name, bare=given, parallel=how)
+        done(config, n, tmp_path)
+        folders.append(config.parent)
+    close(losses(folders[1]), losses(folders[0]))
+    here = files(folders[1], 12)
+    cut_back(folders[1], 6)
+    done(config, 2, tmp_path)
+    assert files(folders[1], 12) == here
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"] if PROVE else ["ddp"])
+def test_compiled(parallel, tmp_path, one):
+    config = prepared(tmp_path, "compiled", compile="on", micro_batch=4, parallel=parallel)
+    done(config, 2, tmp_path)
+    close(losses(config.parent), losses(one))
+
 def test_a_signal_to_all(tmp_path):
     config = prepared(tmp_path, "stopped", steps=100_000, eval_every=10**6, save_every=10**6)
     p = job(config, 2, tmp_path)
@@ -72,7 +124,7 @@ def test_a_signal_to_all(tmp_path):
     p.communicate(timeout=60)
     assert p.returncode != 0
     from codex_nb.checkpoint import latest_checkpoint
-    newest, skipped = latest_checkpoint(config.parent/"checkpoints")
+    newest, skipped = latest_checkpoint(config.parent/"checkpoints"); newest = newest and newest.path
     assert newest and not skipped and int(newest.name[5:]) == max(losses(config.parent))
 
 def test_a_rank_that_dies_ends_the_job(tmp_path):

@@ -46,7 +46,7 @@ def test_a_signal_at_any_moment(n, tmp_path, straight):
     assert "Traceback" not in err and "zmq" not in err.lower(), err
     assert kernels(folder) == []
     if not folder.exists(): assert "stopped by" in err or "nothing was written" in err or "stopping" in err, err; return # the run had not begun
-    newest, skipped = latest_checkpoint(folder/"checkpoints")
+    newest, skipped = latest_checkpoint(folder/"checkpoints"); newest = newest and newest.path
     assert skipped == []
     if newest: assert int(newest.name[5:]) == steps(folder)[-1], "the checkpoint is that of the last step"
     else: assert not steps(folder)
