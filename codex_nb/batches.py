@@ -67,7 +67,7 @@ def order_digest(
     "The order of a run's samples, as one number."
     return digest_of({"rows": n, "seed": seed, "end": end, "first": sample_order(np.arange(min(look, end)), n, seed).tolist()})
 
-# %% ../nbs/18_batches.ipynb #f3f5e749
+# %% ../nbs/18_batches.ipynb #5f247450
 class Batch(NamedTuple):
     "Rows for one forward pass. B rows, T predictions in each."
     ids_BT:torch.Tensor # int64, inputs
@@ -79,7 +79,8 @@ class Batch(NamedTuple):
         device, # Where to
     )->"Batch":
         "The same batch on a device."
-        return Batch(*(x.to(device, non_blocking=True) for x in self))
+        pinned = torch.device(device).type == "cuda" # else the copy waits for the device
+        return Batch(*((x.pin_memory() if pinned else x).to(device, non_blocking=True) for x in self))
 
 def to_batch(
     rows:Rows, # Where from

@@ -90,7 +90,7 @@ def use_products(
     for m in changed: m.__class__ = swap[type(m)]
     return len(changed)
 
-# %% ../nbs/21_compute.ipynb #1e70d4d0
+# %% ../nbs/21_compute.ipynb #45990fe7
 WORTH_COMPILING = 2e13 # Floating-point operations of a run
 
 @cache
@@ -102,11 +102,13 @@ def has_compiler()->str|None: # None when `torch.compile` can be used on the CPU
     except (InvalidCxxCompiler, RuntimeError, OSError) as e: return f"no C++ compiler was found ({type(e).__name__}); install g++"
     return None
 
-def _foreign_avx512(): # an x86 processor with AVX-512 that is not Intel's
-    if platform.machine() not in ("x86_64", "AMD64") or "AVX512" not in torch.backends.cpu.get_cpu_capability(): return False
-    try: text = Path("/proc/cpuinfo").read_text()
-    except OSError: return False
-    return "GenuineIntel" not in text and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+def _foreign_avx512(machine, capability, processor): # x86 with AVX-512, and not Intel's
+    return machine in ("x86_64", "AMD64") and "AVX512" in capability and bool(processor) and "GenuineIntel" not in processor
+
+def _onednn_is_faster():
+    try: processor = Path("/proc/cpuinfo").read_text()
+    except OSError: processor = "" # unknown
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise") and _foreign_avx512(platform.machine(), torch.backends.cpu.get_cpu_capability(), processor)
 
 def resolve_compute(
     cfg:ComputeConfig, # What is asked
@@ -120,7 +122,7 @@ def resolve_compute(
     if cpu and compiled == "on" and (reason := has_compiler()): raise ConfigError(f"compile: {reason}, or give compile=off")
     if compiled == "auto": compiled = "on" if device.startswith("cuda") or (cpu and flops >= WORTH_COMPILING and not has_compiler()) else "off"
     if products == "onednn" and not (cpu and dtype == "fp32" and torch.backends.mkldnn.is_available()): raise ConfigError(f"products: onednn is for fp32 on a CPU, and this run computes in {dtype} on {device}; give products=torch")
-    if products == "auto": products = "onednn" if cpu and dtype == "fp32" and torch.backends.mkldnn.is_available() and _foreign_avx512() else "torch"
+    if products == "auto": products = "onednn" if cpu and dtype == "fp32" and _onednn_is_faster() else "torch"
     attention = cfg.attention if cfg.attention != "auto" else "eager" if cpu and dtype == "bf16" and compiled == "on" and seq_len <= 512 else "sdpa"
     return cfg.model_copy(update={"compile": compiled, "products": products, "attention": attention})
 

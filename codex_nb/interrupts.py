@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['EXIT_CODES', 'NOTED', 'Interrupted', 'Signals', 'die_with_parent']
 
-# %% ../nbs/37_interrupts.ipynb #09aed73a
+# %% ../nbs/37_interrupts.ipynb #d2ba9913
 import ctypes, os, signal, sys
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
-# %% ../nbs/37_interrupts.ipynb #8bac0fa2
+# %% ../nbs/37_interrupts.ipynb #4dfa1d9d
 class Interrupted(KeyboardInterrupt):
     "Stopped by a signal, when what had to be saved was saved."
     def __init__(self, name:str): super().__init__(f"stopped by {name}"); self.name = name
@@ -21,11 +22,11 @@ NOTED = ".stopping" # A file in the run folder that says that a signal was noted
 class Signals:
     "What was asked while a state was trained. Use it with `with`."
     def __init__(self,
-        state=None, # Told to stop, by its method `stop(reason, now)`: a `TrainState`
+        stop:Callable[[str], None]|None=None, # Called with the reason, once: `TrainState.stop`
         noted=None, # A file made when the first signal arrives, for a launcher that waits for it
         again:str="raise", # At the second: `raise` KeyboardInterrupt, `exit` at once, or `ignore` it
     ):
-        self.state, self.noted, self.again, self.name, self._free, self._before = state, Path(noted) if noted else None, again, None, False, {}
+        self.stop, self.noted, self.again, self.name, self._free, self._before = stop, Path(noted) if noted else None, again, None, False, {}
 
     def _arrived(self, number, frame):
         name = signal.Signals(number).name
@@ -36,7 +37,7 @@ class Signals:
         self.name = name
         if self.noted: self.noted.write_text(name)
         print(f"{name}: the run stops after this step and saves; once more ends it at once", file=sys.stderr, flush=True)
-        if self.state: self.state.stop(f"stopped by {name}", now=True)
+        if self.stop: self.stop(f"stopped by {name}")
         if self._free: raise Interrupted(name)
 
     def __enter__(self)->"Signals":

@@ -44,14 +44,16 @@ def find_model(
     shared = "" if env_setting("CODEX_NB_MODELS") else "; $CODEX_NB_MODELS is not set"
     raise ConfigError(f"base: no model {name!r}; looked at {', '.join(str(p.absolute()) for p in places)}{shared}. Bring a folder with config.json, *.safetensors and tokenizer.json, then: codex-nb models import FOLDER")
 
-# %% ../nbs/25_library.ipynb #57a49dde
+# %% ../nbs/25_library.ipynb #46ef8a3f
+def _weight_files(folder): # without what a checkpoint keeps beside them
+    return sorted(p for p in Path(folder).glob("*.safetensors") if p.name not in ("optimizer.safetensors", "ema.safetensors"))
+
 def describe_model(
     folder, # A model's folder
 )->dict: # `path`, `kind`, `parameters`, `bytes`, `dtype`, `digest` (None without a manifest), `problems`
     "A model in a few figures."
     folder, found, tables = Path(folder), [], {}
-    for p in sorted(folder.glob("*.safetensors")):
-        if p.name == "optimizer.safetensors" or p.name.startswith("ema"): continue
+    for p in _weight_files(folder):
         try: tables |= tensor_table(p)
         except ArtifactError as e: found.append(str(e))
     digest = None
@@ -82,10 +84,10 @@ def model_digest(
 )->str: # 64 hex digits
     "What a model's weights and configuration are, as one number."
     folder = Path(folder)
-    names = sorted(p.name for p in folder.iterdir() if p.name in ("config.json", "adapter_config.json") or (p.suffix == ".safetensors" and p.name != "optimizer.safetensors" and not p.name.startswith("ema")))
-    return digest_of({n: sha256_file(folder/n) for n in names})
+    files = [*_weight_files(folder), *(p for n in ("config.json", "adapter_config.json") if (p := folder/n).is_file())]
+    return digest_of({p.name: sha256_file(p) for p in files})
 
-# %% ../nbs/25_library.ipynb #9c8f7cd2
+# %% ../nbs/25_library.ipynb #695beaaa
 _TAKEN = ("*.safetensors", "config.json", "generation_config.json", "adapter_config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "added_tokens.json")
 
@@ -99,7 +101,7 @@ def import_model(
     shared = env_setting("CODEX_NB_MODELS")
     target = (Path(shared) if shared else Path.cwd()/"models")/(name or source.absolute().name)
     if Path(name or "x").name != (name or "x"): raise ConfigError(f"name: {name!r} must be a plain folder name")
-    taken = sorted({p for pattern in _TAKEN for p in source.glob(pattern) if p.is_file() and p.name != "optimizer.safetensors"})
+    taken = sorted({p for pattern in _TAKEN for p in source.glob(pattern) if p.is_file() and (p.suffix != ".safetensors" or p in _weight_files(source))})
     with publish(target, "model", {"imported": True}) as draft:
         for p in taken: shutil.copyfile(p, draft.path/p.name)
         said = describe_model(draft.path)

@@ -97,13 +97,13 @@ def lr_at(
     else: fall = 0.5*(1+math.cos(math.pi*done)) if cfg.schedule == "cosine" else 1-done
     return cfg.lr*(cfg.lr_end+(1-cfg.lr_end)*fall)
 
-# %% ../nbs/22_optim.ipynb #1d410a72
+# %% ../nbs/22_optim.ipynb #f4fad374
 def step_if(
     optimizer, # From `make_optimizer`
     ok:torch.Tensor, # bool scalar on the device
 )->bool|None: # Whether the step was made; None when that was decided on the device
     "Update the weights unless something was wrong."
-    if ok.is_cuda and isinstance(optimizer, torch.optim.AdamW): return _on_device(optimizer, ok)
+    if ok.device.type != "cpu" and isinstance(optimizer, torch.optim.AdamW): return _on_device(optimizer, ok)
     if ok: optimizer.step()
     return bool(ok)
 

@@ -47,19 +47,17 @@ def train(
         if not isinstance(e, DiskError): run.finish("failed", f"{type(e).__name__}: {e}")
         raise
 
-# %% ../nbs/53_recipe.ipynb #b49e5eee
+# %% ../nbs/53_recipe.ipynb #07ea84a1
 def _train_processes(run, model, hooks):
     if hooks: raise ConfigError("hooks: functions of this notebook cannot be called in other processes; use nproc=1")
     d, env = run.cfg.distributed, {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "CODEX_NB_RUN")}
     torchrun = "from codex_nb.interrupts import die_with_parent; die_with_parent(); from torch.distributed.run import main; main()"
     words = [sys.executable, "-c", torchrun, "--standalone", "--nproc-per-node", str(d.nproc), "--max-restarts", str(d.restarts), "-m", "codex_nb.recipe", str(run.folder/"config.json"), "--attached"]
     p = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env | {"OMP_NUM_THREADS": str(max(1, (run.cfg.threads or 1)//d.nproc))}, start_new_session=True)
-    state = TrainState()
-    state.stop = lambda reason, now=False: p.terminate() # torchrun hands it on
     said = []
     listener = threading.Thread(target=lambda: said.extend(p.stderr), daemon=True)
     listener.start()
-    with Signals(state, run.folder/NOTED if env_setting("CODEX_NB_RUN") else None, "ignore" if env_setting("CODEX_NB_RUN") else "raise") as signals:
+    with Signals(lambda reason: p.terminate(), run.folder/NOTED if env_setting("CODEX_NB_RUN") else None, "ignore" if env_setting("CODEX_NB_RUN") else "raise") as signals:
         for line in p.stdout: print(line, end="", flush=True)
         code = p.wait()
     listener.join(5)
@@ -101,13 +99,13 @@ def work(
         settle_process(run.cfg, world)
         try:
             model = make_model(run, tokenizer)
-            state = train_here(run, model, tokenizer, rows, corpus, world=world, again="exit" if world.size == 1 else "ignore") # torchrun sends its signal twice, and kills after half a minute
+            train_here(run, model, tokenizer, rows, corpus, world=world, again="exit" if world.size == 1 else "ignore") # torchrun sends its signal twice, and kills after half a minute
         except Interrupted as e: return EXIT_CODES[e.name]
         except Exception as e:
             if world.main and not attached and not isinstance(e, DiskError): run.finish("failed", f"{type(e).__name__}: {e}")
             raise
         if world.main and not attached: finish(run)
-        return 0 if state else 1
+        return 0
 
 def _inputs(cfg):
     corpus = open_corpus(cfg.corpus)

@@ -107,7 +107,7 @@ def standing_of(
         {"micro_batch": f.micro_batch, "world_size": world.size, "parallel": cfg.distributed.parallel if world.size > 1 else "one", "device": cfg.model.device, "dtype": cfg.model.dtype,
             "compile": c.compile, "attention": c.attention, "products": c.products, "recompute": c.recompute, "loss_chunk": c.loss_chunk})
 
-# %% ../nbs/52_training.ipynb #48530d78
+# %% ../nbs/52_training.ipynb #6aeec790
 def train_here(
     run:Run, # Its folder is written to, by rank 0
     model, # From `make_model`; trained in place
@@ -132,7 +132,7 @@ def train_here(
     start = _go_on(run, model, optimizer, same, ema, world)
     hands = _Hands(run, model, tokenizer, rows, corpus, same, world, cfg.distributed.parallel == "fsdp" and world.size > 1)
     noted = folder/NOTED if env_setting("CODEX_NB_RUN") else None
-    with Signals(start, noted, again or ("ignore" if noted else "raise")) as signals:
+    with Signals(partial(start.stop, now=True), noted, again or ("ignore" if noted else "raise")) as signals:
         hands.signals = signals
         every = [Hook(hands.log, cfg.tracking.log_every), Hook(hands.watch, cfg.evaluate.eval_every), Hook(hands.save, cfg.checkpoint.save_every)]
         agree = [Hook(partial(_agree, world))] if world.size > 1 else []

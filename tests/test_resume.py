@@ -130,3 +130,8 @@ def test_bit_for_bit(cut, kind, dtype, bench, tmp_path, monkeypatch):
     parts, straight = run_once(bench, tmp_path/"parts", given, CUTS[cut]), bench["straight"][kind, dtype]
     assert parts[0] == straight[0] and parts[1] == straight[1] and parts[2] == straight[2]
     assert len({e["loss"] for s, _, e in straight[1] if s == "train"}) == STEPS # every step's loss is its own
+
+def test_bit_for_bit_compiled(bench, tmp_path, monkeypatch):
+    monkeypatch.setenv("CODEX_NB_HOME", str(bench["home"]))
+    given = dict(compile="on", dtype="bf16", micro_batch=64, steps=16)
+    assert run_once(bench, tmp_path/"parts", given, [5, 12] if PROVE else [12]) == run_once(bench, tmp_path/"straight", given, [])
