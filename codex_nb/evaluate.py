@@ -121,7 +121,7 @@ def score(
     if bad: raise ValueError(f"the loss is not finite on {', '.join(bad[:5])}: the model's weights are damaged, or training diverged")
     return out
 
-# %% ../nbs/43_evaluate.ipynb #cda94e2e
+# %% ../nbs/43_evaluate.ipynb #0bbc200f
 def summarize(
     records:list[Record], # Of the documents
     texts:list[str], # Their texts, for the compressors
@@ -130,15 +130,15 @@ def summarize(
 )->dict: # `metrics` name -> value, low, high; `compressors`; counts
     "Figures over documents, with intervals."
     col = lambda k: np.array([getattr(r, k) for r in records], float)
-    rng = np.random.default_rng(seed_for(seed, "bootstrap"))
-    per_token = bootstrap_ratio(col("nll"), col("tokens"), rng, resamples)
+    draws = seed_for(seed, "bootstrap")
+    per_token = bootstrap_ratio(col("nll"), col("tokens"), draws, resamples)
     found = {"loss": (loss_of, per_token), "perplexity": (perplexity, per_token)}
     out = {name: {"value": float(f(i.value, 1)), "low": float(f(i.low, 1)), "high": float(f(i.high, 1))} for name, (f, i) in found.items()}
     for name, top, bottom in (("bits_per_byte", bits_per_byte(col("nll"), 1), col("bytes")), ("accuracy", accuracy(col("correct"), 1), col("tokens"))):
-        i = bootstrap_ratio(top, bottom, rng, resamples)
+        i = bootstrap_ratio(top, bottom, draws, resamples)
         out[name] = {"value": i.value, "low": i.low, "high": i.high}
-    out = {k: {n: None if math.isnan(x) else x for n, x in v.items()} for k, v in out.items()}
-    return {"metrics": out, "compressors": compressor_bits_per_byte(texts), "documents": len(records), "tokens": int(col("tokens").sum()), "bytes": int(col("bytes").sum())}
+    out = {k: {n: x if math.isfinite(x) else None for n, x in v.items()} for k, v in out.items()}
+    return {"metrics": out, "notes": list(per_token.notes), "compressors": compressor_bits_per_byte(texts), "documents": len(records), "tokens": int(col("tokens").sum()), "bytes": int(col("bytes").sum())}
 
 # %% ../nbs/43_evaluate.ipynb #c3341b08
 def publish_evaluation(

@@ -107,7 +107,7 @@ def standing_of(
         {"micro_batch": f.micro_batch, "world_size": world.size, "parallel": cfg.distributed.parallel if world.size > 1 else "one", "device": cfg.model.device, "dtype": cfg.model.dtype,
             "compile": c.compile, "attention": c.attention, "products": c.products, "recompute": c.recompute, "loss_chunk": c.loss_chunk})
 
-# %% ../nbs/52_training.ipynb #6aeec790
+# %% ../nbs/52_training.ipynb #be031af5
 def train_here(
     run:Run, # Its folder is written to, by rank 0
     model, # From `make_model`; trained in place
@@ -231,7 +231,7 @@ class _Hands:
         with self.signals.free():
             records = score(model, self.tokenizer, self.watched, self.cfg.evaluate.stride, self.cfg.evaluate.eval_batch, self.cfg.model.dtype)
             nll, count, size = (sum(getattr(r, k) for r in records) for k in ("nll", "tokens", "bytes"))
-            found = {"loss": loss_of(nll, count), "bits_per_byte": bits_per_byte(nll, size)}, sample and generate(model, self.tokenizer, "", self.cfg.generate, self.cfg.seed, sample)
+            found = {"loss": loss_of(nll, count), "bits_per_byte": bits_per_byte(nll, size)}, sample and generate(model, self.tokenizer, None, self.cfg.generate, self.cfg.seed, sample)
         return found
 
     def _compare(self, state, loss):
