@@ -55,7 +55,7 @@ def compressor_bits_per_byte(
     if not data: raise ValueError("no text: compressors need at least one byte")
     return {"gzip -9": 8*len(gzip.compress(data, 9, mtime=0))/len(data), "xz -9": 8*len(lzma.compress(data, preset=9))/len(data)}
 
-# %% ../nbs/40_metrics.ipynb #ebef6b0e
+# %% ../nbs/40_metrics.ipynb #b471b203
 BINS = 15 # Of equal width, for probabilities
 
 @dataclass
@@ -64,6 +64,11 @@ class Calibration:
     count:np.ndarray # int64, shape (BINS,): predictions in each
     promised:np.ndarray # float, shape (BINS,): sum of the probabilities given
     kept:np.ndarray # int64, shape (BINS,): how many were right
+
+    @classmethod
+    def none(cls)->"Calibration":
+        "Of no predictions."
+        return cls(np.zeros(BINS, np.int64), np.zeros(BINS), np.zeros(BINS, np.int64))
 
     @classmethod
     def of(cls,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHAPE', 'KINDS', 'Settings', 'RunConfig', 'find_base', 'FinetuneConfig', 'JudgeConfig']
 
-# %% ../nbs/51_settings.ipynb #a33b3953
+# %% ../nbs/51_settings.ipynb #ed0434dd
 import json
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -16,7 +16,7 @@ from pydantic import Field, PrivateAttr
 from .adapters import AdapterConfig
 from .checkpoint import latest_checkpoint
 from .compute import ComputeConfig, resolve_compute, rough_flops
-from .config import Config, ConfigError, leaves, notebook_parameters, resolve
+from .config import Config, ConfigError, leaves, notebook_parameters, outside, resolve
 from .corpus import CorpusConfig
 from .distributed import DistributedConfig
 from .engine import FitConfig
@@ -186,7 +186,7 @@ FinetuneConfig.presets = {
     "full": dict(data="chat", packing="best-fit", seq_len=256, epochs=3, batch_size=16, lr=3e-4, warmup=0.05, schedule="linear", eval_every=50, save_every=100),
 }
 
-# %% ../nbs/51_settings.ipynb #a48b3163
+# %% ../nbs/51_settings.ipynb #6000f34a
 class JudgeConfig(Settings):
     "What to judge, and on what."
     checkpoint:str|None = None # A run, or a checkpoint folder; default: the newest finished training run
@@ -196,6 +196,7 @@ class JudgeConfig(Settings):
     threads:int|None = Field(None, ge=1, le=1024)
     device:str = "auto"
     dtype:Literal["auto", "fp32", "bf16"] = "fp32"
+    nproc:int = Field(1, ge=1, le=1024, json_schema_extra=outside) # Processes that share the documents; on GPUs, one each
     evaluate:EvaluateConfig = EvaluateConfig()
     generate:GenerateConfig = GenerateConfig()
     presets:ClassVar[dict] = {"smoke": dict(max_documents=50, resamples=500, max_new_tokens=48), "full": dict(max_documents=100_000)}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['begin', 'settle_process', 'near', 'make_model', 'standing_of', 'train_here', 'last_checkpoint']
 
-# %% ../nbs/52_training.ipynb #8c65505d
+# %% ../nbs/52_training.ipynb #575abd9c
 import json, math, sys
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,6 @@ from .config import Config, ConfigError, env_setting, identity, leaves
 from .corpus import Corpus
 from .distributed import World, accumulating, spread
 from .engine import Hook, TrainState, estimate_steps, fit, progress_hooks, samples_to_take, say
-from .evaluate import choose, score
 from .generate import generate
 from .interrupts import NOTED, Interrupted, Signals, die_with_parent
 from .library import content_digest_of, load_model
@@ -33,6 +32,7 @@ from .repro import seed_everything, set_determinism
 from .retention import prune
 from .runs import Run, in_use
 from .saver import Saver
+from .scoring import choose, score
 from .settings import RunConfig, find_base
 from .tokenizer import Tokenizer
 from .tokens import Rows

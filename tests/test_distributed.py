@@ -144,7 +144,7 @@ def test_from_the_notebook_with_a_restart(tmp_path):
     "`nproc 2` in a launched notebook; one process is killed once, and the job goes on from its last checkpoint."
     from test_launch import ROOT
     folder = tmp_path/"runs"/"two"
-    words = [Path(sys.executable).parent/"codex-nb", "run", "train", "--folder", str(folder), *(w for k, v in (SMALL | dict(steps=400, eval_every=1000, save_every=20, nproc=2, restarts=1, max_documents=4, resamples=100)).items() for w in ("-p", f"{k}={json.dumps(v) if not isinstance(v, str) else v}"))]
+    words = [Path(sys.executable).parent/"codex-nb", "run", "train", "--folder", str(folder), *(w for k, v in (SMALL | dict(steps=400, eval_every=1000, save_every=20, nproc=2, restarts=3, max_documents=4, resamples=100)).items() for w in ("-p", f"{k}={json.dumps(v) if not isinstance(v, str) else v}"))]
     p = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | {"CODEX_NB_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"})
     import psutil
     end = time.monotonic()+120
