@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EOT', 'TURNS', 'END', 'SPECIALS', 'PATTERN', 'CHAT_TEMPLATE', 'TokenizerError', 'byte_characters', 'byte_form',
-           'sp_form', 'char_form', 'in_threads', 'Tokenizer', 'save_fast', 'Encoded', 'encode_document', 'Padded',
-           'pad']
+           'sp_form', 'char_form', 'in_threads', 'Tokenizer', 'save_fast', 'Encoded', 'encode_document', 'chat_ids',
+           'Padded', 'pad']
 
 # %% ../nbs/15_tokenizer.ipynb #6de86015
 import json, os
@@ -203,7 +203,7 @@ def save_fast(
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": EOT, "eos_token": EOT, "pad_token": EOT, "clean_up_tokenization_spaces": False, "add_prefix_space": False, "chat_template": CHAT_TEMPLATE}
     (Path(folder)/"tokenizer_config.json").write_text(json.dumps(config, indent=1, sort_keys=True)+"\n")
 
-# %% ../nbs/15_tokenizer.ipynb #68247986
+# %% ../nbs/15_tokenizer.ipynb #07688822
 CHAT_TEMPLATE = ("{%- for m in messages -%}{%- if m.role == 'assistant' -%}<|assistant|>{% generation %}{{ m.content }}<|end|>{% endgeneration %}"
     "{%- else -%}<|{{ m.role }}|>{{ m.content }}<|end|>{%- endif -%}{%- endfor -%}{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}")
 
@@ -229,6 +229,17 @@ def encode_document(
         raise TokenizerError(f"{doc.id}: {'all' if mask.all() else 'nothing'} of this conversation would be learned from: {said}")
     return Encoded(ids, mask, False)
 
+def chat_ids(
+    tokenizer:Tokenizer, # With which
+    messages, # `Message` objects, the last not the assistant's
+)->tuple[list[int], tuple[str, ...]]: # Ids up to where the assistant begins to speak, and the special tokens that end what it says; `TokenizerError` without a template
+    "A conversation as a prompt."
+    if tokenizer.config.get("chat_template") == CHAT_TEMPLATE:
+        one = tokenizer.fast.token_to_id
+        return [t for m in messages for t in (one(TURNS[m.role]), *tokenizer.encode(m.content), one(END))]+[one(TURNS["assistant"])], (END,)
+    out = _templated(tokenizer).apply_chat_template([{"role": m.role, "content": m.content} for m in messages], add_generation_prompt=True, return_dict=True)
+    return list(out["input_ids"]), ()
+
 def _own_turns(tokenizer, doc):
     one, ids, mask = tokenizer.fast.token_to_id, [], []
     for m in doc.messages:
@@ -237,12 +248,16 @@ def _own_turns(tokenizer, doc):
         mask += [[False], np.full(len(content)+1, m.role == "assistant")]
     return np.concatenate(ids).astype(np.uint32), np.concatenate(mask)
 
-def _foreign_turns(tokenizer, doc):
+def _templated(tokenizer): # the tokenizer as transformers opens it, for its chat template
     from transformers import AutoTokenizer
-    template = tokenizer.config.get("chat_template") or ""
-    if "generation" not in template: raise TokenizerError(f"{tokenizer.path}: " + ("its chat template has no {% generation %} markers, so what the assistant says cannot be told apart" if template else "has no chat template"))
     hf = tokenizer.__dict__.setdefault("_hf", None) or AutoTokenizer.from_pretrained(tokenizer.path, local_files_only=True)
     tokenizer._hf = hf
+    if not hf.chat_template: raise TokenizerError(f"{tokenizer.path}: has no chat template")
+    return hf
+
+def _foreign_turns(tokenizer, doc):
+    hf = _templated(tokenizer)
+    if "generation" not in str(hf.chat_template): raise TokenizerError(f"{tokenizer.path}: its chat template has no {{% generation %}} markers, so what the assistant says cannot be told apart")
     out = hf.apply_chat_template([{"role": m.role, "content": m.content} for m in doc.messages], return_dict=True, return_assistant_tokens_mask=True)
     return np.array(out["input_ids"], np.uint32), np.array(out["assistant_masks"], bool)
 

@@ -90,7 +90,7 @@ def test_importing_the_package_is_light():
 def test_run_notebooks_have_a_parameters_cell():
     from codex_nb.config import leaves
     from codex_nb.launch import config_of
-    for name in ("train", "finetune", "evaluate"):
+    for name in ("train", "finetune", "evaluate", "compare"):
         tagged = [c for c in cells(NBS/f"{name}.ipynb") if "parameters" in c["metadata"].get("tags", [])]
         assert len(tagged) == 1, name
         names = [t.id for n in ast.parse("".join(tagged[0]["source"])).body for t in n.targets]
