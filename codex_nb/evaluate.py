@@ -6,7 +6,7 @@
 __all__ = ['EvaluateConfig', 'figures', 'by_slice', 'summarize', 'summary_table', 'summary_lines', 'plot_reliability', 'worst',
            'token_html', 'publish_evaluation', 'read_evaluation']
 
-# %% ../nbs/46_evaluate.ipynb #5e8598f0
+# %% ../nbs/46_evaluate.ipynb #91bcfb18
 import csv, html, json, math, random
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,7 +14,7 @@ from dataclasses import asdict
 import numpy as np
 from pydantic import Field
 
-from .artifacts import Artifact, open_artifact, publish
+from .artifacts import Artifact, ArtifactError, open_artifact, publish
 from .config import Config, outside
 from .contamination import Overlap
 from .documents import Document
@@ -77,7 +77,7 @@ def by_slice(
 
 def _counts(records): return {"documents": len(records), **{k: int(sum(getattr(r, k) for r in records)) for k in ("tokens", "bytes")}}
 
-# %% ../nbs/46_evaluate.ipynb #5149e0f9
+# %% ../nbs/46_evaluate.ipynb #e94971ec
 def summarize(
     records:list[Record], # Of the documents
     texts:list[str], # What was predicted of each, for the compressors
@@ -108,12 +108,13 @@ def summary_table(
     if "calibration" in summary: out.append({"figure": "calibration error", "value": show(summary["calibration"]["error"]), "95 % interval": ""})
     found = summary.get("contamination")
     if found and found["contaminated"] and found["clean"]: out += rows({"bits_per_byte": found["clean"]["metrics"]["bits_per_byte"]}, f", the {found['clean']['documents']:,} clean documents")
-    return out + [{"figure": f"bits per byte of {k}", "value": show(v), "95 % interval": ""} for k, v in summary["compressors"].items()]
+    return out + [{"figure": f"bits per byte of {k}", "value": show(v), "95 % interval": ""} for k, v in summary.get("compressors", {}).items()]
 
 def summary_lines(
     summary:dict, # As `judging.judge` gives it
 )->list[str]:
     "What must be said beside the table."
+    if "questions" in summary: return [f"{summary['questions']:,} of {summary['questions_in_task']:,} questions of {summary['task']}, {summary['shots']} examples before each"] + [f"note: {n}" for n in summary["notes"]]
     of = f" of {summary['documents_in_split']:,}" if summary.get("documents_in_split", summary["documents"]) != summary["documents"] else ""
     out = [f"{summary['documents']:,}{of} documents, {summary['tokens']:,} tokens, {summary['bytes']:,} bytes" + (f"; a sample drawn by seed {summary['seed']}" if of else "")]
     if c := summary.get("contamination"):
@@ -168,11 +169,11 @@ def token_html(
     more = f"<i> ... {len(ids)-limit:,} tokens more</i>" if len(ids) > limit else ""
     return f'<div style="white-space:pre-wrap;font-family:monospace;line-height:1.5;background:white;color:black;padding:4px">{"".join(out)}{more}</div>'
 
-# %% ../nbs/46_evaluate.ipynb #413d603c
+# %% ../nbs/46_evaluate.ipynb #12836df6
 def publish_evaluation(
     folder, # The folder to make
-    records:list[Record], # One for each document
-    summary:dict, # From `summarize`
+    records:list, # One for each document, or the answers of a task
+    summary:dict, # From `summarize`, or of the answers
     cfg:Config, # How it was measured
     parents:dict[str, str], # `checkpoint`, `tokenizer`, `corpus` -> digest
     overlaps:list[Overlap]|None=None, # Of each document with the training corpus
@@ -183,7 +184,7 @@ def publish_evaluation(
         with open(draft.path/"records.ndjson", "w", encoding="utf-8") as f:
             for r in rows: f.write(json.dumps(r, ensure_ascii=False)+"\n")
         with open(draft.path/"records.csv", "w", encoding="utf-8", newline="") as f:
-            flat = [{k: v for k, v in r.items() if k not in ("bins", "meta", "overlap")} | {f"meta.{k}": v for k, v in r["meta"].items()} | {f"overlap.{k}": v for k, v in r.get("overlap", {}).items()} for r in rows]
+            flat = [{k: v for k, v in r.items() if k not in ("bins", "meta", "scores", "overlap")} | {f"{n}.{k}": v for n in ("meta", "scores") for k, v in r.get(n, {}).items()} | {f"overlap.{k}": v for k, v in r.get("overlap", {}).items()} for r in rows]
             out = csv.DictWriter(f, list(dict.fromkeys(k for r in flat for k in r)))
             out.writeheader()
             out.writerows(flat)
@@ -193,8 +194,10 @@ def publish_evaluation(
 
 def read_evaluation(
     folder, # An evaluation
-)->tuple[Artifact, list[Record], dict]: # Verified; `ArtifactError` when damaged
+    of:type=Record, # What it is made of: `Record`, or `tasks.Answer`
+)->tuple[Artifact, list, dict]: # Verified; `ArtifactError` when damaged, or made of something else
     "Open an evaluation: its manifest, records and summary."
     a = open_artifact(folder, "evaluation")
     rows = [json.loads(l) for l in (a.path/"records.ndjson").read_text("utf-8").splitlines()]
-    return a, [Record(**{k: v for k, v in r.items() if k in Record.__dataclass_fields__}) for r in rows], json.loads((a.path/"summary.json").read_bytes())
+    if wrong := [r for r in rows if r.keys()-{"overlap"} != of.__dataclass_fields__.keys()]: raise ArtifactError(f"{a.path}: its records hold {', '.join(wrong[0])}, which is no {of.__name__}")
+    return a, [of(**{k: v for k, v in r.items() if k != "overlap"}) for r in rows], json.loads((a.path/"summary.json").read_bytes())

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['choose', 'windows', 'Record', 'judged_text', 'given_text', 'score', 'score_tokens', 'scored', 'score_portions']
 
-# %% ../nbs/43_scoring.ipynb #f03e2055
+# %% ../nbs/43_scoring.ipynb #56588091
 import hashlib, json, math, os, random, zlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -23,7 +23,7 @@ from .metrics import Calibration
 from .model import autocast
 from .repro import seed_for
 from .safety import redact_json
-from .tokenizer import Tokenizer, encode_document, in_threads
+from .tokenizer import Encoded, Tokenizer, encode_document, in_threads
 
 # %% ../nbs/43_scoring.ipynb #e7fb4cae
 def choose(
@@ -110,7 +110,7 @@ def _head(model): # what gives hidden states, and what makes logits of them
     if plain_head(inner): return lambda **kw: inner.base_model(**kw).last_hidden_state, inner.get_output_embeddings()
     return lambda **kw: inner(**kw).logits, lambda x: x
 
-# %% ../nbs/43_scoring.ipynb #de4268d6
+# %% ../nbs/43_scoring.ipynb #99b74977
 def score(
     model, # A causal language model
     tokenizer:Tokenizer, # Its tokenizer
@@ -120,9 +120,10 @@ def score(
     dtype:str="fp32", # Of the products: `fp32` or `bf16`
     detail:bool=False, # Brier score and calibration as well
     closing:bool=True, # Whether the id that closes a document is predicted
+    encoded:list[Encoded]|None=None, # The documents in ids, where that is not what `encode_document` makes of them
 )->list[Record]: # In the order of the documents
     "Negative log-likelihood and accuracy of each document."
-    _, counted, found = _read(model, tokenizer, documents, stride, batch_size, dtype, detail, closing)
+    _, counted, found = _read(model, tokenizer, documents, stride, batch_size, dtype, detail, closing, encoded)
     out = [_record(d, f[c], detail) for d, f, c in zip(documents, found, counted)]
     bad = [r.id for r in out if not math.isfinite(r.nll)]
     if bad: raise ValueError(f"the loss is not finite on {', '.join(bad[:5])}: the model's weights are damaged, or training diverged")
@@ -140,12 +141,12 @@ def score_tokens(
     return ids[1:].tolist(), np.where(counted, found[:, 0], np.nan)
 
 @torch.no_grad()
-def _read(model, tokenizer, documents, stride, batch_size, dtype, detail, closing): # ids, which predictions count, and a line for each
+def _read(model, tokenizer, documents, stride, batch_size, dtype, detail, closing, encoded=None): # ids, which predictions count, and a line for each
     if not documents: raise ValueError("no documents to evaluate on")
     if batch_size < 1: raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     device, T, was_training = next(model.parameters()).device, model.config.max_position_embeddings, model.training
     read, head = _head(model)
-    ids, counted = _encode(tokenizer, documents, closing)
+    ids, counted = _framed(tokenizer, encoded or in_threads(partial(encode_document, tokenizer), documents), closing)
     found = [np.zeros((len(c), 5 if detail else 3)) for c in counted] # a line for each prediction
     work = sorted(((k, *w) for k, i in enumerate(ids) for w in windows(len(i)-1, T, stride or max(1, T//2)) if counted[k][w[2]:w[1]].any()), key=lambda w: (w[1]-w[0], w))
     model.eval()
@@ -171,8 +172,7 @@ def _read(model, tokenizer, documents, stride, batch_size, dtype, detail, closin
     finally: model.train(was_training)
     return ids, counted, found
 
-def _encode(tokenizer, documents, closing): # ids with those that open and close, and which predictions count
-    encoded = in_threads(partial(encode_document, tokenizer), documents)
+def _framed(tokenizer, encoded, closing): # ids with those that open and close, and which predictions count
     ends = [closing and e.closing for e in encoded]
     ids = [np.concatenate([[tokenizer.eot], e.ids, [tokenizer.eot]]).astype(np.int64) for e in encoded]
     return ids, [np.append(np.ones(len(e.ids), bool) if e.mask is None else e.mask, end) for e, end in zip(encoded, ends)]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHAPE', 'KINDS', 'Settings', 'RunConfig', 'find_base', 'FinetuneConfig', 'JudgeConfig', 'CompareConfig']
 
-# %% ../nbs/51_settings.ipynb #ed0434dd
+# %% ../nbs/51_settings.ipynb #7368cb2a
 import json
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -28,6 +28,7 @@ from .optim import OptimConfig
 from .retention import CheckpointConfig
 from .runs import find_run, list_runs
 from .store import workspace
+from .tasks import TaskConfig
 from .tokens import RowsConfig, TokenStore
 from .tracking import TrackingConfig
 from .vocabulary import TokenizerConfig
@@ -186,7 +187,7 @@ FinetuneConfig.presets = {
     "full": dict(data="chat", packing="best-fit", seq_len=256, epochs=3, batch_size=16, lr=3e-4, warmup=0.05, schedule="linear", eval_every=50, save_every=100),
 }
 
-# %% ../nbs/51_settings.ipynb #299c787f
+# %% ../nbs/51_settings.ipynb #bfb70f20
 class JudgeConfig(Settings):
     "What to judge, and on what."
     checkpoint:str|None = None # A run, or a checkpoint folder; default: the newest finished training run
@@ -198,6 +199,7 @@ class JudgeConfig(Settings):
     dtype:Literal["auto", "fp32", "bf16"] = "fp32"
     nproc:int = Field(1, ge=1, le=1024, json_schema_extra=outside) # Processes that share the documents; on GPUs, one each
     evaluate:EvaluateConfig = EvaluateConfig()
+    questions:TaskConfig = TaskConfig()
     generate:GenerateConfig = GenerateConfig()
     presets:ClassVar[dict] = {"smoke": dict(max_documents=50, resamples=500, max_new_tokens=48), "full": dict(max_documents=100_000)}
 
