@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WORTH_COMPILING', 'ComputeConfig', 'product', 'product_grad', 'ProductLinear', 'ProductConv1D', 'use_products',
-           'has_compiler', 'resolve_compute', 'rough_flops', 'prepare', 'compiled_for']
+           'QuickLinear', 'QuickProducts', 'has_compiler', 'resolve_compute', 'rough_flops', 'prepare', 'compiled_for']
 
-# %% ../nbs/21_compute.ipynb #bcf6a0cb
+# %% ../nbs/21_compute.ipynb #6b5dd018
 import platform
 from collections.abc import Callable
 from functools import cache
@@ -90,7 +90,24 @@ def use_products(
     for m in changed: m.__class__ = swap[type(m)]
     return len(changed)
 
-# %% ../nbs/21_compute.ipynb #45990fe7
+# %% ../nbs/21_compute.ipynb #5d3bbd90
+class QuickLinear(nn.Linear):
+    "A linear layer that only reads."
+    def forward(self, x): # (..., in_features) -> (..., out_features)
+        if torch.is_grad_enabled() or x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"): return super().forward(x)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+class QuickProducts:
+    "A context in which fp32 matrices on a CPU are multiplied by the faster kernels, while nothing is learned; may be entered again and again."
+    def __init__(self,
+        model, # As before whenever the context is left
+    ): self.some = [(m, type(m)) for m in model.modules() if type(m) in (nn.Linear, ProductLinear) and m.weight.device.type == "cpu"] if _onednn_is_faster() else []
+    def __enter__(self):
+        for m, _ in self.some: object.__setattr__(m, "__class__", QuickLinear) # a module's own way to set attributes is slow
+    def __exit__(self, *exc):
+        for m, was in self.some: object.__setattr__(m, "__class__", was)
+
+# %% ../nbs/21_compute.ipynb #bbbff073
 WORTH_COMPILING = 2e13 # Floating-point operations of a run
 
 @cache
@@ -105,6 +122,7 @@ def has_compiler()->str|None: # None when `torch.compile` can be used on the CPU
 def _foreign_avx512(machine, capability, processor): # x86 with AVX-512, and not Intel's
     return machine in ("x86_64", "AMD64") and "AVX512" in capability and bool(processor) and "GenuineIntel" not in processor
 
+@cache
 def _onednn_is_faster():
     try: processor = Path("/proc/cpuinfo").read_text()
     except OSError: processor = "" # unknown

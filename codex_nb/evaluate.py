@@ -38,7 +38,7 @@ class EvaluateConfig(Config):
     eval_every:int = Field(500, ge=1, json_schema_extra=outside) # Steps between evaluations during training
     eval_documents:int = Field(32, ge=1, json_schema_extra=outside) # Documents in those
 
-# %% ../nbs/46_evaluate.ipynb #35200ea2
+# %% ../nbs/46_evaluate.ipynb #52827b56
 def figures(
     records:Sequence[Record], # Of the documents
     resamples:int=2000, # Of the bootstrap
@@ -55,6 +55,7 @@ def figures(
     add("loss", col("nll"), tokens)
     add("perplexity", col("nll"), tokens, lambda x: perplexity(x, 1))
     add("bits_per_byte", bits_per_byte(col("nll"), 1), col("bytes"))
+    add("bits_per_byte_by_document", bits_per_byte(col("nll"), col("bytes").clip(1)), np.ones(len(records)))
     add("accuracy", col("correct"), tokens)
     add("top5_accuracy", col("top5"), tokens)
     if all(r.brier is not None for r in records): add("brier", col("brier"), tokens)
@@ -77,7 +78,7 @@ def by_slice(
 
 def _counts(records): return {"documents": len(records), **{k: int(sum(getattr(r, k) for r in records)) for k in ("tokens", "bytes")}}
 
-# %% ../nbs/46_evaluate.ipynb #e94971ec
+# %% ../nbs/46_evaluate.ipynb #81c01f96
 def summarize(
     records:list[Record], # Of the documents
     texts:list[str], # What was predicted of each, for the compressors
@@ -118,7 +119,7 @@ def summary_lines(
     of = f" of {summary['documents_in_split']:,}" if summary.get("documents_in_split", summary["documents"]) != summary["documents"] else ""
     out = [f"{summary['documents']:,}{of} documents, {summary['tokens']:,} tokens, {summary['bytes']:,} bytes" + (f"; a sample drawn by seed {summary['seed']}" if of else "")]
     if c := summary.get("contamination"):
-        out.append(f"contamination: {c['contaminated']:,} of {summary['documents']:,} documents share {c['ngram']} words in a row with the training corpus" + (f"; {c['too_short']:,} are too short to tell" if c["too_short"] else ""))
+        out.append(f"contamination: {c['contaminated']:,} of {summary['documents']:,} documents ({c['contaminated']/summary['documents']:.1%}) share {c['ngram']} words in a row with the training corpus" + (f"; {c['too_short']:,} are too short to tell" if c["too_short"] else ""))
     elif summary.get("not_searched"): out.append(f"contamination: {summary['not_searched']}")
     return out + [f"note: {n}" for n in summary["notes"]]
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GenerateConfig', 'shape_logits', 'choose_tokens', 'Generation', 'generate_batch', 'generate', 'stream', 'reply']
 
-# %% ../nbs/42_generate.ipynb #c6e5a2f7
+# %% ../nbs/42_generate.ipynb #c5fd5f4f
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,10 @@ from typing import Literal
 
 import torch
 from pydantic import Field
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from .compute import QuickProducts
 from .config import Config
 from .documents import Message
 from .repro import generator
@@ -59,7 +62,7 @@ def choose_tokens(
     reached = logits_BV.double().softmax(-1).cumsum(-1)
     return (reached <= draws_B.to(reached.device)[:, None]*reached[:, -1:]).sum(-1).clamp(max=reached.shape[-1]-1)
 
-# %% ../nbs/42_generate.ipynb #d9e11122
+# %% ../nbs/42_generate.ipynb #1f57d158
 @dataclass(frozen=True)
 class Generation:
     "One text."
@@ -74,13 +77,38 @@ def _prompt_ids(tokenizer, prompt, limit):
     if len(ids) >= limit: raise ValueError(f"the prompt has {len(ids)} tokens, the model's context {limit}: give a shorter one")
     return ids
 
+class _Grown(DynamicLayer):
+    "Keys and values of one layer, in room that is doubled when it is full; transformers' own copies all of them for every token."
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized: self.lazy_initialization(key_states, value_states); self.room = []
+        n, more = self.get_seq_length(), key_states.shape[2]
+        if not self.room or n+more > self.room[0].shape[2]:
+            before, size = self.room, max(64, 2*(n+more))
+            self.room = [x.new_empty(*x.shape[:2], size, x.shape[3]) for x in (key_states, value_states)]
+            for new, old in zip(self.room, before): new[:, :, :n] = old[:, :, :n]
+        for room, x in zip(self.room, (key_states, value_states)): room[:, :, n:n+more] = x
+        self.keys, self.values = (room[:, :, :n+more] for room in self.room)
+        return self.keys, self.values
+    def batch_select_indices(self, indices):
+        n = self.get_seq_length()
+        self.room = [room[indices] for room in self.room]
+        self.keys, self.values = (room[:, :, :n] for room in self.room)
+
+def _cache(model): # None where a model keeps something else
+    cache = DynamicCache(config=model.config) if isinstance(model, PreTrainedModel) else None
+    if cache is None or any(type(l) is not DynamicLayer for l in cache.layers): return None
+    cache.layers = [_Grown() for _ in cache.layers]
+    return cache
+
 class _Reading:
     "What a model has read of several texts: their ids, and its keys and values."
     def __init__(self, model, texts):
-        self.model, self.texts, self.limit, self.past, self.mask = model, texts, model.config.max_position_embeddings, None, None
+        self.model, self.texts, self.limit, self.past, self.mask, self.quick = model, texts, model.config.max_position_embeddings, None, None, QuickProducts(model)
         self.device, self.last = next(model.parameters()).device, {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
     def logits(self): # (B, V), of the next token of each
+        with self.quick: return self._logits()
+    def _logits(self):
         if any(len(t) > self.limit for t in self.texts): self.past, self.texts = None, [t[-(self.limit//2):] if len(t) > self.limit else t for t in self.texts]
         if self.past is None:
             longest = max(map(len, self.texts))
@@ -88,7 +116,7 @@ class _Reading:
             empty = torch.tensor([longest-len(t) for t in self.texts], device=self.device)[:, None]
             places = torch.arange(longest, device=self.device)-empty
             self.mask = (places >= 0).long() if any(len(t) < longest for t in self.texts) else None
-            out = self.model(input_ids=ids, attention_mask=self.mask, position_ids=places.clamp(min=0), use_cache=True, **self.last)
+            out = self.model(input_ids=ids, attention_mask=self.mask, position_ids=places.clamp(min=0), past_key_values=_cache(self.model), use_cache=True, **self.last)
         else:
             if self.mask is not None: self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=1)
             places = torch.tensor([[len(t)-1] for t in self.texts], device=self.device)

@@ -93,7 +93,7 @@ def test_a_share_that_is_lost(tmp_path):
     out = done(config, 2, tmp_path)
     assert "passed over a damaged checkpoint" in out and "shard-00002-of-00002.safetensors: missing" in out and "going on from step-00000006" in out
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"] if PROVE else ["fsdp"])
 def test_an_adapter(parallel, tmp_path, one):
     base = str(one/"checkpoints"/"step-00000012")
     given = {k: v for k, v in SMALL.items() if k not in ("width",)} | dict(base=base, adapter="lora", rank=2)
@@ -108,7 +108,8 @@ def test_an_adapter(parallel, tmp_path, one):
     done(config, 2, tmp_path)
     assert files(folders[1], 12) == here
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"] if PROVE else ["ddp"])
+@pytest.mark.skipif(not PROVE, reason="two compilations; in `make prove`")
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_compiled(parallel, tmp_path, one):
     config = prepared(tmp_path, "compiled", compile="on", micro_batch=4, parallel=parallel)
     done(config, 2, tmp_path)
