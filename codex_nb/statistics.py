@@ -6,15 +6,16 @@
 __all__ = ['ENOUGH', 'EVEN', 'resample_sums', 'Interval', 'effective_documents', 'bootstrap_ratio', 'Difference', 'sign_flip',
            'paired_difference', 'mean_of_seeds', 'difference_of_seeds', 'verdict']
 
-# %% ../nbs/41_statistics.ipynb #e2dbdefc
+# %% ../nbs/41_statistics.ipynb #56d78078
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import ndtr, ndtri, stdtr, stdtrit
 
-# %% ../nbs/41_statistics.ipynb #ed43af39
+# %% ../nbs/41_statistics.ipynb #c22562af
 def resample_sums(
     columns:np.ndarray, # float, shape (n, k): a row for each document
     resamples:int, # How many are asked for
@@ -22,16 +23,25 @@ def resample_sums(
     seconds:float=60, # After so long no more are begun; at least 200 are made in any case
 )->np.ndarray: # float, shape (at most resamples, k)
     "Column sums of documents drawn with replacement."
-    columns, out, done, began = np.ascontiguousarray(columns, float), [], 0, time.monotonic()
+    columns, began, done = np.asarray(columns, float), time.monotonic(), 0
     n = len(columns)
     if n == 0: raise ValueError("no documents to draw from")
-    block = max(1, 200_000//n) # as many as fit the processor's cache
-    while done < resamples and (done < 200 or time.monotonic()-began < seconds):
-        index = np.random.default_rng([seed, done]).integers(0, n, (block, n))
-        counts = np.bincount((index+n*np.arange(block)[:, None]).ravel() if block > 1 else index[0], minlength=block*n)
-        out.append(counts.reshape(block, n)@columns)
-        done += block
-    return np.concatenate(out)[:resamples]
+    vary, block = (columns != columns[0]).any(0), max(1, 60_000//n) # as many resamples as fit the processor's cache
+    some, out = np.ascontiguousarray(columns[:, vary]), np.empty((-(-resamples//block)*block, columns.shape[1]))
+    out[:, ~vary] = n*columns[0, ~vary]
+    few = n > 10_000 and some.shape[1] < 4 # then gathering is quicker than counting
+    def make(at):
+        index = np.random.default_rng([seed, at]).integers(0, n, (block, n))
+        if few: out[at:at+block, vary] = np.stack([c.take(index).sum(1) for c in some.T], 1)
+        else:
+            if block > 1: index += n*np.arange(block)[:, None]
+            out[at:at+block, vary] = np.bincount(index.ravel(), minlength=block*n).reshape(block, n)@some
+    with ThreadPoolExecutor(2) as pool: # which thread makes a resample makes no difference to it
+        while done < resamples and (done < 200 or time.monotonic()-began < seconds):
+            starts = range(done, min(len(out), done+block*max(1, 200//block)), block)
+            list(pool.map(lambda k: [make(at) for at in starts[k::2]], (0, 1)) if n*resamples > 2_000_000 else map(make, starts))
+            done = starts[-1]+block
+    return out[:min(done, resamples)]
 
 # %% ../nbs/41_statistics.ipynb #f5c4542d
 ENOUGH, EVEN = 60, 0.2 # Effective documents, and their share of all, below which intervals are too narrow
