@@ -21,10 +21,10 @@ app = typer.Typer(name="codex-nb", no_args_is_help=True, add_completion=False, r
 for name, sub in (("data", data), ("tokenizer", tokenizer_app), ("models", models_app), ("store", store_app)): app.add_typer(sub, name=name)
 for command in (generate, chat, compare): app.command()(command)
 
-# %% ../nbs/69_cli.ipynb #500aa28a
+# %% ../nbs/69_cli.ipynb #3d979eea
 @app.command()
 def run(
-    notebook:Annotated[str, typer.Argument(help="train, evaluate, or the path of one of them")],
+    notebook:Annotated[str, typer.Argument(help="train, finetune, evaluate, compare, or the path of one of them")],
     parameter:Parameters = [],
     folder:Annotated[Path|None, typer.Option("--folder", help="The run folder to make; default: a new one under runs/")] = None,
     quiet:Annotated[bool, typer.Option("--quiet", help="Show only the result")] = False,

@@ -6,7 +6,7 @@
 __all__ = ['EvaluateConfig', 'figures', 'by_slice', 'summarize', 'summary_table', 'summary_lines', 'plot_reliability', 'worst',
            'token_html', 'publish_evaluation', 'read_evaluation']
 
-# %% ../nbs/46_evaluate.ipynb #91bcfb18
+# %% ../nbs/46_evaluate.ipynb #0eaee84a
 import csv, html, json, math, random
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from .artifacts import Artifact, ArtifactError, open_artifact, publish
-from .config import Config, outside
+from .config import Config, identity, outside
 from .contamination import Overlap
 from .documents import Document
 from .metrics import Calibration, accuracy, bits_per_byte, compressor_bits_per_byte, loss_of, perplexity
@@ -170,7 +170,7 @@ def token_html(
     more = f"<i> ... {len(ids)-limit:,} tokens more</i>" if len(ids) > limit else ""
     return f'<div style="white-space:pre-wrap;font-family:monospace;line-height:1.5;background:white;color:black;padding:4px">{"".join(out)}{more}</div>'
 
-# %% ../nbs/46_evaluate.ipynb #12836df6
+# %% ../nbs/46_evaluate.ipynb #ee6a91cb
 def publish_evaluation(
     folder, # The folder to make
     records:list, # One for each document, or the answers of a task
@@ -181,7 +181,7 @@ def publish_evaluation(
 )->Artifact:
     "Write an evaluation."
     rows = [redact_json(asdict(r)) | ({"overlap": {"passages": o.passages, "found": o.found, "where": o.where}} if o else {}) for r, o in zip(records, overlaps or [None]*len(records))]
-    with publish(folder, "evaluation", config={k: v for k, v in cfg.plain().items() if k not in ("eval_every", "eval_documents", "eval_batch")}, parents=parents) as draft:
+    with publish(folder, "evaluation", config=identity(cfg), parents=parents) as draft:
         with open(draft.path/"records.ndjson", "w", encoding="utf-8") as f:
             for r in rows: f.write(json.dumps(r, ensure_ascii=False)+"\n")
         with open(draft.path/"records.csv", "w", encoding="utf-8", newline="") as f:

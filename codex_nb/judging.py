@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['judge', 'work', 'judge_task', 'find_checkpoint', 'open_trained', 'corpus_for', 'training_corpus']
 
-# %% ../nbs/54_judging.ipynb #7f090631
-import json, os, shutil, subprocess, sys
+# %% ../nbs/54_judging.ipynb #092bcad5
+import json, os, shutil, subprocess, sys, time
 from pathlib import Path
 
 import msgspec
 
-from .artifacts import Artifact, ArtifactError, json_text, open_artifact, write_file
-from .config import digest_of
+from .artifacts import MANIFEST, Artifact, ArtifactError, json_text, open_artifact, read_manifest, write_file
+from .config import digest_of, env_setting
 from .contamination import find_overlaps
 from .corpus import Corpus, CorpusConfig, open_corpus
 from .documents import Document
@@ -56,7 +56,7 @@ def judge(
     shutil.rmtree(folder)
     return summary
 
-# %% ../nbs/54_judging.ipynb #a915bdb6
+# %% ../nbs/54_judging.ipynb #12336817
 def _together(run, folder, key, corpus, checkpoint, how):
     if not isinstance(checkpoint, Artifact): raise ArtifactError("nproc: several processes open a checkpoint by its path: give the artifact, not its digest")
     cfg = run.cfg
@@ -65,14 +65,17 @@ def _together(run, folder, key, corpus, checkpoint, how):
         "limit": cfg.evaluate.max_documents, "seed": cfg.seed, "parts": cfg.nproc, "device": cfg.device, "determinism": cfg.determinism, "threads": max(1, cfg.threads//cfg.nproc), "batch_size": cfg.evaluate.eval_batch, "how": how}
     write_file(folder/"plan.json", json_text(plan))
     env = os.environ | {"OMP_NUM_THREADS": str(plan["threads"])}
-    hands = [subprocess.Popen([sys.executable, "-m", "codex_nb.judging", str(folder), str(k)], stderr=subprocess.PIPE, text=True, env=env) for k in range(cfg.nproc)]
+    said = [open(folder/f"process-{k}.log", "w+", encoding="utf-8") for k in range(cfg.nproc)]
+    hands = [subprocess.Popen([sys.executable, "-m", "codex_nb.judging", str(folder), str(k)], stderr=said[k], env=env) for k in range(cfg.nproc)]
     try:
-        for k, p in enumerate(hands):
-            said = p.communicate()[1]
-            if p.returncode: raise RuntimeError(f"process {k} of {cfg.nproc} failed: {said.strip()[-2000:] or f'it was ended by signal {-p.returncode}'}")
+        while any(p.poll() is None for p in hands) and not any(p.returncode for p in hands): time.sleep(0.05)
+        if failed := [k for k, p in enumerate(hands) if p.returncode]:
+            said[failed[0]].seek(0)
+            raise RuntimeError(f"process {failed[0]} of {cfg.nproc} failed: {said[failed[0]].read().strip()[-2000:] or f'it was ended by signal {-hands[failed[0]].returncode}'}")
     finally:
-        for p in hands:
-            if p.poll() is None: p.kill(); p.communicate()
+        for p, f in zip(hands, said):
+            if p.poll() is None: p.kill(); p.wait()
+            f.close()
 
 def work(
     folder, # `scoring/` of a run, with a `plan.json`
@@ -92,30 +95,42 @@ def work(
     documents = choose(Corpus(found).split(plan["split"]), plan["limit"], plan["seed"])
     score_portions(folder, plan["key"], model, tokenizer, documents, part, plan["parts"], batch_size=plan["batch_size"], **plan["how"])
 
-# %% ../nbs/54_judging.ipynb #776dd01a
+# %% ../nbs/54_judging.ipynb #5bf4f0f1
 def judge_task(
     run:Run, # With a `task`; its folder is written to
     model, # A causal language model
     tokenizer:Tokenizer, # Its tokenizer
     checkpoint:Artifact|str, # The model's checkpoint, or its digest
-)->dict: # As `tasks.summarize_answers` gives it, and `task`, `questions_in_task`, `shots`, `sha256`, `seed`
+)->dict: # As `tasks.summarize_answers` gives it, and `task`, `questions_in_task`, `shots`, `seed`
     "Ask a model the questions of a task, and publish the evaluation."
     cfg, seed = run.cfg.questions, run.cfg.seed
     pool = read_questions(cfg.task)
+    digest = digest_of([msgspec.to_builtins(q) for q in pool])
+    run.add_parent("questions", digest)
     target = run.folder/"evaluations"/f"task-{Path(cfg.task).stem}"
     if target.exists(): return read_evaluation(target, Answer)[2]
     questions = choose(pool, cfg.max_questions, seed)
     answers = ask(model, tokenizer, questions, cfg, seed, run.cfg.evaluate.eval_batch, run.cfg.dtype, pool)
     summary = summarize_answers(answers, run.cfg.evaluate.resamples, seed)
-    summary |= {"task": Path(cfg.task).stem, "questions_in_task": len(pool), "shots": cfg.shots, "sha256": digest_of([msgspec.to_builtins(q) for q in pool]), "seed": seed}
-    publish_evaluation(target, answers, summary, cfg, {"checkpoint": getattr(checkpoint, "digest", checkpoint), "tokenizer": tokenizer.digest})
+    summary |= {"task": Path(cfg.task).stem, "questions_in_task": len(pool), "shots": cfg.shots, "seed": seed}
+    publish_evaluation(target, answers, summary, cfg, {"checkpoint": getattr(checkpoint, "digest", checkpoint), "tokenizer": tokenizer.digest, "questions": digest})
     return summary
 
-# %% ../nbs/54_judging.ipynb #4e679f97
+# %% ../nbs/54_judging.ipynb #acf2d9eb
+def _begun_with(): # the checkpoint of a run that is resumed
+    begun = Path(env_setting("CODEX_NB_RUN") or "/nowhere")/"parents.json"
+    return json.loads(begun.read_bytes()).get("checkpoint") if begun.is_file() else None
+
+def _checkpoint_of(digest):
+    for p in (workspace()/"runs").glob(f"*/checkpoints/*/{MANIFEST}"):
+        if read_manifest(p.parent).digest == digest: return open_artifact(p.parent, "checkpoint")
+    raise ArtifactError(f"checkpoint: the one with which this run was begun ({digest[:12]}) is no longer in {workspace()/'runs'}; begin a new run")
+
 def find_checkpoint(
     name:str|None, # A run, a checkpoint folder, or None for the newest finished training run
 )->Artifact: # Verified
     "Find the checkpoint that is meant."
+    if wanted := _begun_with(): return _checkpoint_of(wanted)
     if name and (Path(name)/"state.json").is_file(): return open_artifact(name, "checkpoint")
     if name: return last_checkpoint(find_run(name))
     done = [r["name"] for r in list_runs() if r["kind"] == "train" and r["status"] == "finished"]

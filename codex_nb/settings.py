@@ -187,11 +187,11 @@ FinetuneConfig.presets = {
     "full": dict(data="chat", packing="best-fit", seq_len=256, epochs=3, batch_size=16, lr=3e-4, warmup=0.05, schedule="linear", eval_every=50, save_every=100),
 }
 
-# %% ../nbs/51_settings.ipynb #bfb70f20
+# %% ../nbs/51_settings.ipynb #4c5bfae5
 class JudgeConfig(Settings):
     "What to judge, and on what."
-    checkpoint:str|None = None # A run, or a checkpoint folder; default: the newest finished training run
-    data:str|None = None # A path or a corpus's name; default: the corpus of the training run
+    checkpoint:str|None = Field(None, json_schema_extra=outside) # A run, or a checkpoint folder; default: the newest finished training run; identity is its digest
+    data:str|None = Field(None, json_schema_extra=outside) # A path or a corpus's name; default: the corpus of the training run; identity is its content
     seed:int = Field(0, ge=0) # Of the choice of documents, the bootstrap and the samples
     determinism:Literal["deterministic", "off"] = "deterministic"
     threads:int|None = Field(None, ge=1, le=1024)
@@ -208,10 +208,10 @@ class JudgeConfig(Settings):
         device = resolve_device(self.device)
         return self.model_copy(update={"device": device, "dtype": resolve_dtype(self.dtype, device), "threads": self.threads or torch.get_num_threads()})
 
-# %% ../nbs/51_settings.ipynb #1ad5ae81
+# %% ../nbs/51_settings.ipynb #e3b3091e
 class CompareConfig(Settings):
     "What to put side by side."
-    runs:list[str] = [] # Runs or evaluations; the first is what the others are compared with; default: the two newest judged training runs
+    runs:list[str] = Field([], json_schema_extra=outside) # Runs or evaluations; the first is what the others are compared with; default: the two newest judged training runs; identity is their evaluations' digests
     split:str = Field("validation", pattern="^(train|validation|test)$") # Which evaluation of a run
     seed:int = Field(0, ge=0) # Of the bootstrap
     resamples:int = Field(10_000, ge=100) # Of the bootstrap

@@ -6,7 +6,7 @@
 __all__ = ['Question', 'read_questions', 'TaskConfig', 'examples_for', 'prompt_of', 'Answer', 'ask', 'continuation',
            'summarize_answers']
 
-# %% ../nbs/45_tasks.ipynb #9ec42ed7
+# %% ../nbs/45_tasks.ipynb #8ffc2dc0
 import hashlib, random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ import numpy as np
 from msgspec import UNSET, UnsetType
 from pydantic import Field
 
-from .config import Config, canonical_json
+from .config import Config, canonical_json, outside
 from .documents import ROLES, BadLine, Document, Message, ReadError, check_json
 from .generate import GenerateConfig, generate_batch
 from .metrics import f1, text_scores
@@ -78,10 +78,10 @@ def read_questions(
     if twice: raise ReadError(f"{path}: the id {twice[0]!r} is given twice")
     return out
 
-# %% ../nbs/45_tasks.ipynb #cf7e1bf6
+# %% ../nbs/45_tasks.ipynb #fbed1316
 class TaskConfig(Config):
     "How a model is asked."
-    task:str|None = None # A file of questions, or `questions`
+    task:str|None = Field(None, json_schema_extra=outside) # A file of questions, or `questions`; identity is what it holds
     shots:int = Field(0, ge=0, le=100) # Examples before each question
     task_metrics:list[str] = ["exact_match"] # Registered metrics for what is written
     max_questions:int = Field(1000, ge=1) # At most so many, drawn by seed
