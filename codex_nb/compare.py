@@ -108,7 +108,7 @@ def setting_differences(
     for n in ("stride", "max_documents", "split"): row(f"judged with {n}", [s.evaluation.manifest.config.get(n) for s in subjects])
     return rows
 
-# %% ../nbs/56_compare.ipynb #81e0ec4d
+# %% ../nbs/56_compare.ipynb #3ae40228
 @dataclass(frozen=True)
 class Comparison:
     "B beside A."
@@ -169,6 +169,8 @@ def compare(
         pairs = list(zip(of_a, of_b)) if paired else [(x, y) for x in of_a for y in of_b]
         counts = sum(bool(y < x) for x, y in pairs), len(pairs)
     elif len(a) != len(b): notes.append(f"{len(a)} and {len(b)} seeds: a test over seeds needs at least two of each")
+    if _said(a[0]) == _said(b[0]) and len(a) == len(b) == 1 and a[0].run and a[0].evaluation.digest != b[0].evaluation.digest: notes.append("they differ by their seed alone: what chance does to one way of training")
+    elif counts is None and len(a) == len(b) and a[0].evaluation.digest != b[0].evaluation.digest: notes.append("one training each: another seed could turn a small difference")
     return Comparison(names or (_label(a), _label(b)), d, counts, over, tuple(dict.fromkeys([*notes, *d.interval.notes])), tuple(keys[0][k] for k in common), np.stack([bits_a.mean(0), bits_b.mean(0)])/sizes.clip(1))
 
 def _label(group): return group[0].name if len(group) == 1 else f"{group[0].name} and {len(group)-1} more"
