@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORTH_COMPILING', 'ComputeConfig', 'product', 'product_grad', 'ProductLinear', 'ProductConv1D', 'use_products',
-           'QuickLinear', 'QuickProducts', 'has_compiler', 'resolve_compute', 'rough_flops', 'prepare', 'compiled_for']
+           'has_compiler', 'resolve_compute', 'rough_flops', 'prepare', 'compiled_for', 'QuickLinear', 'QuickProducts']
 
 # %% ../nbs/21_compute.ipynb #6b5dd018
 import platform
@@ -90,23 +90,6 @@ def use_products(
     for m in changed: m.__class__ = swap[type(m)]
     return len(changed)
 
-# %% ../nbs/21_compute.ipynb #5d3bbd90
-class QuickLinear(nn.Linear):
-    "A linear layer that only reads."
-    def forward(self, x): # (..., in_features) -> (..., out_features)
-        if torch.is_grad_enabled() or x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"): return super().forward(x)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-class QuickProducts:
-    "A context in which fp32 matrices on a CPU are multiplied by the faster kernels, while nothing is learned; may be entered again and again."
-    def __init__(self,
-        model, # As before whenever the context is left
-    ): self.some = [(m, type(m)) for m in model.modules() if type(m) in (nn.Linear, ProductLinear) and m.weight.device.type == "cpu"] if _onednn_is_faster() else []
-    def __enter__(self):
-        for m, _ in self.some: object.__setattr__(m, "__class__", QuickLinear) # a module's own way to set attributes is slow
-    def __exit__(self, *exc):
-        for m, was in self.some: object.__setattr__(m, "__class__", was)
-
 # %% ../nbs/21_compute.ipynb #bbbff073
 WORTH_COMPILING = 2e13 # Floating-point operations of a run
 
@@ -171,3 +154,20 @@ def compiled_for(
     "Compile for one shape; other shapes go through `body` itself."
     fast = torch.compile(body, dynamic=False)
     return lambda **inputs: (fast if inputs["input_ids"].shape == shape else body)(**inputs)
+
+# %% ../nbs/21_compute.ipynb #5d3bbd90
+class QuickLinear(nn.Linear):
+    "A linear layer that only reads."
+    def forward(self, x): # (..., in_features) -> (..., out_features)
+        if torch.is_grad_enabled() or x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"): return super().forward(x)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+class QuickProducts:
+    "A context in which fp32 matrices on a CPU are multiplied by the faster kernels, while nothing is learned; may be entered again and again."
+    def __init__(self,
+        model, # As before whenever the context is left
+    ): self.some = [(m, type(m)) for m in model.modules() if type(m) in (nn.Linear, ProductLinear) and m.weight.device.type == "cpu"] if _onednn_is_faster() else []
+    def __enter__(self):
+        for m, _ in self.some: object.__setattr__(m, "__class__", QuickLinear) # a module's own way to set attributes is slow
+    def __exit__(self, *exc):
+        for m, was in self.some: object.__setattr__(m, "__class__", was)
