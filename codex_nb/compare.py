@@ -231,7 +231,7 @@ def plot_speed(
     ax.invert_yaxis(); ax.set_xlabel("tokens per second of training, median"); ax.tick_params(axis="y", labelsize=7)
     return fig
 
-# %% ../nbs/56_compare.ipynb #9d3993a7
+# %% ../nbs/56_compare.ipynb #6812575c
 def compare_all(
     names:Sequence[str], # Runs or evaluations; the first is what the others are compared with
     split:str="validation", # Which evaluation of a run
@@ -263,5 +263,5 @@ def figures_table(
     "The figures of each."
     def shown(s, k):
         v = s.summary["metrics"].get(k)
-        return "" if v is None else f"{v['value']:.4f}" + (f" [{v['low']:.4f}, {v['high']:.4f}]" if v["low"] is not None else "")
+        return "" if v is None else f"{v['value']:.4f}" + (f" [{v['low']:.4f}, {v['high']:.4f}]" if None not in (v["low"], v["high"]) else "")
     return [{"run": s.name, "bits per byte": shown(s, "bits_per_byte"), "accuracy": shown(s, "accuracy"), "documents": s.summary["documents"], "tokens/s": "" if s.tokens_per_second is None else f"{s.tokens_per_second:,.0f}"} for s in subjects]

@@ -38,7 +38,7 @@ class EvaluateConfig(Config):
     eval_every:int = Field(500, ge=1, json_schema_extra=outside) # Steps between evaluations during training
     eval_documents:int = Field(32, ge=1, json_schema_extra=outside) # Documents in those
 
-# %% ../nbs/46_evaluate.ipynb #52827b56
+# %% ../nbs/46_evaluate.ipynb #8ece1ab0
 def figures(
     records:Sequence[Record], # Of the documents
     resamples:int=2000, # Of the bootstrap
@@ -49,7 +49,8 @@ def figures(
     draws, notes, out = seed_for(seed, "bootstrap"), [], {}
     def add(name, top, bottom, shown=lambda x: x):
         i = bootstrap_ratio(top, bottom, draws, resamples)
-        out[name] = {k: float(shown(x)) if math.isfinite(x) else None for k, x in (("value", i.value), ("low", i.low), ("high", i.high))}
+        with np.errstate(over="ignore"): ends = {k: float(shown(x)) for k, x in (("value", i.value), ("low", i.low), ("high", i.high))}
+        out[name] = {k: x if math.isfinite(x) else None for k, x in ends.items()} # a perplexity may have no end that a float can hold
         notes.extend(n for n in i.notes if n not in notes)
     tokens = col("tokens")
     add("loss", col("nll"), tokens)
@@ -78,7 +79,7 @@ def by_slice(
 
 def _counts(records): return {"documents": len(records), **{k: int(sum(getattr(r, k) for r in records)) for k in ("tokens", "bytes")}}
 
-# %% ../nbs/46_evaluate.ipynb #81c01f96
+# %% ../nbs/46_evaluate.ipynb #c0d1499b
 def summarize(
     records:list[Record], # Of the documents
     texts:list[str], # What was predicted of each, for the compressors
@@ -104,7 +105,7 @@ def summary_table(
 )->list[dict]: # Rows for a table, rounded
     "A summary for people to read."
     show = lambda x: "" if x is None else f"{x:.3f}"
-    def rows(metrics, of=""): return [{"figure": k.replace("_", " ")+of, "value": show(v["value"]), "95 % interval": f"{show(v['low'])} to {show(v['high'])}" if v["low"] is not None else "none"} for k, v in metrics.items()]
+    def rows(metrics, of=""): return [{"figure": k.replace("_", " ")+of, "value": show(v["value"]), "95 % interval": f"{show(v['low'])} to {show(v['high'])}" if None not in (v["low"], v["high"]) else "none"} for k, v in metrics.items()]
     out = rows(summary["metrics"])
     if "calibration" in summary: out.append({"figure": "calibration error", "value": show(summary["calibration"]["error"]), "95 % interval": ""})
     found = summary.get("contamination")

@@ -42,7 +42,7 @@ def records(home, name, part="train"): return [json.loads(l) for l in (home/"run
 def test_the_same_figure_however_it_is_made(home):
     "Batch 1, 3, 16; 1 and 2 processes: 1e-6. bf16: 2e-3."
     made = {}
-    for batch, nproc, dtype in ((16, 1, "fp32"), (3, 2, "fp32"), (1, 1, "bf16")) if not PROVE else [(b, n, d) for b in (1, 3, 16) for n in (1, 2) for d in ("fp32", "bf16")]:
+    for batch, nproc, dtype in ((16, 1, "fp32"), (3, 2, "fp32")) if not PROVE else [(b, n, d) for b in (1, 3, 16) for n in (1, 2) for d in ("fp32", "bf16")]:
         name = f"e-{batch}-{nproc}-{dtype}"
         done = evaluate(home, name, eval_batch=batch, nproc=nproc, dtype=dtype, ngram=0)
         assert done.returncode == 0, done.stderr
