@@ -6,8 +6,9 @@
 __all__ = ['Question', 'read_questions', 'TaskConfig', 'examples_for', 'prompt_of', 'Answer', 'ask', 'continuation',
            'summarize_answers']
 
-# %% ../nbs/45_tasks.ipynb #8ffc2dc0
+# %% ../nbs/45_tasks.ipynb #e0bf450b
 import hashlib, random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from .scoring import score
 from .statistics import bootstrap_ratio
 from .tokenizer import Encoded, Tokenizer, chat_ids
 
-# %% ../nbs/45_tasks.ipynb #03345fe2
+# %% ../nbs/45_tasks.ipynb #34dd20a5
 class Question(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen=True):
     "Something to ask, and what is expected."
     id:str = "" # Default: `file:line`
@@ -74,8 +75,7 @@ def read_questions(
         try: out.append(_question(line, f"{path.name}:{n}"))
         except BadLine as e: raise ReadError(f"{path}:{n}: {e.reason}") from None
     if not out: raise ReadError(f"{path}: holds no questions")
-    twice = [q.id for i, q in enumerate(out) if q.id in {p.id for p in out[:i]}] if len({q.id for q in out}) < len(out) else []
-    if twice: raise ReadError(f"{path}: the id {twice[0]!r} is given twice")
+    if twice := [i for i, n in Counter(q.id for q in out).items() if n > 1]: raise ReadError(f"{path}: the id {twice[0]!r} is given twice")
     return out
 
 # %% ../nbs/45_tasks.ipynb #fbed1316
