@@ -80,10 +80,15 @@ def open_subject(
         if (trained/"metrics.ndjson").is_file(): metrics = read_metrics(trained/"metrics.ndjson")
     return Subject(re.sub(r"^\d{4}-\d\d-\d\dT[\d-]{8}-", "", (run or path.absolute()).name), evaluation, records, summary, trained, settings, metrics)
 
-# %% ../nbs/56_compare.ipynb #f99255b7
+# %% ../nbs/56_compare.ipynb #a2d13cb2
+def _made_from(run): # corpus, tokenizer, base -> digest
+    path = run/"parents.json" if run else None
+    return {k: v for k, v in json.loads(path.read_bytes()).items() if k in ("corpus", "tokenizer", "base")} if path and path.is_file() else {}
+
 def _said(subject): # what makes two trainings the same but for their seed
     if not subject.run: return subject.name
-    return json.dumps({k: v for k, v in json.loads((subject.run/"config.json").read_bytes())["identity"].items() if k != "seed"}, sort_keys=True)
+    asked = {k: v for k, v in json.loads((subject.run/"config.json").read_bytes())["identity"].items() if k != "seed"}
+    return json.dumps([asked, _made_from(subject.run)], sort_keys=True)
 
 def by_seed(
     subjects:Sequence[Subject], # In the order given
@@ -104,6 +109,7 @@ def setting_differences(
     def row(name, values):
         if len({json.dumps(v, sort_keys=True, default=str) for v in values}) > 1: rows.append({"setting": name} | dict(zip((s.name for s in subjects), values)))
     for n in names: row(n, [s.settings.get(n) for s in subjects])
+    for role in ("corpus", "tokenizer", "base"): row(f"trained from {role}", [_made_from(s.run).get(role, "")[:12] for s in subjects])
     for role in ("corpus", "tokenizer", "checkpoint"): row(f"{role} judged" if role != "checkpoint" else role, [s.evaluation.manifest.parents.get(role, "")[:12] for s in subjects])
     for n in ("stride", "max_documents", "split"): row(f"judged with {n}", [s.evaluation.manifest.config.get(n) for s in subjects])
     return rows
