@@ -6,7 +6,7 @@
 __all__ = ['CompareError', 'Subject', 'open_subject', 'by_seed', 'setting_differences', 'Comparison', 'compare', 'plot_curves',
            'plot_differences', 'plot_documents', 'plot_speed', 'compare_all', 'comparison_json', 'figures_table']
 
-# %% ../nbs/56_compare.ipynb #03f6a88d
+# %% ../nbs/56_compare.ipynb #f84e3f07
 import json, re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +17,6 @@ import numpy as np
 from .artifacts import Artifact, ArtifactError, read_manifest
 from .config import leaves
 from .evaluate import read_evaluation
-from .metrics import bits_per_byte
 from .runs import RunError, find_run, list_runs
 from .scoring import Record
 from .settings import KINDS, RunConfig, Settings
@@ -114,7 +113,7 @@ def setting_differences(
     for n in ("stride", "max_documents", "split"): row(f"judged with {n}", [s.evaluation.manifest.config.get(n) for s in subjects])
     return rows
 
-# %% ../nbs/56_compare.ipynb #3ae40228
+# %% ../nbs/56_compare.ipynb #23328796
 @dataclass(frozen=True)
 class Comparison:
     "B beside A."
@@ -144,7 +143,7 @@ class Comparison:
 
 def _bits(group, common): # of each document, averaged over the trainings; bytes of each
     tables = [{(r.sha256, r.target_sha256): r for r in s.records} for s in group]
-    return np.array([[bits_per_byte(t[k].nll, 1) for k in common] for t in tables]), np.array([tables[0][k].bytes for k in common], float)
+    return np.array([[t[k].bits for k in common] for t in tables]), np.array([tables[0][k].bytes for k in common], float)
 
 def compare(
     a:Sequence[Subject], # One way of training, a subject for each seed

@@ -6,7 +6,7 @@
 __all__ = ['EvaluateConfig', 'figures', 'by_slice', 'summarize', 'summary_table', 'summary_lines', 'plot_reliability', 'worst',
            'token_html', 'publish_evaluation', 'read_evaluation']
 
-# %% ../nbs/46_evaluate.ipynb #0eaee84a
+# %% ../nbs/46_evaluate.ipynb #dd19c53c
 import csv, html, json, math, random
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,7 +18,7 @@ from .artifacts import Artifact, ArtifactError, open_artifact, publish
 from .config import Config, identity, outside
 from .contamination import Overlap
 from .documents import Document
-from .metrics import Calibration, accuracy, bits_per_byte, compressor_bits_per_byte, loss_of, perplexity
+from .metrics import Calibration, compressor_bits_per_byte, perplexity
 from .repro import seed_for
 from .safety import redact_json
 from .scoring import Record, judged_text
@@ -38,7 +38,7 @@ class EvaluateConfig(Config):
     eval_every:int = Field(500, ge=1, json_schema_extra=outside) # Steps between evaluations during training
     eval_documents:int = Field(32, ge=1, json_schema_extra=outside) # Documents in those
 
-# %% ../nbs/46_evaluate.ipynb #8ece1ab0
+# %% ../nbs/46_evaluate.ipynb #eaab334d
 def figures(
     records:Sequence[Record], # Of the documents
     resamples:int=2000, # Of the bootstrap
@@ -55,8 +55,8 @@ def figures(
     tokens = col("tokens")
     add("loss", col("nll"), tokens)
     add("perplexity", col("nll"), tokens, lambda x: perplexity(x, 1))
-    add("bits_per_byte", bits_per_byte(col("nll"), 1), col("bytes"))
-    add("bits_per_byte_by_document", bits_per_byte(col("nll"), col("bytes").clip(1)), np.ones(len(records)))
+    add("bits_per_byte", col("bits"), col("bytes"))
+    add("bits_per_byte_by_document", col("bits")/col("bytes").clip(1), np.ones(len(records)))
     add("accuracy", col("correct"), tokens)
     add("top5_accuracy", col("top5"), tokens)
     if all(r.brier is not None for r in records): add("brier", col("brier"), tokens)
@@ -124,7 +124,7 @@ def summary_lines(
     elif summary.get("not_searched"): out.append(f"contamination: {summary['not_searched']}")
     return out + [f"note: {n}" for n in summary["notes"]]
 
-# %% ../nbs/46_evaluate.ipynb #2ffc693f
+# %% ../nbs/46_evaluate.ipynb #e21d658d
 def plot_reliability(
     bins:list[dict], # `summary["calibration"]["bins"]`
 ): # A matplotlib figure
@@ -146,7 +146,7 @@ def worst(
     shown:int=160, # Characters of each
 )->list[dict]: # `number` (its place), `id`, `bits per byte`, `tokens`, `text`; the worst first
     "The documents a model finds hardest."
-    bits = [bits_per_byte(r.nll, max(1, r.bytes)) for r in records]
+    bits = [r.bits/max(1, r.bytes) for r in records]
     order = sorted(range(len(records)), key=lambda i: -bits[i])[:n]
     return [{"number": i, "id": records[i].id, "bits per byte": round(bits[i], 3), "tokens": records[i].tokens, "text": " ".join(documents[i].whole.split())[:shown]} for i in order]
 

@@ -55,7 +55,7 @@ def windows(
         scored = end
     return out
 
-# %% ../nbs/43_scoring.ipynb #47f52cfc
+# %% ../nbs/43_scoring.ipynb #2494b48a
 @dataclass(frozen=True)
 class Record:
     "What the model made of one document."
@@ -66,6 +66,7 @@ class Record:
     tokens:int # Predicted: the target's and, where one is scored, the id that closes it
     bytes:int # Of the target, UTF-8
     nll:float # Sum over the tokens, nats
+    special_nll:float # The part of it for special tokens, such as the one that closes a document
     correct:int # Tokens whose most likely prediction was right
     top5:int # Tokens that were among the five most likely
     brier:float|None = None # Sum over the tokens of the Brier score; None when no details were asked for
@@ -73,6 +74,11 @@ class Record:
     group:str|None = None # The document's
     meta:dict = field(default_factory=dict) # What is known of it, for slices
     prediction:str|None = None # What was written, where something was
+
+    @property
+    def bits(self)->float: # Over its bytes, they are the bits per byte
+        "What its text cost, without the special tokens, which are no bytes of it."
+        return (self.nll-self.special_nll)/math.log(2)
 
     @property
     def calibration(self)->Calibration: # Empty when no details were asked for
@@ -114,7 +120,7 @@ def _head(model): # what gives hidden states, and what makes logits of them
     if plain_head(inner): return lambda **kw: inner.base_model(**kw).last_hidden_state, inner.get_output_embeddings()
     return lambda **kw: inner(**kw).logits, lambda x: x
 
-# %% ../nbs/43_scoring.ipynb #3a46ea00
+# %% ../nbs/43_scoring.ipynb #f6513885
 def score(
     model, # A causal language model
     tokenizer:Tokenizer, # Its tokenizer
@@ -127,8 +133,9 @@ def score(
     encoded:list[Encoded]|None=None, # The documents in ids, where that is not what `encode_document` makes of them
 )->list[Record]: # In the order of the documents
     "Negative log-likelihood and accuracy of each document."
-    _, counted, found = _read(model, tokenizer, documents, stride, batch_size, dtype, detail, closing, encoded)
-    out = [_record(d, f[c], detail) for d, f, c in zip(documents, found, counted)]
+    ids, counted, found = _read(model, tokenizer, documents, stride, batch_size, dtype, detail, closing, encoded)
+    special = [i for i, t in tokenizer.fast.get_added_tokens_decoder().items() if t.special]
+    out = [_record(d, f[c], np.isin(i[1:][c], special), detail) for d, i, f, c in zip(documents, ids, found, counted)]
     bad = [r.id for r in out if not math.isfinite(r.nll)]
     if bad: raise ValueError(f"the loss is not finite on {', '.join(bad[:5])}: the model's weights are damaged, or training diverged")
     return out
@@ -186,13 +193,13 @@ def _framed(tokenizer, encoded, closing): # ids with those that open and close, 
 
 def _sha256(text): return hashlib.sha256(text.encode()).hexdigest()
 
-def _record(d, lines, detail):
+def _record(d, lines, special, detail):
     target, bins = judged_text(d), None
     if detail and np.isfinite(lines).all():
         c = Calibration.of(lines[:, 4].clip(0, 1), lines[:, 1] > 0)
         bins = [[int(i), int(c.count[i]), float(c.promised[i]), int(c.kept[i])] for i in np.flatnonzero(c.count)]
     nll, right, top5 = lines[:, :3].sum(0).tolist()
-    return Record(d.id, d.sha256, _sha256(given_text(d)), _sha256(target), len(lines), len(target.encode()), nll, int(right), int(top5), float(lines[:, 3].sum()) if detail else None, bins, d.group, dict(d.meta))
+    return Record(d.id, d.sha256, _sha256(given_text(d)), _sha256(target), len(lines), len(target.encode()), nll, float(lines[special, 0].sum()), int(right), int(top5), float(lines[:, 3].sum()) if detail else None, bins, d.group, dict(d.meta))
 
 # %% ../nbs/43_scoring.ipynb #f63673ad
 def scored(

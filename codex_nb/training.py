@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['begin', 'settle_process', 'near', 'make_model', 'standing_of', 'train_here', 'last_checkpoint']
 
-# %% ../nbs/52_training.ipynb #575abd9c
+# %% ../nbs/52_training.ipynb #55742f96
 import json, math, sys
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from .generate import generate
 from .interrupts import NOTED, Interrupted, Signals, die_with_parent
 from .library import content_digest_of, load_model
 from .loss import LMLoss
-from .metrics import bits_per_byte, loss_of
+from .metrics import loss_of
 from .model import build_model
 from .optim import EMA, lr_at, make_optimizer
 from .repro import seed_everything, set_determinism
@@ -107,7 +107,7 @@ def standing_of(
         {"micro_batch": f.micro_batch, "world_size": world.size, "parallel": cfg.distributed.parallel if world.size > 1 else "one", "device": cfg.model.device, "dtype": cfg.model.dtype,
             "compile": c.compile, "attention": c.attention, "products": c.products, "recompute": c.recompute, "loss_chunk": c.loss_chunk})
 
-# %% ../nbs/52_training.ipynb #be031af5
+# %% ../nbs/52_training.ipynb #643d0b56
 def train_here(
     run:Run, # Its folder is written to, by rank 0
     model, # From `make_model`; trained in place
@@ -230,8 +230,8 @@ class _Hands:
         model, found = self.spare or self.model, None
         with self.signals.free():
             records = score(model, self.tokenizer, self.watched, self.cfg.evaluate.stride, self.cfg.evaluate.eval_batch, self.cfg.model.dtype)
-            nll, count, size = (sum(getattr(r, k) for r in records) for k in ("nll", "tokens", "bytes"))
-            found = {"loss": loss_of(nll, count), "bits_per_byte": bits_per_byte(nll, size)}, sample and generate(model, self.tokenizer, None, self.cfg.generate, self.cfg.seed, sample)
+            nll, count, bits, size = (sum(getattr(r, k) for r in records) for k in ("nll", "tokens", "bits", "bytes"))
+            found = {"loss": loss_of(nll, count), "bits_per_byte": bits/size}, sample and generate(model, self.tokenizer, None, self.cfg.generate, self.cfg.seed, sample)
         return found
 
     def _compare(self, state, loss):
