@@ -26,7 +26,7 @@ from .duplicates import ExactDuplicates, NearDuplicates
 from .readers import Rejects, read_path
 from .store import deposit
 
-# %% ../nbs/13_corpus.ipynb #ca646f15
+# %% ../nbs/13_corpus.ipynb #29d42c6f
 SPLITS = ("train", "validation", "test")
 
 class CorpusConfig(Config):
@@ -37,7 +37,7 @@ class CorpusConfig(Config):
     include:list[str] = Field([], json_schema_extra=outside) # Of a folder, only paths that match one of these; written as in a .gitignore
     exclude:list[str] = Field([], json_schema_extra=outside) # Of a folder, paths to leave out
     on_error:Literal["stop", "quarantine"] = Field("stop", json_schema_extra=outside) # What a line that cannot be read does
-    validation_fraction:float = Field(0.05, gt=0, lt=0.5) # Share of documents kept for validation
+    validation_fraction:float = Field(0.05, ge=0, lt=0.5) # Share of documents kept for validation; 0 for text that is only judged on
     test_fraction:float = Field(0.05, ge=0, lt=0.5) # Share kept for the last test
     split_by:Literal["auto", "hash", "position"] = "auto" # See below
     salt:str = "codex_nb" # Another salt, another split

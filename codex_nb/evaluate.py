@@ -25,10 +25,10 @@ from .scoring import Record, judged_text
 from .statistics import bootstrap_ratio
 from .tokenizer import Tokenizer
 
-# %% ../nbs/46_evaluate.ipynb #3880ff4c
+# %% ../nbs/46_evaluate.ipynb #0f8ac1f5
 class EvaluateConfig(Config):
     "How a model is judged."
-    split:str = Field("validation", pattern="^(train|validation|test)$") # Which documents
+    split:str = Field("validation", pattern="^(train|validation|test|all)$") # Which documents
     max_documents:int = Field(2000, ge=1) # At most so many, drawn by seed
     stride:int|None = Field(None, ge=1) # Tokens a window moves on; default: half the context
     slices:list[str] = [] # Fields of `meta`, or `group`: figures for each value of them

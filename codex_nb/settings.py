@@ -87,7 +87,7 @@ def _at(cfg, path):
     for p in path: cfg = getattr(cfg, p)
     return cfg
 
-# %% ../nbs/51_settings.ipynb #ee6504e0
+# %% ../nbs/51_settings.ipynb #5fddc5cb
 SHAPE = ("arch", "width", "layers", "heads", "kv_heads", "ffn", "dropout", "tie_embeddings") # What a base brings along
 
 class RunConfig(Settings):
@@ -118,6 +118,7 @@ class RunConfig(Settings):
         shaped = [n for n in SHAPE if sources.get(n) == "given"]
         if model.base and shaped: raise ConfigError(f"{', '.join(shaped)}: given together with base, which has its own; leave one out")
         if self.adapter.adapter != "none" and not (model.base or self.finds_base): raise ConfigError("adapter: an adapter needs a base: give base=NAME, or train all of a new model with adapter=none")
+        if not self.corpus.validation_fraction: raise ConfigError("validation_fraction: 0 leaves nothing to watch training by; give a share, such as 0.05")
         if self.fit.batch_size % self.distributed.nproc: raise ConfigError(f"batch_size: {self.fit.batch_size} rows cannot be shared equally by {self.distributed.nproc} processes")
         return self.model_copy(update={"model": model, "threads": self.threads or torch.get_num_threads()})
 
@@ -187,7 +188,7 @@ FinetuneConfig.presets = {
     "full": dict(data="chat", packing="best-fit", seq_len=256, epochs=3, batch_size=16, lr=3e-4, warmup=0.05, schedule="linear", eval_every=50, save_every=100),
 }
 
-# %% ../nbs/51_settings.ipynb #4c5bfae5
+# %% ../nbs/51_settings.ipynb #f6830014
 class JudgeConfig(Settings):
     "What to judge, and on what."
     checkpoint:str|None = Field(None, json_schema_extra=outside) # A run, or a checkpoint folder; default: the newest finished training run; identity is its digest
@@ -204,15 +205,16 @@ class JudgeConfig(Settings):
     presets:ClassVar[dict] = {"smoke": dict(max_documents=50, resamples=500, max_new_tokens=48), "full": dict(max_documents=100_000)}
 
     def settle(self, sources:dict[str, str]):
-        "Choose device, dtype and threads."
+        "Choose device, dtype and threads; of data that were given, all is read."
         device = resolve_device(self.device)
-        return self.model_copy(update={"device": device, "dtype": resolve_dtype(self.dtype, device), "threads": self.threads or torch.get_num_threads()})
+        evaluate = self.evaluate.model_copy(update={"split": "all"}) if self.data and sources.get("split") != "given" else self.evaluate
+        return self.model_copy(update={"evaluate": evaluate, "device": device, "dtype": resolve_dtype(self.dtype, device), "threads": self.threads or torch.get_num_threads()})
 
-# %% ../nbs/51_settings.ipynb #e3b3091e
+# %% ../nbs/51_settings.ipynb #47ea036a
 class CompareConfig(Settings):
     "What to put side by side."
     runs:list[str] = Field([], json_schema_extra=outside) # Runs or evaluations; the first is what the others are compared with; default: the two newest judged training runs; identity is their evaluations' digests
-    split:str = Field("validation", pattern="^(train|validation|test)$") # Which evaluation of a run
+    split:str = Field("validation", pattern="^(train|validation|test|all)$") # Which evaluation of a run
     seed:int = Field(0, ge=0) # Of the bootstrap
     resamples:int = Field(10_000, ge=100) # Of the bootstrap
     determinism:Literal["deterministic", "off"] = "deterministic"

@@ -92,11 +92,12 @@ def test_planted_copies_are_found(home, tmp_path):
     n = 400 if PROVE else 60
     docs = [{"id": f"{i:03}", "text": fresh(40)+(" "+" ".join(taken[i].split()[4:24]).upper()+" " if i % 3 == 0 else " ")+fresh(30), "meta": {"planted": str(i % 3 == 0)}} for i in range(n)]
     (tmp_path/"eval.jsonl").write_text("".join(json.dumps(d)+"\n" for d in docs))
-    done = evaluate(home, "planted", data=str(tmp_path/"eval.jsonl"), max_documents=1000, slices=["planted"])
+    done = evaluate(home, "planted", data=str(tmp_path/"eval.jsonl"), max_documents=1000, slices=["planted"], split="all")
     assert done.returncode == 0, done.stderr
-    s, rows = summary(home, "planted"), records(home, "planted")
+    s, rows = summary(home, "planted", "all"), records(home, "planted", "all")
+    assert len(rows) == n
     planted = {r["id"] for r in rows if r["meta"]["planted"] == "True"}
-    assert {r["id"] for r in rows if r["overlap"]["found"]} == planted and len(planted) > n/5
+    assert {r["id"] for r in rows if r["overlap"]["found"]} == planted and len(planted) == n/3
     assert s["contamination"]["contaminated"] == len(planted) and s["contamination"]["clean"]["documents"] == len(rows)-len(planted)
     assert s["slices"]["planted"]["False"]["metrics"] == s["contamination"]["clean"]["metrics"]
     print(f"found {len(planted)} of {len(planted)}")
