@@ -6,7 +6,7 @@
 __all__ = ['SMALL', 'choose', 'windows', 'Record', 'judged_text', 'given_text', 'score', 'score_tokens', 'scored',
            'score_portions']
 
-# %% ../nbs/43_scoring.ipynb #bc3cbca5
+# %% ../nbs/43_scoring.ipynb #35532cf2
 import hashlib, json, math, os, random, zlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -21,7 +21,7 @@ from .artifacts import ArtifactError, disk_error
 from .compute import QuickProducts
 from .documents import Document
 from .loss import IGNORE, plain_head
-from .metrics import Calibration
+from .metrics import Calibration, bits_per_byte
 from .model import autocast
 from .repro import seed_for
 from .safety import redact_json
@@ -55,7 +55,7 @@ def windows(
         scored = end
     return out
 
-# %% ../nbs/43_scoring.ipynb #2494b48a
+# %% ../nbs/43_scoring.ipynb #c4a85416
 @dataclass(frozen=True)
 class Record:
     "What the model made of one document."
@@ -78,7 +78,7 @@ class Record:
     @property
     def bits(self)->float: # Over its bytes, they are the bits per byte
         "What its text cost, without the special tokens, which are no bytes of it."
-        return (self.nll-self.special_nll)/math.log(2)
+        return bits_per_byte(self.nll-self.special_nll, 1)
 
     @property
     def calibration(self)->Calibration: # Empty when no details were asked for

@@ -6,8 +6,8 @@
 __all__ = ['Question', 'read_questions', 'TaskConfig', 'examples_for', 'prompt_of', 'Answer', 'ask', 'continuation',
            'summarize_answers']
 
-# %% ../nbs/45_tasks.ipynb #e0bf450b
-import hashlib, random
+# %% ../nbs/45_tasks.ipynb #b76a7b1c
+import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ import numpy as np
 from msgspec import UNSET, UnsetType
 from pydantic import Field
 
-from .config import Config, canonical_json, outside
+from .config import Config, digest_of, outside
 from .documents import ROLES, BadLine, Document, Message, ReadError, check_json
 from .generate import GenerateConfig, generate_batch
 from .metrics import f1, text_scores
@@ -113,7 +113,7 @@ def prompt_of(
     told = [m for m in q.messages if m.role == "system"]
     return told+[m for e in examples for m in (*turns(e.messages), Message("assistant", e.expected[0]))]+turns(q.messages)
 
-# %% ../nbs/45_tasks.ipynb #58117d9e
+# %% ../nbs/45_tasks.ipynb #342a95bf
 @dataclass(frozen=True)
 class Answer:
     "What became of one question."
@@ -144,11 +144,9 @@ def ask(
     out = dict(_write(model, tokenizer, questions, given, written, cfg, batch_size)) | dict(_choose(model, tokenizer, questions, given, chosen, batch_size, dtype))
     return [out[i] for i in range(len(questions))]
 
-def _sha(x): return hashlib.sha256(canonical_json(x)).hexdigest()
-
 def _answer(q, given, prediction, scores, **more):
     said = given if isinstance(given, str) else [[m.role, m.content] for m in given]
-    return Answer(q.id, _sha(msgspec.to_builtins(q)), _sha(said), _sha(list(q.expected)), prediction, scores, group=q.group, meta=dict(q.meta), **more)
+    return Answer(q.id, digest_of(msgspec.to_builtins(q)), digest_of(said), digest_of(list(q.expected)), prediction, scores, group=q.group, meta=dict(q.meta), **more)
 
 def _write(model, tokenizer, questions, given, which, cfg, batch_size):
     greedy, texts = GenerateConfig(temperature=0, max_new_tokens=cfg.answer_tokens), {}
