@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['outside', 'ENVIRONMENT', 'canonical_json', 'digest_of', 'ConfigError', 'Config', 'identity', 'allowed', 'suggest',
            'leaves', 'resolve', 'nest', 'save_config', 'load_config', 'diff_plain', 'diff_config',
-           'notebook_parameters', 'env_setting']
+           'notebook_parameters', 'env_setting', 'environment_with']
 
-# %% ../nbs/00_config.ipynb #24a3080d
+# %% ../nbs/00_config.ipynb #c9d6b1c8
 import ast, difflib, hashlib, json, os
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, get_args, get_origin, Literal
 
@@ -229,7 +230,7 @@ def notebook_parameters(
     values = {n: namespace[n] for n in asked if n in namespace and namespace[n] is not None}
     return values.pop("preset", None), values
 
-# %% ../nbs/00_config.ipynb #9bcb99e7
+# %% ../nbs/00_config.ipynb #5ddfff75
 ENVIRONMENT = {
     "CODEX_NB_HOME": "the workspace: the folder that holds runs/ and store/",
     "CODEX_NB_RUN": "the run folder a launcher has chosen for the notebook it executes",
@@ -243,3 +244,16 @@ def env_setting(
     "Read an environment variable of this package."
     if name not in ENVIRONMENT: raise ConfigError(f"{name}: unknown environment variable; {suggest(name, ENVIRONMENT)}")
     return os.environ.get(name) or None
+
+@contextmanager
+def environment_with(
+    **values:str, # Variable -> value
+): # A context; what was there before is there again afterwards
+    "Set environment variables for a while."
+    before = {k: os.environ.get(k) for k in values}
+    os.environ.update(values)
+    try: yield
+    finally:
+        for k, v in before.items():
+            if v is None: os.environ.pop(k, None)
+            else: os.environ[k] = v

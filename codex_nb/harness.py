@@ -5,34 +5,25 @@
 # %% auto #0
 __all__ = ['lm_eval_library', 'harness_model', 'run_harness']
 
-# %% ../nbs/47_harness.ipynb #703c22a7
-import os
-from contextlib import contextmanager
+# %% ../nbs/47_harness.ipynb #290f04d5
 from pathlib import Path
 
+from .config import environment_with
 from .documents import Document
 from .generate import GenerateConfig, generate_batch
 from .scoring import score
 from .tasks import continuation
 from .tokenizer import Tokenizer
 
-# %% ../nbs/47_harness.ipynb #0fd04754
+# %% ../nbs/47_harness.ipynb #8d78e931
 def lm_eval_library():
     "The module `lm_eval`; `ImportError` names the line that installs it."
     try: import lm_eval
     except ImportError: raise ImportError("lm-eval is not installed; install it with: pip install 'codex_nb[lm-eval]'") from None
     return lm_eval
 
-@contextmanager
 def _offline(cache): # no network, no telemetry, and caches of its own
-    given = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_DATASETS_CACHE": str(cache)}
-    before = {k: os.environ.get(k) for k in given}
-    os.environ.update(given)
-    try: yield
-    finally:
-        for k, v in before.items():
-            if v is None: os.environ.pop(k, None)
-            else: os.environ[k] = v
+    return environment_with(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_EVALUATE_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", HF_DATASETS_CACHE=str(cache))
 
 def harness_model(
     model, # A causal language model

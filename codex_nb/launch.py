@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['find_notebook', 'config_of', 'parse_value', 'check_parameters', 'Outcome', 'launch', 'resume', 'prepare_run']
 
-# %% ../nbs/60_launch.ipynb #ff3e448b
+# %% ../nbs/60_launch.ipynb #ed935787
 import json, keyword, logging, os, signal, sys, threading, time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import codex_nb
 from .artifacts import MANIFEST, disk_error, json_text, write_file
-from .config import Config, ConfigError, identity, leaves, suggest
+from .config import Config, ConfigError, environment_with, identity, leaves, suggest
 from .interrupts import EXIT_CODES, NOTED
 from .runs import RunError, attach, new_run_folder, run_status, seal_run
 from .safety import find_secrets, looks_secret, redact, redact_notebook
@@ -68,7 +67,7 @@ def check_parameters(
         if found := find_secrets(text): raise ConfigError(f"{name}: the value looks like a secret ({found[0].kind}); parameters are kept in the run, so give it in an environment variable")
     return cls.from_preset(parameters.get("preset"), **{k: v for k, v in parameters.items() if k != "preset"})
 
-# %% ../nbs/60_launch.ipynb #752d32cf
+# %% ../nbs/60_launch.ipynb #adef6fc0
 class _RunWriter:
     "A papermill writer that redacts, and writes only into a run folder that exists."
     scheme = "codex-nb-run://"
@@ -79,16 +78,6 @@ class _RunWriter:
     def pretty_path(self, path): return path
     def read(self, path): raise RunError(f"{path}: this writer does not read")
     def listdir(self, path): return []
-
-@contextmanager
-def _environment(**values):
-    before = {k: os.environ.get(k) for k in values}
-    os.environ.update(values)
-    try: yield
-    finally:
-        for k, v in before.items():
-            if v is None: os.environ.pop(k, None)
-            else: os.environ[k] = v
 
 @dataclass(frozen=True)
 class Outcome:
@@ -154,7 +143,7 @@ def launch(
     papermill_io.register(_RunWriter.scheme, writer)
     logging.getLogger("papermill").setLevel(logging.ERROR) # it warns of names missing from the parameters cell; they have been checked
     try:
-        with signals, _environment(CODEX_NB_RUN=str(folder), PYDEVD_DISABLE_FILE_VALIDATION="1"):
+        with signals, environment_with(CODEX_NB_RUN=str(folder), PYDEVD_DISABLE_FILE_VALIDATION="1"):
             papermill.execute_notebook(str(path), f"{_RunWriter.scheme}{path.name}", parameters, kernel_name="python3", language="python", progress_bar=False, log_output=False, extra_arguments=["--IPKernelApp.log_level=40"], stdout_file=sys.stdout if echo else None)
     except PapermillExecutionError as e: ename, error = e.ename, redact(f"{e.ename}: {e.evalue}")
     except KeyboardInterrupt: ename, error = "KeyboardInterrupt", "interrupted"
@@ -175,7 +164,7 @@ def launch(
         if code not in (74, 130, 143): seal_run(folder, "failed", error or "the notebook ended without sealing its run")
     return Outcome(folder, run_status(folder), code or (0 if run_status(folder) == "finished" else 1), error)
 
-# %% ../nbs/60_launch.ipynb #63d62822
+# %% ../nbs/60_launch.ipynb #b508d035
 def resume(
     folder, # An interrupted run
     echo:bool=False, # Show what the notebook prints
@@ -199,7 +188,7 @@ def resume(
         if name not in paths: raise ConfigError(f"{name}: unknown parameter; {suggest(name, paths)}")
         if within(paths[name], same): raise RunError(f"{name}: belongs to what the run is, so it cannot change on the way; start a new run")
     given = {n: was.value(n) for n, where in said["sources"].items() if where in ("given", "auto") and n in paths}
-    with _environment(CODEX_NB_ALLOW=allow): return launch(said["kind"], {"preset": said["sources"]["preset"], **given, **(changes or {})}, folder, echo)
+    with environment_with(CODEX_NB_ALLOW=allow): return launch(said["kind"], {"preset": said["sources"]["preset"], **given, **(changes or {})}, folder, echo)
 
 def prepare_run(
     notebook:str, # `train` or `finetune`
