@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'MANIFEST', 'ArtifactError', 'DiskError', 'disk_error', 'sha256_file', 'sync', 'write_file', 'json_text',
-           'Manifest', 'content_digest', 'code_digest', 'git_head', 'producer', 'seal', 'read_manifest', 'problems',
-           'Artifact', 'open_artifact', 'clear_leftovers', 'Draft', 'publish']
+           'Manifest', 'content_digest', 'code_files', 'code_digest', 'git_head', 'producer', 'seal', 'read_manifest',
+           'problems', 'Artifact', 'open_artifact', 'clear_leftovers', 'Draft', 'publish']
 
 # %% ../nbs/02_artifacts.ipynb #2dc72037
 import ctypes, errno, hashlib, json, os, shutil, socket, subprocess, tempfile
@@ -79,7 +79,7 @@ def json_text(
     "JSON for people to read."
     return json.dumps(redact_json(value), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
-# %% ../nbs/02_artifacts.ipynb #10f908d2
+# %% ../nbs/02_artifacts.ipynb #c4d8c7f6
 SCHEMA = 1
 MANIFEST = "manifest.json"
 
@@ -106,13 +106,18 @@ def content_digest(kind:str, config:dict, parents:dict, files:dict)->str:
     "The digest of an artifact with this content."
     return digest_of({"kind": kind, "config": config, "parents": parents, "files": files})
 
-def code_digest(
+def code_files(
     *modules:str, # Module names such as `tokens`; none means the whole package
+)->dict[str, str]: # File name -> SHA-256
+    "What this package's source is, file by file."
+    root = Path(codex_nb.__file__).parent
+    return {p.name: sha256_file(p) for p in [root/f"{m}.py" for m in modules] or sorted(root.glob("*.py"))}
+
+def code_digest(
+    *modules:str, # As for `code_files`
 )->str: # 64 hex digits
     "SHA-256 over the source of modules of this package."
-    root = Path(codex_nb.__file__).parent
-    paths = [root/f"{m}.py" for m in modules] or sorted(root.glob("*.py"))
-    return digest_of({p.name: sha256_file(p) for p in paths})
+    return digest_of(code_files(*modules))
 
 def git_head(
     folder=None, # Default: where the package lies

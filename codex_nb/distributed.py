@@ -20,7 +20,7 @@ from torch import distributed as dist, nn
 
 from .config import Config, outside
 
-# %% ../nbs/30_distributed.ipynb #c7eaab32
+# %% ../nbs/30_distributed.ipynb #7ccffabe
 class DistributedConfig(Config):
     "Several processes for one run; none of it changes which samples come when."
     nproc:int = Field(1, ge=1, le=1024, json_schema_extra=outside) # Processes on this machine that the notebook starts
@@ -98,14 +98,20 @@ def this_world()->World:
     if not (dist.is_available() and dist.is_initialized()): return World()
     return World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)))
 
+# %% ../nbs/30_distributed.ipynb #e07ea256
 @contextmanager
 def joined(
     device:str="cpu", # Where this process computes
     seconds:float=600, # How long a rank is waited for
 ): # The `World`; left in any case
-    "Be part of the world that torchrun has started."
+    "Be part of the world that torchrun has started; `RuntimeError` for restarts over several hosts that cannot work."
     if "RANK" not in os.environ: yield World(); return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=datetime.timedelta(seconds=seconds))
+    limit, shared = datetime.timedelta(seconds=seconds), os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shared and os.environ.get("GROUP_WORLD_SIZE", "1") != "1" and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        raise RuntimeError("torchrun --max-restarts over several hosts would have restarted processes call those that are gone; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun is started, on every host")
+    store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+    attempt = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", store=attempt, rank=rank, world_size=size, timeout=limit)
     try: yield this_world()
     finally: dist.destroy_process_group()
 

@@ -6,7 +6,7 @@
 __all__ = ['RECENT', 'FitConfig', 'samples_to_take', 'GuardError', 'NonFiniteError', 'LossSpikeError', 'train_step', 'samples_of',
            'TrainState', 'bad_step', 'Hook', 'fit', 'estimate_steps', 'is_watched', 'say', 'progress_hooks']
 
-# %% ../nbs/34_engine.ipynb #97ed5d8f
+# %% ../nbs/34_engine.ipynb #c179e042
 import math, os, sys, time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ import torch
 from pydantic import Field, model_validator
 from tqdm import tqdm
 
-from .batches import Batch, Batches
+from .batches import Batch, Batches, fed_number
 from .config import Config
 from .distributed import World, whole
 from .loss import IGNORE
@@ -103,7 +103,7 @@ def samples_of(
     ids = [i for b in micro_batches for i in b.sample_ids_B.tolist()]
     return ", ".join(map(str, ids[:16])) + (f" and {len(ids)-16} more" if len(ids) > 16 else "")
 
-# %% ../nbs/34_engine.ipynb #73984371
+# %% ../nbs/34_engine.ipynb #b3d452c5
 RECENT = 50 # Losses whose mean a leap is measured against
 
 @dataclass
@@ -150,7 +150,7 @@ class TrainState:
         "End after this step."
         self.stopped, self.interrupted = self.stopped or reason, self.interrupted or now
 
-    def take(self)->list[dict]: # `step`, `tokens`, `lr`, `loss`, `grad_norm`, `made`, for each step since the last call
+    def take(self)->list[dict]: # `step`, `tokens`, `lr`, `loss`, `grad_norm`, `made`, `fed` (of this rank), for each step since the last call
         "The values of finished steps, brought from the device in one go; `GuardError` for one that could not be made."
         pending, self._pending = self._pending, []
         if not pending: return []
@@ -177,7 +177,7 @@ class Hook:
     every:int = 1 # For `step`: each so many steps, and the last
     when:Literal["start", "step", "end", "error"] = "step"
 
-# %% ../nbs/34_engine.ipynb #b74bda92
+# %% ../nbs/34_engine.ipynb #bf25263a
 def fit(
     model, # Trained in place
     batches:Batches, # What on
@@ -228,7 +228,7 @@ def _call(hooks, state, when):
         if h.when == when: h.fn(state)
 
 def _advance(state, out, micro, lr, limit, end, batch_size):
-    said = {"step": state.step+1, "lr": lr, "limit": limit, "loss": out["loss"], "grad_norm": out["grad_norm"], "samples": samples_of(micro)}
+    said = {"step": state.step+1, "lr": lr, "limit": limit, "loss": out["loss"], "grad_norm": out["grad_norm"], "samples": samples_of(micro), "fed": fed_number(micro)}
     if out["made"] is False and state.on_bad == "stop": raise bad_step(said | {k: float(said[k]) for k in ("loss", "grad_norm")})
     state.step += 1
     state.position = min(state.position+batch_size, end)

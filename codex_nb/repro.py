@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['seed_for', 'generator', 'seed_everything', 'rng_state', 'set_rng_state', 'set_determinism', 'determinism',
-           'lock_file', 'packages', 'environment', 'numeric_identity', 'tensors_digest']
+           'lock_file', 'code_changes', 'packages', 'environment', 'numeric_identity', 'tensors_digest']
 
-# %% ../nbs/03_repro.ipynb #6ec4f253
-import hashlib, os, platform, random
+# %% ../nbs/03_repro.ipynb #596f2326
+import hashlib, os, platform, random, subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from .artifacts import producer, sha256_file
+import codex_nb
+from .artifacts import code_files, git_head, producer, sha256_file
 
 # %% ../nbs/03_repro.ipynb #97b81f4f
 def seed_for(
@@ -82,11 +83,17 @@ def determinism()->str: # `deterministic` or `off`
     import torch
     return "deterministic" if torch.are_deterministic_algorithms_enabled() else "off"
 
-# %% ../nbs/03_repro.ipynb #83ed65ae
+# %% ../nbs/03_repro.ipynb #95420474
 def lock_file()->Path|None: # None when the package lies outside its repository
     "The lock file this environment should follow."
     path = Path(__file__).resolve().parent.parent/"requirements.lock" if "__file__" in globals() else Path("../requirements.lock")
     return path if path.is_file() else None
+
+def code_changes()->str: # Empty when there are none, or no git
+    "How this package's source differs from its commit."
+    head = git_head()
+    if not head or not head.endswith("+"): return ""
+    return subprocess.run(["git", "-C", str(Path(codex_nb.__file__).parent), "diff", "HEAD", "--", "."], capture_output=True, text=True, timeout=60).stdout
 
 def packages()->dict[str, str]: # Name -> version, sorted
     "The installed distributions."
@@ -101,7 +108,7 @@ def environment()->dict: # Nested plain values
     import torch
     lock = lock_file()
     gpus = [{"name": p.name, "memory": p.total_memory, "capability": f"{p.major}.{p.minor}"} for p in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))]
-    return {"code": producer(), "lock": sha256_file(lock) if lock else None, "packages": packages(),
+    return {"code": producer()|{"files": code_files()}, "lock": sha256_file(lock) if lock else None, "packages": packages(),
         "python": platform.python_version(), "system": platform.platform(), "machine": platform.machine(), "cpu": _cpu(), "cores": os.cpu_count(),
         "threads": torch.get_num_threads(), "torch": {"version": torch.__version__, "cuda": torch.version.cuda, "capability": torch.backends.cpu.get_cpu_capability()},
         "gpus": gpus, "determinism": determinism()}

@@ -6,14 +6,14 @@
 __all__ = ['LOCK', 'REBUILT', 'RunError', 'run_status', 'new_run_folder', 'Run', 'run_parts', 'seal_run', 'last_values', 'attach',
            'list_runs', 'in_use', 'find_run', 'verify_run']
 
-# %% ../nbs/50_runs.ipynb #cf01a352
+# %% ../nbs/50_runs.ipynb #a90de625
 import json, secrets, shutil
 from datetime import datetime
 from pathlib import Path
 
 from .artifacts import MANIFEST, ArtifactError, Manifest, disk_error, json_text, problems, read_manifest, seal, write_file
 from .config import Config, digest_of, env_setting, identity
-from .repro import environment
+from .repro import code_changes, environment
 from .safety import redact
 from .store import Lock, find_stored, is_locked, workspace
 from .tracking import read_metrics
@@ -40,7 +40,7 @@ def new_run_folder(
     stamp = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
     return workspace()/"runs"/"-".join(filter(None, (stamp, kind, name, secrets.token_hex(2))))
 
-# %% ../nbs/50_runs.ipynb #0bfd3628
+# %% ../nbs/50_runs.ipynb #313c46b9
 def _remember(folder): # a run outside the workspace's `runs/`, for the upkeep of the store
     listed = workspace()/"store"/".runs"
     listed.parent.mkdir(parents=True, exist_ok=True)
@@ -76,12 +76,20 @@ class Run:
                 before = json.loads((folder/"config.json").read_bytes())
                 if before["digest"] != cfg.digest(): raise RunError(f"{folder}: holds a run of another configuration ({before['digest'][:12]}, this one is {cfg.digest()[:12]}); start a new one")
             else: write_file(folder/"config.json", json_text({"kind": kind, "digest": cfg.digest(), "config": cfg.plain(), "identity": identity(cfg), "sources": sources or {}}))
-            write_file(folder/"environment.json", json_text(environment()))
+            run._write_environment()
         except BaseException:
             lock.release()
             if not run.resumed: shutil.rmtree(folder, ignore_errors=True)
             raise
         return run
+
+    def _write_environment(self):
+        path, text = self.folder/"environment.json", json_text(environment())
+        if path.exists():
+            if path.read_text("utf-8") == text: return # the same as before
+            write_file(self.folder/f"environment-{len(list(self.folder.glob('environment-*.json')))+1}.json", path.read_bytes())
+        write_file(path, text)
+        if changes := code_changes(): write_file(self.folder/"code.diff", redact(changes))
 
     def add_parent(self,
         role:str, # e.g. `corpus`

@@ -18,7 +18,7 @@ from .config import Config, outside
 from .safety import redact, redact_json
 from .store import workspace
 
-# %% ../nbs/31_tracking.ipynb #9656c552
+# %% ../nbs/31_tracking.ipynb #f43c53f8
 METRICS_SCHEMA = 1
 
 class MetricsWriter:
@@ -34,13 +34,13 @@ class MetricsWriter:
         values:dict[str, float], # Name -> number
         split:str="train", # What it was measured on
         tokens:int=0, # Tokens trained on so far
-        exact:dict[str, float]|None=None, # Values a replay compares; kept as hex
+        exact:dict[str, float|str]|None=None, # What a replay compares: numbers, kept as hex, and digests
     )->None: # `ValueError` on a value that is not a finite number; `DiskError` on a full disk
         "Add one record."
         bad = {k: v for k, v in values.items() if not isinstance(v, (int, float)) or not math.isfinite(v)}
         if bad: raise ValueError(f"step {step}: {', '.join(f'{k} is {v}' for k, v in bad.items())}: only finite numbers are recorded")
         line = {"schema": METRICS_SCHEMA, "step": step, "tokens": tokens, "time": round(time.time(), 3), "split": split,
-            "values": redact_json(values), "exact": {k: float(v).hex() for k, v in (exact or {}).items()}}
+            "values": redact_json(values), "exact": {k: v if isinstance(v, str) else float(v).hex() for k, v in (exact or {}).items()}}
         data = json.dumps(line, allow_nan=False).encode()+b"\n"
         try:
             done = self._file.write(data)
@@ -87,7 +87,7 @@ def repair_metrics(
         tmp.write_bytes(b"".join(kept)); os.replace(tmp, path)
     return len(lines)-len(kept)
 
-# %% ../nbs/31_tracking.ipynb #890381f5
+# %% ../nbs/31_tracking.ipynb #640b94ea
 def metrics_csv(
     path, # A `metrics.ndjson`
     out, # The file to write
@@ -98,7 +98,8 @@ def metrics_csv(
     with open(out, "w", newline="", encoding="utf-8") as f:
         table = csv.writer(f)
         table.writerow(["step", "tokens", "time", "split", *names])
-        for r in records: table.writerow([r["step"], r["tokens"], r["time"], r["split"], *(r["values"].get(n, "") for n in names)])
+        for r in records:
+            if r["values"]: table.writerow([r["step"], r["tokens"], r["time"], r["split"], *(r["values"].get(n, "") for n in names)])
 
 # %% ../nbs/31_tracking.ipynb #61f61964
 def plot_metrics(

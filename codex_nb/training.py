@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['begin', 'settle_process', 'near', 'make_model', 'standing_of', 'train_here', 'last_checkpoint']
 
-# %% ../nbs/52_training.ipynb #55742f96
+# %% ../nbs/52_training.ipynb #97460a8c
 import json, math, sys
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 
 from .adapters import add_adapter
 from .artifacts import Artifact, ArtifactError, json_text, problems, read_manifest, write_file
-from .batches import Batches, order_digest
+from .batches import FED, Batches, order_digest
 from .checkpoint import Standing, latest_checkpoint, load_checkpoint, model_tensors, set_weights, snapshot
 from .compute import prepare
 from .config import Config, ConfigError, env_setting, identity, leaves
@@ -28,7 +28,7 @@ from .loss import LMLoss
 from .metrics import loss_of
 from .model import build_model
 from .optim import EMA, lr_at, make_optimizer
-from .repro import seed_everything, set_determinism
+from .repro import seed_everything, set_determinism, tensors_digest
 from .retention import prune
 from .runs import Run, in_use
 from .saver import Saver
@@ -107,7 +107,7 @@ def standing_of(
         {"micro_batch": f.micro_batch, "world_size": world.size, "parallel": cfg.distributed.parallel if world.size > 1 else "one", "device": cfg.model.device, "dtype": cfg.model.dtype,
             "compile": c.compile, "attention": c.attention, "products": c.products, "recompute": c.recompute, "loss_chunk": c.loss_chunk})
 
-# %% ../nbs/52_training.ipynb #643d0b56
+# %% ../nbs/52_training.ipynb #39d74998
 def train_here(
     run:Run, # Its folder is written to, by rank 0
     model, # From `make_model`; trained in place
@@ -189,19 +189,25 @@ class _Hands:
             repair_metrics(self.folder/"samples.ndjson", state.step)
             if removed: print(f"{removed} lines beyond step {state.step} were removed from the record")
             self.writer = MetricsWriter(self.folder/"metrics.ndjson")
+            begun = any(read_metrics(self.folder/"metrics.ndjson", "start"))
             if self.cfg.tracking.mlflow: self.sink = MLflowSink(self.folder, {n: self.cfg.value(n) for n in leaves(type(self.cfg))}, {"kind": self.run.kind, "preset": self.cfg._preset})
-        if not state.step: return
+        if not state.step:
+            first = model_tensors(self.model, self.world.main)
+            if self.world.main and not begun: self.writer.write(0, {}, split="start", exact={n: tensors_digest({n: t})[:16] for n, t in first.items()})
+            return
         self.stands_on = f"step-{state.step:08}"
         seen = any(r["step"] == state.step for r in read_metrics(self.folder/"metrics.ndjson", "validation")) if self.world.main else None
         if state.step % self.cfg.evaluate.eval_every == 0 and not self.world.share(seen): self.watch(state)
 
-    def log(self, state):
+    def log(self, state, alone=False): # alone: when others may be elsewhere
         records, speed = state.take(), state.throughput.lap()
+        shares = [[r["fed"] for r in records]] if self.world.size == 1 else [] if alone else self.world.gather([r["fed"] for r in records])
+        fed = [f"{sum(s) % FED:032x}" for s in zip(*shares)] or [None]*len(records)
         if not self.world.main: return
-        for r in records:
+        for r, number in zip(records, fed):
             values = {"loss": r["loss"], "grad_norm": r["grad_norm"], "lr": r["lr"]} if r["made"] else {"lr": r["lr"], "skipped": 1}
             if r is records[-1] and speed: values["tokens_per_second"] = round(speed, 1)
-            self.writer.write(r["step"], values, tokens=r["tokens"], exact={k: r[k] for k in ("loss", "grad_norm")} if r["made"] else {})
+            self.writer.write(r["step"], values, tokens=r["tokens"], exact=({k: r[k] for k in ("loss", "grad_norm")} if r["made"] else {}) | ({"fed": number} if number else {}))
         for s in self.saver.report(): self.writer.write(int(s.path.name[5:]), {"stalled_seconds": round(s.stalled, 4), "seconds": round(s.seconds, 4)}, split="save", tokens=state.tokens)
 
     def watch(self, state):
@@ -254,7 +260,7 @@ class _Hands:
     def close(self, state, failed=False):
         try: self.saver.wait()
         finally:
-            if self.writer: self.log(state); self.writer.close()
+            if self.writer: self.log(state, alone=True); self.writer.close()
             if self.sink and failed: self.sink.finish("FAILED")
 
 def last_checkpoint(

@@ -145,7 +145,7 @@ def test_from_the_notebook_with_a_restart(tmp_path):
     "`nproc 2` in a launched notebook; one process is killed once, and the job goes on from its last checkpoint."
     from test_launch import ROOT
     folder = tmp_path/"runs"/"two"
-    words = [Path(sys.executable).parent/"codex-nb", "run", "train", "--folder", str(folder), *(w for k, v in (SMALL | dict(steps=400, eval_every=1000, save_every=20, nproc=2, restarts=3, max_documents=4, resamples=100)).items() for w in ("-p", f"{k}={json.dumps(v) if not isinstance(v, str) else v}"))]
+    words = [Path(sys.executable).parent/"codex-nb", "run", "train", "--folder", str(folder), *(w for k, v in (SMALL | dict(steps=400, eval_every=1000, save_every=20, nproc=2, restarts=1, max_documents=4, resamples=100)).items() for w in ("-p", f"{k}={json.dumps(v) if not isinstance(v, str) else v}"))]
     p = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | {"CODEX_NB_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"})
     import psutil
     end = time.monotonic()+120
@@ -155,6 +155,25 @@ def test_from_the_notebook_with_a_restart(tmp_path):
     out, err = p.communicate(timeout=240)
     assert p.returncode == 0, err[-3000:]+out[-2000:]
     assert list(losses(folder)) == list(range(1, 401)) and (not ranks or "going on from step-" in out)
+
+JOIN = """
+import sys, time
+from codex_nb.distributed import joined
+time.sleep(float(sys.argv[1]))
+with joined(seconds=20) as world: print("met", world.gather(world.rank))
+"""
+
+def test_restarted_ranks_do_not_call_those_before(tmp_path):
+    "All attempts use the table that torchrun keeps; one process comes late."
+    from torch.distributed import TCPStore
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for attempt in range(12 if PROVE else 4):
+        env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(attempt), "TORCHELASTIC_MAX_RESTARTS": "1"}
+        ranks = [subprocess.Popen([sys.executable, "-c", JOIN, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env | {"RANK": str(rank)}) for rank in (0, 1)]
+        said = [p.communicate(timeout=120) for p in ranks]
+        assert [out for out, _ in said] == ["met [0, 1]\n"]*2, said
+    over = subprocess.run([sys.executable, "-c", JOIN, "0"], capture_output=True, text=True, env=env | {"RANK": "0", "GROUP_WORLD_SIZE": "2"})
+    assert over.returncode and "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in over.stderr
 
 def test_none_outlives_the_notebook(tmp_path):
     from test_launch import ROOT
