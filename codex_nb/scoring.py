@@ -55,7 +55,7 @@ def windows(
         scored = end
     return out
 
-# %% ../nbs/43_scoring.ipynb #c4a85416
+# %% ../nbs/43_scoring.ipynb #caa5e7da
 @dataclass(frozen=True)
 class Record:
     "What the model made of one document."
@@ -73,7 +73,6 @@ class Record:
     bins:list|None = None # Of the most likely predictions: [bin, how many, sum of their probabilities, how many were right]
     group:str|None = None # The document's
     meta:dict = field(default_factory=dict) # What is known of it, for slices
-    prediction:str|None = None # What was written, where something was
 
     @property
     def bits(self)->float: # Over its bytes, they are the bits per byte

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHAPE', 'KINDS', 'Settings', 'RunConfig', 'find_base', 'FinetuneConfig', 'JudgeConfig', 'CompareConfig']
 
-# %% ../nbs/51_settings.ipynb #7368cb2a
+# %% ../nbs/51_settings.ipynb #30400735
 import json
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -26,7 +26,7 @@ from .library import find_model
 from .model import ModelConfig, resolve_device, resolve_dtype
 from .optim import OptimConfig
 from .retention import CheckpointConfig
-from .runs import find_run, list_runs
+from .runs import begun_with, find_in_runs, find_run, list_runs
 from .store import workspace
 from .tasks import TaskConfig
 from .tokens import RowsConfig, TokenStore
@@ -87,7 +87,7 @@ def _at(cfg, path):
     for p in path: cfg = getattr(cfg, p)
     return cfg
 
-# %% ../nbs/51_settings.ipynb #5fddc5cb
+# %% ../nbs/51_settings.ipynb #edac9d34
 SHAPE = ("arch", "width", "layers", "heads", "kv_heads", "ffn", "dropout", "tie_embeddings") # What a base brings along
 
 class RunConfig(Settings):
@@ -145,7 +145,10 @@ def _shape(cfg): # layers, width, vocabulary
 def find_base(
     name:str|None, # A path, a name the library knows, a run; None for the newest finished training run
 )->Path: # A folder with a model; `ConfigError` lists where it was looked for
-    "Find what a run starts from."
+    "Find what a run starts from; one that is continued or replayed, what it started from."
+    if name is None and (digest := begun_with("base")):
+        if path := find_in_runs(digest): return path
+        raise ConfigError(f"base: the one with which this run was begun ({digest[:12]}) is no longer in {workspace()/'runs'}; name a folder that holds it with base=PATH")
     if name is None:
         done = [r["name"] for r in list_runs() if r["kind"] == "train" and r["status"] == "finished"]
         if not done: raise ConfigError(f"base: none was given, and there is no finished training run in {workspace()/'runs'}; train one with: codex-nb run train")

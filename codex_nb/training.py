@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['begin', 'settle_process', 'near', 'make_model', 'standing_of', 'train_here', 'last_checkpoint']
 
-# %% ../nbs/52_training.ipynb #97460a8c
+# %% ../nbs/52_training.ipynb #3a416648
 import json, math, sys
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from .model import build_model
 from .optim import EMA, lr_at, make_optimizer
 from .repro import seed_everything, set_determinism, tensors_digest
 from .retention import prune
-from .runs import Run, in_use
+from .runs import Run, handed_over, in_use
 from .saver import Saver
 from .scoring import choose, score
 from .settings import RunConfig, find_base
@@ -107,7 +107,7 @@ def standing_of(
         {"micro_batch": f.micro_batch, "world_size": world.size, "parallel": cfg.distributed.parallel if world.size > 1 else "one", "device": cfg.model.device, "dtype": cfg.model.dtype,
             "compile": c.compile, "attention": c.attention, "products": c.products, "recompute": c.recompute, "loss_chunk": c.loss_chunk})
 
-# %% ../nbs/52_training.ipynb #39d74998
+# %% ../nbs/52_training.ipynb #3cac4ff5
 def train_here(
     run:Run, # Its folder is written to, by rank 0
     model, # From `make_model`; trained in place
@@ -123,7 +123,8 @@ def train_here(
     batches = Batches(rows, cfg.fit.batch_size, cfg.seed, cfg.fit.micro_batch, world.rank, world.size)
     inner, layers = model.get_base_model() if hasattr(model, "get_base_model") else model, _layers(model)
     objective = LMLoss(model, cfg.model.dtype, cfg.compute, (min(batches.micro_batch, batches.batch_size//world.size), T))
-    steps = _planned_steps(run, model, batches, objective, world)
+    plan = _plan(run, model, batches, objective, world)
+    steps, limit = plan.get("steps"), cfg.fit.model_copy(update={"minutes": None, "steps": plan["steps"]}) if "stop" in plan else cfg.fit
     wrapped = spread(objective, layers, world, cfg.distributed.parallel)
     optimizer, ema = make_optimizer(model, cfg.optim), EMA(model, cfg.optim.ema) if cfg.optim.ema else None
     def loss(_, b): return wrapped(b.ids_BT, b.targets_BT, b.positions_BT), None
@@ -136,8 +137,9 @@ def train_here(
         hands.signals = signals
         every = [Hook(hands.log, cfg.tracking.log_every), Hook(hands.watch, cfg.evaluate.eval_every), Hook(hands.save, cfg.checkpoint.save_every)]
         agree = [Hook(partial(_agree, world))] if world.size > 1 else []
+        if "stop" in plan: agree.append(Hook(lambda s: s.stop("where the other run ended") if s.step >= plan["stop"] else None))
         done = [Hook(hands.catch_up, when="start"), Hook(hands.close, when="end"), Hook(partial(hands.close, failed=True), when="error")]
-        state = fit(model, batches, loss, optimizer, lambda step, total: lr_at(step, total, cfg.optim), cfg.fit, start, [*hooks, *every, *agree, *(progress_hooks() if world.main else []), *done],
+        state = fit(model, batches, loss, optimizer, lambda step, total: lr_at(step, total, cfg.optim), limit, start, [*hooks, *every, *agree, *(progress_hooks() if world.main else []), *done],
             world, steps, ema, partial(accumulating, wrapped))
     if state.interrupted: raise Interrupted(signals.name or state.stopped.removeprefix("stopped by "))
     return state
@@ -152,14 +154,15 @@ def _agree(world, state): # a signal, or an early stop, that one rank knows of
     for reason, now in world.gather((state.stopped, state.interrupted)):
         if reason: state.stop(reason, now)
 
-def _planned_steps(run, model, batches, objective, world):
-    if not run.cfg.fit.minutes: return None
+def _plan(run, model, batches, objective, world): # what `minutes` come to; in a replay, what they came to
+    if not run.cfg.fit.minutes: return {}
+    if "steps" in (there := handed_over(run.folder)): return there
     path = run.folder/"plan.json"
     loss = lambda m, b: (objective(b.ids_BT, b.targets_BT, b.positions_BT), None)
     mine = None if path.exists() else estimate_steps(run.cfg.fit.minutes, model, batches, loss)
     if world.main and mine: write_file(path, json_text({"steps": mine}))
     world.wait()
-    return json.loads(path.read_bytes())["steps"]
+    return json.loads(path.read_bytes())
 
 def _go_on(run, model, optimizer, same, ema, world):
     newest, damaged = latest_checkpoint(run.folder/"checkpoints") if world.main else (None, [])

@@ -8,23 +8,10 @@ from test_launch import BIN, ROOT, run as command
 PROVE = bool(os.environ.get("PROVE"))
 
 def trained(home, name, **given):
-    from codex_nb.corpus import open_corpus
-    from codex_nb.judging import judge
-    from codex_nb.recipe import begin, finish, last_checkpoint, make_model, train
+    from codex_nb.judging import train_and_judge
     from codex_nb.settings import RunConfig
-    from codex_nb.tokens import Rows, build_tokens
-    from codex_nb.vocabulary import train_tokenizer
     with patch.dict(os.environ, CODEX_NB_HOME=str(home)):
-        cfg = RunConfig.from_preset("smoke", **(dict(steps=40, eval_every=100, width=32, seq_len=64, save_every=100, resamples=200, dtype="fp32") | given))
-        corpus = open_corpus(cfg.corpus)
-        tokenizer = train_tokenizer(corpus, cfg.tokenizer)
-        rows = Rows(build_tokens(corpus, tokenizer), cfg.model.seq_len)
-        r = begin("train", cfg, home/"runs"/name, corpus=corpus, tokenizer=tokenizer, tokens=rows.store)
-        model = make_model(r, tokenizer)
-        train(r, model, tokenizer, rows, corpus)
-        judge(r, model, tokenizer, corpus, last_checkpoint(r.folder).digest)
-        finish(r)
-    return r.folder
+        train_and_judge(RunConfig.from_preset("smoke", **(dict(steps=40, eval_every=100, width=32, seq_len=64, save_every=100, resamples=200, dtype="fp32") | given)), home/"runs"/name)
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
