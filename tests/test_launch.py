@@ -99,14 +99,14 @@ def test_a_run_that_fails_leaves_what_it_had(tmp_path):
     code, status, folder = first.split()
     assert (code, status) == ("3", "failed") and "NonFiniteError: step 3: loss nan" in error and "samples" in error, done.stdout+done.stderr
     folder = Path(folder)
-    assert (folder/"train.ipynb").is_file() and len((folder/"metrics.ndjson").read_text().splitlines()) == 2
+    assert (folder/"train.ipynb").is_file() and [json.loads(l)["step"] for l in (folder/"metrics.ndjson").read_text().splitlines()] == [0, 1, 2]
     manifest = json.loads((folder/"manifest.json").read_text())
     assert manifest["meta"]["status"] == "failed" and "NonFiniteError" in manifest["meta"]["error"]
     assert "L0 holds: failed" in run("codex-nb", "verify", str(folder), home=tmp_path).stdout
 
 def test_killed_run_is_interrupted_and_resumes(tmp_path):
     folder = tmp_path/"runs"/"killed"
-    p = subprocess.Popen([BIN/"codex-nb", "run", "train", "-p", "steps", "200", "-p", "save_every", "20", "-p", "eval_every", "500", "-p", "max_documents", "5", "--folder", str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    p = subprocess.Popen([BIN/"codex-nb", "run", "train", *SMALL[3:], "-p", "steps", "200", "-p", "save_every", "20", "-p", "eval_every", "500", "--folder", str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         cwd=ROOT, env=os.environ | {"CODEX_NB_HOME": str(tmp_path)}, start_new_session=True)
     end = time.monotonic()+120
     while time.monotonic() < end and not list(folder.glob("checkpoints/step-*")): time.sleep(0.2)
