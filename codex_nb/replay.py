@@ -121,7 +121,7 @@ def result_level(
     i, room = d.interval, tolerance*figure
     return Level("L4", bool(-room <= i.low and i.high <= room), f"bits per byte {figure:.4f}, replayed {i.value:+.5f} [{i.low:+.5f}, {i.high:+.5f}] over {d.documents:,} documents; the tolerance is {room:.5f} ({tolerance:.2%})")
 
-# %% ../nbs/61_replay.ipynb #7ba3a516
+# %% ../nbs/61_replay.ipynb #e4f41553
 @dataclass(frozen=True)
 class Replay:
     "What executing a run again has shown."
@@ -198,7 +198,7 @@ def _levels(run, folder, diff, upto, whole, trains, done, tolerance):
         fed = [[r | {"exact": {"fed": r["exact"]["fed"]}} for r in open_side(f).records if r["split"] == "train" and "fed" in r["exact"]] for f in (run, folder)]
         p = first_parting(*fed, upto)
         if not all(fed): out.append(Level("L1", None, "the record does not say what its steps were fed"))
-        else: out.append(Level("L1", p is None, str(p) if p else f"{min(map(len, fed)):,} steps were fed the same, in another process, from the same settings"))
+        else: out.append(Level("L1", p is None, str(p) if p else f"{min(*map(len, fed), upto):,} steps were fed the same, in another process, from the same settings"))
         p = diff.parting
         enough = diff.steps >= upto
         if p or not diff.steps: out.append(Level("L2", False, str(p or "the replay made no step")))

@@ -83,7 +83,7 @@ def determinism()->str: # `deterministic` or `off`
     import torch
     return "deterministic" if torch.are_deterministic_algorithms_enabled() else "off"
 
-# %% ../nbs/03_repro.ipynb #95420474
+# %% ../nbs/03_repro.ipynb #10bba3a1
 def lock_file()->Path|None: # None when the package lies outside its repository
     "The lock file this environment should follow."
     path = Path(__file__).resolve().parent.parent/"requirements.lock" if "__file__" in globals() else Path("../requirements.lock")
@@ -97,7 +97,10 @@ def code_changes()->str: # Empty when there are none, or no git
 
 def packages()->dict[str, str]: # Name -> version, sorted
     "The installed distributions."
-    return dict(sorted({(d.metadata["Name"] or "").lower().replace("_", "-"): d.version for d in metadata.distributions() if d.metadata["Name"]}.items()))
+    out = {}
+    for d in metadata.distributions(): # the first found is the one that is imported
+        if d.metadata["Name"]: out.setdefault(d.metadata["Name"].lower().replace("_", "-"), d.version)
+    return dict(sorted(out.items()))
 
 def _cpu():
     try: return next(l.split(":", 1)[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name"))

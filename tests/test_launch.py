@@ -131,3 +131,16 @@ def test_full_disk_stops_with_74(tmp_path):
     words = ["unshare", "--mount", "sh", "-c", "mount -t tmpfs -o size=6m tmpfs /mnt && exec \"$@\"", "sh", str(BIN/"codex-nb"), "run", "train", "-p", "steps", "60", "-p", "width", "256", "-p", "heads", "4", "-p", "save_every", "10", "-p", "eval_every", "100"]
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"CODEX_NB_HOME": "/mnt"})
     assert done.returncode == 74 and "no space left on device" in done.stderr and "bytes free" in done.stderr and "Traceback" not in done.stderr, (done.returncode, done.stderr[-1500:])
+
+def test_a_kernel_that_lost_its_cell_is_ended(tmp_path):
+    code = textwrap.dedent("""
+        import sys, nbformat as nf, codex_nb.launch as l
+        cells = ["preset = 'smoke'", "from codex_nb.runs import Run\\nfrom codex_nb.settings import RunConfig\\nrun = Run.start('train', RunConfig.from_notebook(globals()))", "import signal, time\\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\\ntime.sleep(1000)"]
+        nb = nf.v4.new_notebook(cells=[nf.v4.new_code_cell(c, metadata={"tags": ["parameters"]} if not i else {}) for i, c in enumerate(cells)])
+        nf.write(nb, sys.argv[1]+"/train.ipynb")
+        l.IDLE = 2
+        o = l.launch(sys.argv[1]+"/train.ipynb", {}, sys.argv[1]+"/run", enough=lambda: l.run_status(sys.argv[1]+"/run") == "running")
+        print(o.code, o.status, o.error)
+    """).replace("\\\\n", "\\n")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT, timeout=120, env=os.environ | {"CODEX_NB_HOME": str(tmp_path)})
+    assert done.stdout.splitlines()[-1:] == ["130 interrupted interrupted by SIGINT"], done.stdout+done.stderr
