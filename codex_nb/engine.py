@@ -6,7 +6,7 @@
 __all__ = ['RECENT', 'FitConfig', 'samples_to_take', 'GuardError', 'NonFiniteError', 'LossSpikeError', 'train_step', 'samples_of',
            'TrainState', 'bad_step', 'Hook', 'fit', 'estimate_steps', 'is_watched', 'say', 'progress_hooks']
 
-# %% ../nbs/34_engine.ipynb #c179e042
+# %% ../nbs/34_engine.ipynb #9ab4b2d4
 import math, os, sys, time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ from .batches import Batch, Batches, fed_number
 from .config import Config
 from .distributed import World, whole
 from .loss import IGNORE
-from .monitor import Throughput
+from .monitor import StepClock, Throughput
 from .optim import EMA, step_if
 
 # %% ../nbs/34_engine.ipynb #5b11ede5
@@ -58,7 +58,7 @@ def samples_to_take(
     if cfg.tokens: return math.ceil(cfg.tokens/batches.rows.seq_len)
     raise ValueError("no limit: give one of " + ", ".join(FitConfig.one_of))
 
-# %% ../nbs/34_engine.ipynb #f4e21193
+# %% ../nbs/34_engine.ipynb #4d34a27f
 class GuardError(ArithmeticError):
     "A step that must not be made; the weights were not changed by it."
 
@@ -78,17 +78,21 @@ def train_step(
     world:World=World(), # Who else has a share
     sync:Callable=lambda last: nullcontext(), # Of the last micro-batch or not -> context in which gradients are sent, or not yet
     limit:float=math.inf, # A loss beyond it is a leap
+    clock:StepClock|None=None, # Told which part of the step is at work
 )->dict: # `loss` (mean, nats), `grad_norm` (before clipping), scalars on the device; `tokens`, int; `made`: True, False, or None while only the device knows
     "Accumulate gradients over the micro-batches and update once."
     device = next(model.parameters()).device
     tokens = world.count(sum(int((b.targets_BT != IGNORE).sum()) for b in micro_batches))
     if tokens == 0: raise ValueError(f"no token to predict in samples {samples_of(micro_batches)}: nothing would be learned")
-    total = torch.zeros((), device=device)
+    total, clock = torch.zeros((), device=device), clock or StepClock()
     for i, batch in enumerate(micro_batches):
+        clock.mark("forward")
         with sync(i == len(micro_batches)-1):
             batch_sum, _ = loss(model, batch.to(device))
+            clock.mark("backward")
             (batch_sum/tokens).backward()
         total += batch_sum.detach()
+    clock.mark("optimizer")
     mean = world.sum(total)/tokens
     norm = whole(torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], clip or math.inf))
     for group in optimizer.param_groups: group["lr"] = lr
@@ -103,7 +107,7 @@ def samples_of(
     ids = [i for b in micro_batches for i in b.sample_ids_B.tolist()]
     return ", ".join(map(str, ids[:16])) + (f" and {len(ids)-16} more" if len(ids) > 16 else "")
 
-# %% ../nbs/34_engine.ipynb #b3d452c5
+# %% ../nbs/34_engine.ipynb #14c6fa27
 RECENT = 50 # Losses whose mean a leap is measured against
 
 @dataclass
@@ -122,6 +126,7 @@ class TrainState:
     optimizer:Any = None
     ema:EMA|None = None
     throughput:Throughput = field(default_factory=Throughput)
+    clock:StepClock = field(default_factory=StepClock)
     stopped:str|None = None # Why, if a hook asked for it
     interrupted:bool = False # Whether it is to end as soon as it can
     on_bad:str = "stop"
@@ -155,6 +160,7 @@ class TrainState:
         pending, self._pending = self._pending, []
         if not pending: return []
         values = torch.stack([torch.stack([p["loss"].double(), p["grad_norm"].double()]) for p in pending]).cpu().tolist()
+        self.clock.settle()
         out = [p | {"loss": l, "grad_norm": g, "made": math.isfinite(l) and math.isfinite(g) and l <= p["limit"]} for p, (l, g) in zip(pending, values)]
         for r in out:
             if r["made"]: self.recent.append(r["loss"]); continue
@@ -176,8 +182,9 @@ class Hook:
     fn:Callable[[TrainState], None]
     every:int = 1 # For `step`: each so many steps, and the last
     when:Literal["start", "step", "end", "error"] = "step"
+    part:str = "hooks" # What its time counts as, in a `StepClock`
 
-# %% ../nbs/34_engine.ipynb #bf25263a
+# %% ../nbs/34_engine.ipynb #3ff3d847
 def fit(
     model, # Trained in place
     batches:Batches, # What on
@@ -195,25 +202,22 @@ def fit(
     "Train until the limit or until a hook asks to stop."
     state, end = start or TrainState(), samples_to_take(cfg, batches, steps)
     state.model, state.optimizer, state.ema, state.rows, state.on_bad = model, optimizer, ema, len(batches.rows), cfg.on_bad
-    state.total_steps = math.ceil(end/batches.batch_size)
+    state.total_steps, state.clock = math.ceil(end/batches.batch_size), StepClock(next(model.parameters()).device)
     began = time.monotonic()
     try:
         _call(hooks, state, "start")
         while state.position < end and not state.stopped:
             model.train()
             state.throughput.start()
+            state.clock.mark("data")
             lr, micro = schedule(state.step, state.total_steps), batches.step(state.position, end)
             limit = cfg.spike*sum(state.recent)/RECENT if cfg.spike and len(state.recent) == RECENT else math.inf
-            out = train_step(model, micro, loss, optimizer, lr, cfg.clip, world, sync, limit)
+            out = train_step(model, micro, loss, optimizer, lr, cfg.clip, world, sync, limit, state.clock)
             _advance(state, out, micro, lr, limit, end, batches.batch_size)
             if cfg.minutes and world.share(time.monotonic()-began > cfg.minutes*60): state.stop(f"{cfg.minutes:g} minutes are over")
-            if any(_due(h, state) for h in hooks):
-                state.throughput.pause()
-                for h in hooks:
-                    if _due(h, state): h.fn(state)
+            if due := [h for h in hooks if _due(h, state)]: state.throughput.pause(); _call(due, state, "step")
         state.throughput.pause()
-        for h in hooks:
-            if h.when == "step" and not _due(h, state): h.fn(state)
+        _call([h for h in hooks if not _due(h, state)], state, "step")
         _call(hooks, state, "end")
     except BaseException:
         state.throughput.pause()
@@ -225,7 +229,8 @@ def _due(hook, state): return hook.when == "step" and state.step % hook.every ==
 
 def _call(hooks, state, when):
     for h in hooks:
-        if h.when == when: h.fn(state)
+        if h.when == when: state.clock.mark(h.part); h.fn(state)
+    state.clock.mark(None)
 
 def _advance(state, out, micro, lr, limit, end, batch_size):
     said = {"step": state.step+1, "lr": lr, "limit": limit, "loss": out["loss"], "grad_norm": out["grad_norm"], "samples": samples_of(micro), "fed": fed_number(micro)}

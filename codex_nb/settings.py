@@ -6,7 +6,7 @@
 __all__ = ['SHAPE', 'KINDS', 'Settings', 'RunConfig', 'find_base', 'FinetuneConfig', 'JudgeConfig', 'CompareConfig',
            'SweepConfig']
 
-# %% ../nbs/51_settings.ipynb #30400735
+# %% ../nbs/51_settings.ipynb #dec20841
 import json
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -29,6 +29,7 @@ from .optim import OptimConfig
 from .retention import CheckpointConfig
 from .runs import begun_with, find_in_runs, find_run, list_runs
 from .store import workspace
+from .system import MonitorConfig
 from .tasks import TaskConfig
 from .tokens import RowsConfig, TokenStore
 from .tracking import TrackingConfig
@@ -88,7 +89,7 @@ def _at(cfg, path):
     for p in path: cfg = getattr(cfg, p)
     return cfg
 
-# %% ../nbs/51_settings.ipynb #edac9d34
+# %% ../nbs/51_settings.ipynb #758a86f2
 SHAPE = ("arch", "width", "layers", "heads", "kv_heads", "ffn", "dropout", "tie_embeddings") # What a base brings along
 
 class RunConfig(Settings):
@@ -108,6 +109,7 @@ class RunConfig(Settings):
     distributed:DistributedConfig = DistributedConfig()
     checkpoint:CheckpointConfig = CheckpointConfig()
     tracking:TrackingConfig = TrackingConfig()
+    monitor:MonitorConfig = MonitorConfig()
     generate:GenerateConfig = GenerateConfig()
     evaluate:EvaluateConfig = EvaluateConfig()
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['begin', 'settle_process', 'near', 'make_model', 'standing_of', 'train_here', 'last_checkpoint']
 
-# %% ../nbs/52_training.ipynb #3a416648
+# %% ../nbs/52_training.ipynb #36075e32
 import json, math, sys
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,8 @@ from .interrupts import NOTED, Interrupted, Signals, die_with_parent
 from .library import content_digest_of, load_model
 from .loss import LMLoss
 from .metrics import loss_of
-from .model import build_model
+from .model import build_model, flops_per_token
+from .monitor import measured_flops, mfu
 from .optim import EMA, lr_at, make_optimizer
 from .repro import seed_everything, set_determinism, tensors_digest
 from .retention import prune
@@ -34,6 +35,7 @@ from .runs import Run, handed_over, in_use
 from .saver import Saver
 from .scoring import choose, score
 from .settings import RunConfig, find_base
+from .system import SystemMonitor
 from .tokenizer import Tokenizer
 from .tokens import Rows
 from .tracking import MetricsWriter, MLflowSink, read_metrics, repair_metrics, write_sample
@@ -107,7 +109,7 @@ def standing_of(
         {"micro_batch": f.micro_batch, "world_size": world.size, "parallel": cfg.distributed.parallel if world.size > 1 else "one", "device": cfg.model.device, "dtype": cfg.model.dtype,
             "compile": c.compile, "attention": c.attention, "products": c.products, "recompute": c.recompute, "loss_chunk": c.loss_chunk})
 
-# %% ../nbs/52_training.ipynb #3cac4ff5
+# %% ../nbs/52_training.ipynb #c4b81491
 def train_here(
     run:Run, # Its folder is written to, by rank 0
     model, # From `make_model`; trained in place
@@ -135,14 +137,23 @@ def train_here(
     noted = folder/NOTED if env_setting("CODEX_NB_RUN") else None
     with Signals(partial(start.stop, now=True), noted, again or ("ignore" if noted else "raise")) as signals:
         hands.signals = signals
-        every = [Hook(hands.log, cfg.tracking.log_every), Hook(hands.watch, cfg.evaluate.eval_every), Hook(hands.save, cfg.checkpoint.save_every)]
+        every = [Hook(hands.log, cfg.tracking.log_every, part="logging"), Hook(hands.watch, cfg.evaluate.eval_every, part="evaluating"), Hook(hands.save, cfg.checkpoint.save_every, part="saving")]
         agree = [Hook(partial(_agree, world))] if world.size > 1 else []
         if "stop" in plan: agree.append(Hook(lambda s: s.stop("where the other run ended") if s.step >= plan["stop"] else None))
         done = [Hook(hands.catch_up, when="start"), Hook(hands.close, when="end"), Hook(partial(hands.close, failed=True), when="error")]
-        state = fit(model, batches, loss, optimizer, lambda step, total: lr_at(step, total, cfg.optim), limit, start, [*hooks, *every, *agree, *(progress_hooks() if world.main else []), *done],
+        with _watched(run, model, start, world): state = fit(model, batches, loss, optimizer, lambda step, total: lr_at(step, total, cfg.optim), limit, start, [*hooks, *every, *agree, *(progress_hooks() if world.main else []), *done],
             world, steps, ema, partial(accumulating, wrapped))
     if state.interrupted: raise Interrupted(signals.name or state.stopped.removeprefix("stopped by "))
     return state
+
+def _watched(run, model, state, world): # a thread of rank 0 that reads the machine
+    cfg = run.cfg.monitor if world.main else run.cfg.monitor.model_copy(update={"monitor": False})
+    work = flops_per_token(model, run.cfg.model.seq_len)/world.size
+    peak = measured_flops(run.cfg.model.device, run.cfg.model.dtype, 4096 if run.cfg.model.device == "cuda" else 512) if cfg.monitor else 1
+    def standing():
+        speed = state.throughput.mean
+        return {"step": state.step, "tokens": state.tokens, "tokens_per_second": speed, "mfu": mfu(speed, work, peak)} | {f"seconds_{k}": v for k, v in state.clock.totals.items() if v}
+    return SystemMonitor(run.folder/"system.ndjson", cfg, standing)
 
 def _layers(model): # the repeated blocks
     lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
