@@ -69,7 +69,7 @@ def check_parameters(
         if found := find_secrets(text): raise ConfigError(f"{name}: the value looks like a secret ({found[0].kind}); parameters are kept in the run, so give it in an environment variable")
     return cls.from_preset(parameters.get("preset"), **{k: v for k, v in parameters.items() if k != "preset"})
 
-# %% ../nbs/60_launch.ipynb #07726cf8
+# %% ../nbs/60_launch.ipynb #9af1bc2b
 class _RunWriter:
     "A papermill writer that redacts, and writes only into a run folder that exists."
     scheme = "codex-nb-run://"
@@ -117,7 +117,7 @@ class _Forwarding:
             try:
                 for k in self.kernels():
                     if (now := sum(k.cpu_times()[:2])) > worked+0.05: worked, since = now, time.monotonic()
-                    elif time.monotonic()-since > IDLE: k.kill()
+                    if time.monotonic()-since > IDLE: k.kill()
                     else: k.send_signal(signal.SIGINT)
             except psutil.Error: self._over.wait(0.05) # it has just ended
             if self._over.wait(0.5): return
@@ -159,7 +159,7 @@ def launch(
     logging.getLogger("papermill").setLevel(logging.ERROR) # it warns of names missing from the parameters cell; they have been checked
     try:
         with signals, environment_with(CODEX_NB_RUN=str(folder), PYDEVD_DISABLE_FILE_VALIDATION="1"):
-            papermill.execute_notebook(str(path), f"{_RunWriter.scheme}{path.name}", parameters, kernel_name="python3", language="python", progress_bar=False, log_output=False, extra_arguments=["--IPKernelApp.log_level=40"], stdout_file=sys.stdout if echo else None)
+            papermill.execute_notebook(str(path), f"{_RunWriter.scheme}{path.name}", parameters, kernel_name="python3", language="python", progress_bar=False, log_output=False, extra_arguments=["--IPKernelApp.log_level=50"], stdout_file=sys.stdout if echo else None)
     except PapermillExecutionError as e: ename, error = e.ename, redact(f"{e.ename}: {e.evalue}")
     except KeyboardInterrupt: ename, error = "KeyboardInterrupt", "interrupted"
     except Exception as e: # a kernel that died of the signal, or a disk that is full

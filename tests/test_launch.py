@@ -135,11 +135,11 @@ def test_full_disk_stops_with_74(tmp_path):
 def test_a_kernel_that_lost_its_cell_is_ended(tmp_path):
     code = textwrap.dedent("""
         import sys, nbformat as nf, codex_nb.launch as l
-        cells = ["preset = 'smoke'", "from codex_nb.runs import Run\\nfrom codex_nb.settings import RunConfig\\nrun = Run.start('train', RunConfig.from_notebook(globals()))", "import signal, time\\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\\ntime.sleep(1000)"]
+        cells = ["preset = 'smoke'", "from codex_nb.runs import Run\\nfrom codex_nb.settings import RunConfig\\nrun = Run.start('train', RunConfig.from_notebook(globals()))", "import signal, time\\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\\n(run.folder/'.deaf').touch()\\ntime.sleep(1000)"]
         nb = nf.v4.new_notebook(cells=[nf.v4.new_code_cell(c, metadata={"tags": ["parameters"]} if not i else {}) for i, c in enumerate(cells)])
         nf.write(nb, sys.argv[1]+"/train.ipynb")
         l.IDLE = 2
-        o = l.launch(sys.argv[1]+"/train.ipynb", {}, sys.argv[1]+"/run", enough=lambda: l.run_status(sys.argv[1]+"/run") == "running")
+        o = l.launch(sys.argv[1]+"/train.ipynb", {}, sys.argv[1]+"/run", enough=(l.Path(sys.argv[1])/"run"/".deaf").exists)
         print(o.code, o.status, o.error)
     """).replace("\\\\n", "\\n")
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT, timeout=120, env=os.environ | {"CODEX_NB_HOME": str(tmp_path)})
