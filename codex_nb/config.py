@@ -121,7 +121,7 @@ def leaves(
     walk(cls, ())
     return out
 
-# %% ../nbs/00_config.ipynb #d162b820
+# %% ../nbs/00_config.ipynb #56f2e862
 def _groups(cls):
     kinds = [f.annotation for f in cls.model_fields.values()]
     return ([cls.one_of] if cls.one_of else []) + [g for k in kinds if isinstance(k, type) and issubclass(k, Config) for g in _groups(k)]
@@ -133,7 +133,7 @@ def resolve(
     given:dict[str, Any], # Leaf name -> value; None means not given
 )->tuple[Config, dict[str, str]]: # The configuration, and leaf name -> `default`, `preset NAME` or `given`
     "Lay parameters over a preset over the defaults."
-    if preset not in presets: raise ConfigError(f"preset: there is no preset {preset!r}; {suggest(str(preset), presets)}")
+    if not isinstance(preset, str) or preset not in presets: raise ConfigError(f"preset: there is no preset {preset!r}; {suggest(str(preset), presets)}")
     known = leaves(cls)
     given = {k: v for k, v in given.items() if v is not None}
     for layer in (presets[preset], given):

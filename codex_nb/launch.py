@@ -40,7 +40,7 @@ def config_of(
     if notebook.stem not in KINDS: raise ConfigError(f"notebook: {notebook} takes no parameters that can be checked; those that do: {', '.join(KINDS)}")
     return KINDS[notebook.stem]
 
-# %% ../nbs/60_launch.ipynb #a331913e
+# %% ../nbs/60_launch.ipynb #dda35b5b
 def parse_value(
     text:str, # From the command line
 )->Any: # JSON types
@@ -60,12 +60,13 @@ def check_parameters(
     "Refuse parameters that are unknown, impossible, or unsafe."
     known = {*leaves(cls), "preset"}
     for name, value in parameters.items():
-        if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name): raise ConfigError(f"{name!r}: not a name; {suggest(str(name), known)}")
+        if not isinstance(name, str): raise ConfigError(f"parameters: a name must be a string, given {type(name).__name__}")
+        if not name.isidentifier() or keyword.iskeyword(name): raise ConfigError(f"{name!r}: not a name; {suggest(name, known)}")
+        try: text = json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError): raise ConfigError(f"{name}: {type(value).__name__} is not a plain value: give a number, a string, true, false or a list of them") from None
         if name not in known:
             hint = f"; give secrets in an environment variable such as {name.upper()}" if looks_secret(name) else f"; {suggest(name, known)}"
             raise ConfigError(f"{name}: unknown parameter" + ("" if looks_secret(name) else f", given {value!r}") + hint)
-        try: text = json.dumps(value, allow_nan=False)
-        except (TypeError, ValueError): raise ConfigError(f"{name}: {type(value).__name__} is not a plain value: give a number, a string, true, false or a list of them") from None
         if found := find_secrets(text): raise ConfigError(f"{name}: the value looks like a secret ({found[0].kind}); parameters are kept in the run, so give it in an environment variable")
     return cls.from_preset(parameters.get("preset"), **{k: v for k, v in parameters.items() if k != "preset"})
 

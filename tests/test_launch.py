@@ -144,3 +144,32 @@ def test_a_kernel_that_lost_its_cell_is_ended(tmp_path):
     """).replace("\\\\n", "\\n")
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT, timeout=120, env=os.environ | {"CODEX_NB_HOME": str(tmp_path)})
     assert done.stdout.splitlines()[-1:] == ["130 interrupted interrupted by SIGINT"], done.stdout+done.stderr
+
+def test_hostile_parameters(tmp_path, monkeypatch):
+    "Names, values and paths made to be executed or to lie outside: each is refused, or is the plain value it is."
+    from hypothesis import HealthCheck, given, settings, strategies as st
+    from codex_nb.config import Config, ConfigError
+    from codex_nb.launch import check_parameters, find_notebook
+    from codex_nb.settings import KINDS
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path/"home"))
+    evil = "__import__('pathlib').Path('executed').touch()"
+    pieces = [evil, f"x={evil}; y", f"lr\n{evil}", f"lr = 1 #", "class", "lambda", "__builtins__", "__class__", "lr.real", "ｌｒ", "lr\u200b", "In", "preset", "_preset", "exec", "%%bash", "!touch executed", "../../executed", "/etc/passwd", "~", "$(touch executed)", "`touch executed`", "{{7*7}}", f"{{{evil}}}", "\x00", "\ud800"]
+    names = st.one_of(st.sampled_from([*pieces, "lr", "data", "targets", "mixture", "checkpoint", "threads", "steps"]), st.text(max_size=20), st.sampled_from(pieces).flatmap(lambda a: st.text(max_size=5).map(lambda b: a+b)))
+    class Odd:
+        def __repr__(self): Path("executed").touch(); return "1"
+    plain = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=30), st.sampled_from(pieces), st.binary(max_size=5), st.just((1, 2)), st.just({1}), st.builds(Odd), st.just(Path("/x")))
+    values = st.recursive(plain, lambda v: st.one_of(st.lists(v, max_size=3), st.dictionaries(st.one_of(st.sampled_from(pieces), st.text(max_size=8)), v, max_size=3)), max_leaves=6)
+    seen = {"refused": 0, "taken": 0}
+    @settings(max_examples=1000 if os.environ.get("PROVE") else 100, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(st.sampled_from(list(KINDS)), names, values)
+    def attack(kind, name, value):
+        try: cfg = check_parameters(KINDS[kind], {name: value})
+        except ConfigError: seen["refused"] += 1
+        else: assert isinstance(cfg, Config); json.dumps(value); seen["taken"] += 1
+        try: assert str(find_notebook(name)).endswith(".ipynb")
+        except ConfigError: pass
+    attack()
+    print(seen)
+    assert seen["refused"] > 50 and not list(tmp_path.iterdir())
+
