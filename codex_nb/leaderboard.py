@@ -14,7 +14,7 @@ from .settings import KINDS, SweepConfig
 from .statistics import Interval, mean_of_seeds
 from .sweep import interval_of, trials_of
 
-# %% ../nbs/63_leaderboard.ipynb #cd62a8c7
+# %% ../nbs/63_leaderboard.ipynb #39f064d1
 def leaderboard(
     sweep, # The run folder of a sweep
 )->list[dict]: # `parameters`, `value`, `low`, `high`, `over` (`seeds`, `documents` or ``), `trials` (numbers); the best first, then those without a value
@@ -44,7 +44,7 @@ def plot_leaderboard(
         if r["low"] == r["low"]: ax.plot([r["low"], r["high"]], [y, y], color=colour, lw=2)
         ax.plot(r["value"], y, "o", color=colour)
     ax.set_yticks(range(len(some)), [", ".join(f"{k} {v}" for k, v in r["parameters"].items()) or "as given" for r in some], fontsize=7)
-    ax.invert_yaxis(); ax.set_xlabel(f"{metric}, with 95 % interval")
+    ax.margins(y=0.2); ax.invert_yaxis(); ax.set_xlabel(f"{metric}, with 95 % interval")
     shown = {"seeds": "over seeds", "documents": "over documents"}
     for k in dict.fromkeys(r["over"] for r in some if r["over"]): ax.plot([], [], color={"seeds": "C0", "documents": "C1"}[k], lw=2, label=shown[k])
     if ax.get_legend_handles_labels()[0]: ax.legend(fontsize=7, frameon=False)

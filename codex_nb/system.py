@@ -62,7 +62,7 @@ def prometheus_text(
     name = lambda n: "codex_nb_"+"".join(c if c.isascii() and c.isalnum() else "_" for c in n)
     return "".join(f"# TYPE {name(n)} gauge\n{name(n)}{{{tags}}} {float(v)!r}\n" for n, v in values.items())
 
-# %% ../nbs/38_system.ipynb #db67e4ab
+# %% ../nbs/38_system.ipynb #aeadc58f
 class MonitorConfig(Config):
     "How the machine is watched."
     monitor:bool = Field(True, json_schema_extra=outside) # Write readings of the machine to `system.ndjson`
@@ -150,18 +150,19 @@ def plot_system(
     import matplotlib.pyplot as plt
     rows = read_system(path)
     if len(rows) < 2: return None
-    minutes = [(r["time"]-rows[0]["time"])/60 for r in rows]
+    long = rows[-1]["time"]-rows[0]["time"] > 180
+    when = [(r["time"]-rows[0]["time"])/(60 if long else 1) for r in rows]
     col = lambda name: [r["values"].get(name) for r in rows]
     gpus = sorted({n.partition("_")[0] for r in rows for n in r["values"] if n.startswith("gpu")})
     parts = [n for n in rows[-1]["values"] if n.startswith("seconds_")]
     fig, axes = plt.subplots(1, 2+bool(parts), figsize=(9, 2.6), layout="constrained")
-    axes[0].plot(minutes, col("cpu_percent"), label="all processors")
-    for g in gpus: axes[0].plot(minutes, col(f"{g}_percent"), label=g)
+    axes[0].plot(when, col("cpu_percent"), label="all processors")
+    for g in gpus: axes[0].plot(when, col(f"{g}_percent"), label=g)
     axes[0].set_ylim(0, 105); axes[0].set_ylabel("busy (%)"); axes[0].legend(fontsize=7, frameon=False)
-    axes[1].plot(minutes, [x/2**30 for x in col("process_memory_bytes")], label="this process")
-    for g in gpus: axes[1].plot(minutes, [(x or 0)/2**30 for x in col(f"{g}_memory_bytes")], label=g)
-    axes[1].set_ylim(0); axes[1].set_ylabel("memory (GiB)"); axes[1].legend(fontsize=7, frameon=False)
-    for ax in axes[:2]: ax.set_xlabel("minutes")
+    axes[1].plot(when, [x/2**30 for x in col("process_memory_bytes")], label="this process")
+    for g in gpus: axes[1].plot(when, [(x or 0)/2**30 for x in col(f"{g}_memory_bytes")], label=g)
+    axes[1].set_ylim(0, 1.2*max(line.get_ydata().max() for line in axes[1].lines)); axes[1].set_ylabel("memory (GiB)"); axes[1].legend(fontsize=7, frameon=False)
+    for ax in axes[:2]: ax.set_xlabel("minutes" if long else "seconds")
     if parts:
         last = rows[-1]["values"]
         axes[2].barh([p.removeprefix("seconds_") for p in parts], [last[p] for p in parts]); axes[2].invert_yaxis(); axes[2].set_xlabel("seconds")
