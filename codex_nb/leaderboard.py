@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['leaderboard', 'plot_leaderboard', 'plot_parameters']
 
-# %% ../nbs/63_leaderboard.ipynb #76ff64fb
+# %% ../nbs/63_leaderboard.ipynb #073e5b1c
 import json
 from pathlib import Path
 
-from .config import leaves
-from .settings import KINDS, SweepConfig
+from .settings import SweepConfig
 from .statistics import Interval, mean_of_seeds
 from .sweep import interval_of, trials_of
 

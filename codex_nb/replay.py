@@ -5,13 +5,11 @@
 # %% auto #0
 __all__ = ['NOT_AGAIN', 'Level', 'sealed_level', 'order_level', 'notebook_differs', 'result_level', 'Replay', 'replay']
 
-# %% ../nbs/61_replay.ipynb #242c12f0
+# %% ../nbs/61_replay.ipynb #9b9e8b99
 import json, secrets, shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from .artifacts import MANIFEST, ArtifactError, json_text, read_manifest, write_file
 from .batches import Batches, fed_number, order_digest
@@ -133,7 +131,7 @@ def result_level(
     i, room = d.interval, tolerance*figure
     return Level("L4", bool(-room <= i.low and i.high <= room), f"bits per byte {figure:.4f}, replayed {i.value:+.5f} [{i.low:+.5f}, {i.high:+.5f}] over {d.documents:,} documents; the tolerance is {room:.5f} ({tolerance:.2%})")
 
-# %% ../nbs/61_replay.ipynb #b40e9970
+# %% ../nbs/61_replay.ipynb #9ef6313f
 @dataclass(frozen=True)
 class Replay:
     "What executing a run again has shown."
@@ -184,6 +182,7 @@ def replay(
     run = Path(run).absolute()
     if run_status(run) == "running": raise RunError(f"{run}: is still running; wait until it has ended")
     kind, asked = parameters_of(run)
+    if kind in ("sweep", "compare"): raise RunError(f"{run}: a run of kind {kind} holds no weights and no evaluation of its own; replay {'its trials' if kind == 'sweep' else 'the runs it compares'}, each by itself")
     asked = {k: v for k, v in asked.items() if k not in NOT_AGAIN} | ({"mlflow": False} if issubclass(KINDS[kind], RunConfig) else {})
     side, trains = open_side(run), issubclass(KINDS[kind], RunConfig)
     if steps is not None and steps < 1: raise RunError(f"steps: {steps}; give at least 1")
@@ -202,7 +201,8 @@ def replay(
     if done.folder is None: shutil.rmtree(folder, ignore_errors=True); raise RunError(f"{run}: cannot be executed again here: {done.error}")
     diff = diff_runs(run, folder, upto)
     levels += _levels(run, folder, diff, upto, whole, trains, done, tolerance)
-    notes = [n for n in (notebook_differs(run, kind),) if n] + [f"the replay ended as {done.status}: {done.error}" for _ in (0,) if done.status == "failed"]
+    earlier = sorted(p.name for p in run.glob("environment-*.json"))
+    notes = [n for n in (notebook_differs(run, kind), earlier and f"the run was continued under another environment; the first is in {earlier[0]}") if n] + [f"the replay ended as {done.status}: {done.error}" for _ in (0,) if done.status == "failed"]
     out = Replay(str(run), str(folder), tuple(levels), diff, tuple(notes))
     write_file(folder/".verdict.json", json_text(out.plain()))
     return out

@@ -6,8 +6,8 @@
 __all__ = ['SYSTEM_SCHEMA', 'GPUs', 'machine_readings', 'prometheus_text', 'MonitorConfig', 'SystemMonitor', 'read_system',
            'plot_system']
 
-# %% ../nbs/38_system.ipynb #00eb25d5
-import json, os, threading, time
+# %% ../nbs/38_system.ipynb #2ce9124b
+import json, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['generate', 'chat', 'compare']
 
-# %% ../nbs/68_talk.ipynb #45594c42
+# %% ../nbs/68_talk.ipynb #3ad37b39
 import json, sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .shell import Json, Parameters, RunName, fail, given_parameters
+from .shell import Json, Parameters, fail, given_parameters
 
 # %% ../nbs/68_talk.ipynb #a87511b1
 def _opened(name, device):

@@ -109,7 +109,7 @@ def standing_of(
         {"micro_batch": f.micro_batch, "world_size": world.size, "parallel": cfg.distributed.parallel if world.size > 1 else "one", "device": cfg.model.device, "dtype": cfg.model.dtype,
             "compile": c.compile, "attention": c.attention, "products": c.products, "recompute": c.recompute, "loss_chunk": c.loss_chunk})
 
-# %% ../nbs/52_training.ipynb #c4b81491
+# %% ../nbs/52_training.ipynb #ac793095
 def train_here(
     run:Run, # Its folder is written to, by rank 0
     model, # From `make_model`; trained in place
@@ -123,7 +123,7 @@ def train_here(
     "Train in this process, as one of a world."
     cfg, folder, T = run.cfg, run.folder, run.cfg.model.seq_len
     batches = Batches(rows, cfg.fit.batch_size, cfg.seed, cfg.fit.micro_batch, world.rank, world.size)
-    inner, layers = model.get_base_model() if hasattr(model, "get_base_model") else model, _layers(model)
+    layers = _layers(model)
     objective = LMLoss(model, cfg.model.dtype, cfg.compute, (min(batches.micro_batch, batches.batch_size//world.size), T))
     plan = _plan(run, model, batches, objective, world)
     steps, limit = plan.get("steps"), cfg.fit.model_copy(update={"minutes": None, "steps": plan["steps"]}) if "stop" in plan else cfg.fit

@@ -1,5 +1,5 @@
 """What is missing is missed by name, with the line that installs it: by the doctor, and by every command that needs it."""
-import json, os, subprocess, sys
+import json, os, subprocess
 import pytest
 
 from test_launch import BIN, ROOT

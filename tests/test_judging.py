@@ -1,6 +1,5 @@
 """Judging: the same figure however it is made, evaluations that are stopped and go on, planted copies, comparisons that are fair."""
-import json, math, os, shutil, signal, subprocess, sys, time, zlib
-from pathlib import Path
+import json, math, os, shutil, signal, subprocess, time, zlib
 from unittest.mock import patch
 import numpy as np, pytest
 from test_launch import BIN, ROOT, run as command

@@ -1,6 +1,5 @@
 """A run executed again: equal where nothing differs, and every planted difference found and named."""
-import json, os, shutil, subprocess, sys, time
-from pathlib import Path
+import json, os, shutil, subprocess
 from unittest.mock import patch
 import pytest
 
@@ -135,7 +134,6 @@ def test_the_version_of_a_package(home, tmp_path):
     assert found["diff"]["environment"]["packages.tqdm"][1] == "99.0" and found["proven"] == "L2"
 
 def test_a_weight(home):
-    import torch
     from safetensors.torch import load_file, save_file
     folder = home/"runs"/"claimed"/"checkpoints"/"step-00000008"
     weights = load_file(folder/"model.safetensors")

@@ -1,7 +1,5 @@
 """Sweeps: killed and continued, no trial is lost or made twice; several processes and machines share one search."""
-import json, os, random, re, shutil, signal, subprocess, sys, time
-from pathlib import Path
-import pytest
+import json, os, random, subprocess, time
 
 from test_launch import BIN, ROOT
 
