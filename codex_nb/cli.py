@@ -6,7 +6,7 @@
 __all__ = ['app', 'run', 'resume', 'prepare', 'prune', 'runs', 'verify', 'replay', 'diff', 'sweep', 'leaderboard', 'doctor',
            'preflight', 'main']
 
-# %% ../nbs/69_cli.ipynb #68b35495
+# %% ../nbs/69_cli.ipynb #242516ef
 import json, signal, sys, threading
 from pathlib import Path
 from typing import Annotated
@@ -14,12 +14,12 @@ from typing import Annotated
 import typer
 
 from .shell import Json, Parameters, RunName, fail, given_parameters, join_parameters
-from .stock import data, models_app, store_app, tokenizer_app
+from .stock import data, models_app, plugins_app, store_app, tokenizer_app
 from .talk import chat, compare, generate
 
-# %% ../nbs/69_cli.ipynb #530e055f
+# %% ../nbs/69_cli.ipynb #3190884c
 app = typer.Typer(name="codex-nb", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help="Train and judge language models in notebooks, offline, so that every figure can be proven.")
-for name, sub in (("data", data), ("tokenizer", tokenizer_app), ("models", models_app), ("store", store_app)): app.add_typer(sub, name=name)
+for name, sub in (("data", data), ("tokenizer", tokenizer_app), ("models", models_app), ("plugins", plugins_app), ("store", store_app)): app.add_typer(sub, name=name)
 for command in (generate, chat, compare): app.command()(command)
 
 # %% ../nbs/69_cli.ipynb #135e664d

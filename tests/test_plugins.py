@@ -1,0 +1,66 @@
+"""A small real distribution, built and installed: what it brings is listed, tried out, and used."""
+import json, os, subprocess, sys
+import pytest
+
+from test_launch import BIN, ROOT
+
+SOURCE = '''
+from codex_nb.documents import Document
+from codex_nb.metrics import TextMetric
+vowels = TextMetric(lambda p, refs: float(p == refs[0] or p in refs), about="equal, to the letter")
+lazy = TextMetric(lambda p, refs: 0.5, about="always the same")
+bleu = TextMetric(lambda p, refs: 1.0)
+def poems(): return (Document(id=f"{i}", text=f"Rose {i} is red, and the violets were counted {i} times by the gardener.") for i in range(60)), {"by": "nobody"}
+'''
+PROJECT = '''
+[build-system]
+requires = ["setuptools"]
+build-backend = "setuptools.build_meta"
+[project]
+name = "rose-garden"
+version = "2.5"
+[project.entry-points."codex_nb.metric"]
+vowels = "rose_garden:vowels"
+lazy = "rose_garden:lazy"
+gone = "rose_garden.nowhere:thing"
+[project.entry-points."codex_nb.dataset"]
+poems = "rose_garden:poems"
+[tool.setuptools]
+py-modules = ["rose_garden"]
+'''
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    def install(conflict):
+        d = tmp_path_factory.mktemp("garden")
+        (d/"src").mkdir()
+        (d/"src"/"rose_garden.py").write_text(SOURCE)
+        (d/"src"/"pyproject.toml").write_text(PROJECT.replace('lazy = "', 'bleu = "rose_garden:bleu"\nlazy = "') if conflict else PROJECT)
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", d/"site", d/"src"], check=True, capture_output=True)
+        return d/"site"
+    return install
+
+def codex(site, home, *words): return subprocess.run([BIN/"codex-nb", *map(str, words)], capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(site), "CODEX_NB_HOME": str(home), "OMP_NUM_THREADS": "1"})
+
+def test_a_distribution(installed, tmp_path):
+    site = installed(False)
+    listed = codex(site, tmp_path, "plugins", "--json")
+    assert listed.returncode == 1 # one cannot be loaded
+    ours = {x["name"]: x for x in json.loads(listed.stdout) if x["source"] == "rose-garden"}
+    assert {n: (x["kind"], x["version"], x["state"]) for n, x in ours.items()} == {"vowels": ("metric", "2.5", "ok"), "lazy": ("metric", "2.5", "ok"), "gone": ("metric", "2.5", "fails"), "poems": ("dataset", "2.5", "ok")}
+    assert "ModuleNotFoundError" in ours["gone"]["error"] and "ModuleNotFoundError" in codex(site, tmp_path, "plugins").stdout
+    assert codex(site, tmp_path, "plugins", "check", "vowels").returncode == 0
+    wrong = codex(site, tmp_path, "plugins", "check", "lazy")
+    assert wrong.returncode == 1 and "an expected answer gets 0.5, not 1" in wrong.stdout and "does not keep" in wrong.stdout
+    assert codex(site, tmp_path, "plugins", "check", "poems").stdout == "dataset poems keeps its contract\n"
+    broken = codex(site, tmp_path, "plugins", "check", "gone")
+    assert broken.returncode == 1 and "of rose-garden cannot be loaded" in broken.stderr and "Traceback" not in broken.stderr
+    used = codex(site, tmp_path, "data", "check", "poems", "--json", "--no-near")
+    assert used.returncode == 0 and '"documents": 60' in used.stdout, used.stdout+used.stderr
+
+def test_a_name_that_is_taken(installed, tmp_path):
+    site = installed(True)
+    listed = json.loads(codex(site, tmp_path, "plugins", "--json").stdout)
+    assert {(x["source"], x["state"]) for x in listed if x["name"] == "bleu"} == {("codex_nb", "conflict"), ("rose-garden", "conflict")}
+    refused = codex(site, tmp_path, "plugins", "check", "metric:bleu")
+    assert refused.returncode == 1 and "is offered by codex_nb and by rose-garden" in refused.stderr.replace("codex-nb", "codex_nb") or "by rose-garden and by codex" in refused.stderr, refused.stderr
