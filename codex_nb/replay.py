@@ -24,7 +24,7 @@ from .settings import KINDS, RunConfig
 from .store import find_stored, workspace
 from .tokens import Rows, TokenStore
 
-# %% ../nbs/61_replay.ipynb #09d0c020
+# %% ../nbs/61_replay.ipynb #08972b7a
 @dataclass(frozen=True)
 class Level:
     "What was found at one level."
@@ -38,6 +38,7 @@ def sealed_level(
     folder, # A run folder
 )->Level: # L0
     "Is it what was sealed?"
+    if not (Path(folder)/MANIFEST).is_file(): return Level("L0", None, f"the run is {run_status(folder)}, so nothing has been sealed yet")
     found = verify_run(folder)
     absent = [role for role, state in found["parents"].items() if state.startswith("absent")]
     if not found["ok"]: return Level("L0", False, "; ".join(found["problems"][:3]) + (f"; and {len(found['problems'])-3} more" if len(found["problems"]) > 3 else ""))
