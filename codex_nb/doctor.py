@@ -79,11 +79,14 @@ def _threads():
     n, asked = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
     return Check("threads", True, True, n <= here, f"{n} in use, {here} of {cores} processors are this process's" + (f"; OMP_NUM_THREADS={asked}" if asked else ""), "give -p threads, or set OMP_NUM_THREADS")
 
-# %% ../nbs/64_doctor.ipynb #613d51a8
+# %% ../nbs/64_doctor.ipynb #b205da2a
+def _nearest(): # the workspace, or what of its path is there
+    home = workspace()
+    return next(p for p in (home, *home.parents) if p.is_dir())
+
 def _disk():
     import psutil
-    home = workspace()
-    there = next(p for p in (home, *home.parents) if p.is_dir())
+    there = _nearest()
     free, data = psutil.disk_usage(str(there)).free, os.urandom(16<<20)
     with tempfile.NamedTemporaryFile(dir=there, prefix=".codex-nb-") as f:
         began = time.perf_counter()
@@ -97,8 +100,7 @@ def _memory():
     return Check("memory", True, m.available > 1<<30, True, f"{m.available/2**30:,.1f} of {m.total/2**30:,.1f} GiB available", "end other programs, or use a smaller preset")
 
 def _locks():
-    home = workspace()
-    there = next(p for p in (home, *home.parents) if p.is_dir())
+    there = _nearest()
     with tempfile.TemporaryDirectory(dir=there, prefix=".codex-nb-") as d:
         with Lock(Path(d)/"lock"): held = is_locked(Path(d)/"lock")
         free = not is_locked(Path(d)/"lock")

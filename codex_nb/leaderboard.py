@@ -5,21 +5,19 @@
 # %% auto #0
 __all__ = ['leaderboard', 'plot_leaderboard', 'plot_parameters']
 
-# %% ../nbs/63_leaderboard.ipynb #073e5b1c
+# %% ../nbs/63_leaderboard.ipynb #dd153093
 import json
 from pathlib import Path
 
-from .settings import SweepConfig
 from .statistics import Interval, mean_of_seeds
-from .sweep import interval_of, trials_of
+from .sweep import interval_of, sweep_asked, trials_of
 
-# %% ../nbs/63_leaderboard.ipynb #39f064d1
+# %% ../nbs/63_leaderboard.ipynb #5769e561
 def leaderboard(
     sweep, # The run folder of a sweep
 )->list[dict]: # `parameters`, `value`, `low`, `high`, `over` (`seeds`, `documents` or ``), `trials` (numbers); the best first, then those without a value
     "What the settings came to."
-    sweep = Path(sweep)
-    cfg = SweepConfig.read(json.loads((sweep/"config.json").read_bytes())["config"])
+    cfg = sweep_asked(sweep)
     groups = {}
     for t in trials_of(sweep): groups.setdefault(json.dumps({k: v for k, v in t.parameters.items() if k != "seed"}), []).append(t)
     rows = []

@@ -71,7 +71,7 @@ def order_level(
         if f"{fed_number(batches.step((r['step']-1)*cfg.fit.batch_size, end)):032x}" != r["exact"]["fed"]: return Level("L1", False, f"step {r['step']} was fed something else than settings and data give")
     return Level("L1", True, f"{len(lines):,} steps were fed what settings and data give")
 
-# %% ../nbs/61_replay.ipynb #2e5edf61
+# %% ../nbs/61_replay.ipynb #5c26337d
 def _cells(path): # the code of a notebook, without the parameters that were put in
     nb = json.loads(Path(path).read_bytes())
     return ["".join(c["source"]).strip() for c in nb["cells"] if c["cell_type"] == "code" and "injected-parameters" not in c["metadata"].get("tags", [])]
@@ -89,8 +89,8 @@ def notebook_differs(
 
 class _Enough:
     "Says when a replay has shown enough; reads only what is new."
-    def __init__(self, run, folder, upto):
-        self.before, self.folder, self.upto, self.last, self.at, self.reached = open_side(run), folder, upto, None, 0, 0
+    def __init__(self, before, folder, upto):
+        self.before, self.folder, self.upto, self.last, self.at, self.reached = before, folder, upto, None, 0, 0
         self.exact = {(r["step"], r["split"]): r["exact"] for r in self.before.records if r["exact"]}
         self.saved = sorted(int(n.rpartition("-")[2]) for n in self.before.parts if n.startswith("checkpoints/"))
 
@@ -132,7 +132,7 @@ def result_level(
     i, room = d.interval, tolerance*figure
     return Level("L4", bool(-room <= i.low and i.high <= room), f"bits per byte {figure:.4f}, replayed {i.value:+.5f} [{i.low:+.5f}, {i.high:+.5f}] over {d.documents:,} documents; the tolerance is {room:.5f} ({tolerance:.2%})")
 
-# %% ../nbs/61_replay.ipynb #9ef6313f
+# %% ../nbs/61_replay.ipynb #20a94136
 @dataclass(frozen=True)
 class Replay:
     "What executing a run again has shown."
@@ -198,20 +198,20 @@ def replay(
     folder.mkdir(parents=True)
     plan = json.loads((run/"plan.json").read_bytes()) | {"stop": side.steps} if (run/"plan.json").is_file() else {}
     write_file(folder/HANDED, json_text({"parents": side.parents} | plan))
-    done = launch(notebook, asked | (parameters or {}), folder, echo, _Enough(run, folder, None if whole else upto) if trains else None)
+    done = launch(notebook, asked | (parameters or {}), folder, echo, _Enough(side, folder, None if whole else upto) if trains else None)
     if done.folder is None: shutil.rmtree(folder, ignore_errors=True); raise RunError(f"{run}: cannot be executed again here: {done.error}")
     diff = diff_runs(run, folder, upto)
-    levels += _levels(run, folder, diff, upto, whole, trains, done, tolerance)
+    levels += _levels(side, folder, diff, upto, whole, trains, done, tolerance)
     earlier = sorted(p.name for p in run.glob("environment-*.json"))
     notes = [n for n in (notebook_differs(run, kind), earlier and f"the run was continued under another environment; the first is in {earlier[0]}") if n] + [f"the replay ended as {done.status}: {done.error}" for _ in (0,) if done.status == "failed"]
     out = Replay(str(run), str(folder), tuple(levels), diff, tuple(notes))
     write_file(folder/".verdict.json", json_text(out.plain()))
     return out
 
-def _levels(run, folder, diff, upto, whole, trains, done, tolerance):
-    out = []
+def _levels(side, folder, diff, upto, whole, trains, done, tolerance):
+    run, out = side.folder, []
     if trains:
-        fed = [[r | {"exact": {"fed": r["exact"]["fed"]}} for r in open_side(f).records if r["split"] == "train" and "fed" in r["exact"]] for f in (run, folder)]
+        fed = [[r | {"exact": {"fed": r["exact"]["fed"]}} for r in s.records if r["split"] == "train" and "fed" in r["exact"]] for s in (side, open_side(folder))]
         p = first_parting(*fed, upto)
         if not all(fed): out.append(Level("L1", None, "the record does not say what its steps were fed"))
         else: out.append(Level("L1", p is None, str(p) if p else f"{min(*map(len, fed), upto):,} steps were fed the same, in another process, from the same settings"))
@@ -220,7 +220,7 @@ def _levels(run, folder, diff, upto, whole, trains, done, tolerance):
         if p or not diff.steps: out.append(Level("L2", False, str(p or "the replay made no step")))
         else: out.append(Level("L2", enough, f"{diff.steps:,} steps have equal losses and gradient norms, bit for bit" + ("" if enough else f"; {upto:,} were asked for")))
     else: out += [Level(n, None, "this run trained nothing") for n in ("L1", "L2")]
-    parts = {k for k in open_side(run).parts if k.startswith(("checkpoints/", "evaluations/"))}
+    parts = {k for k in side.parts if k.startswith(("checkpoints/", "evaluations/"))}
     if not whole: out += [Level(n, None, "only a part of the run was executed") for n in ("L3", "L4")]
     else:
         same, missing = {*diff.same_checkpoints, *diff.same_evaluations}, parts-{*diff.same_checkpoints, *diff.same_evaluations}
