@@ -6,8 +6,8 @@
 __all__ = ['parse_grid', 'parse_space', 'Trial', 'trial_folder', 'sweep_asked', 'grid_trials', 'check_sweep', 'Grid', 'Search',
            'work', 'run_trials', 'value_of', 'interval_of', 'trials_of']
 
-# %% ../nbs/62_sweep.ipynb #b85afad0
-import itertools, json, os, socket, subprocess, sys, time
+# %% ../nbs/62_sweep.ipynb #75b91019
+import itertools, json, os, random, socket, subprocess, sys, time, uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,33 +126,36 @@ class Grid:
 
     def told(self, trial, value): pass # it is read from the folders
 
-# %% ../nbs/62_sweep.ipynb #de5295c6
+# %% ../nbs/62_sweep.ipynb #dad4fbfb
 class Search:
     "Trials of a search, chosen one at a time by what came before."
     def __init__(self, cfg:SweepConfig, sweep:Path):
         self.optuna, self.cfg, self.sweep = (optuna := _optuna()), cfg, sweep
-        url = env_setting("CODEX_NB_STUDY") or cfg.study or f"sqlite:///{sweep/'study.db'}"
-        storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}} if url.startswith("sqlite") else None)
-        self.study = optuna.create_study(storage=storage, study_name=f"codex_nb-{cfg.digest()[:16]}", direction="maximize" if cfg.maximize else "minimize", load_if_exists=True)
+        self.study = self._study(env_setting("CODEX_NB_STUDY") or cfg.study or f"sqlite:///{sweep/'study.db'}")
+
+    def _study(self, url, tries=20):
+        optuna, cfg = self.optuna, self.cfg
+        for k in range(tries):
+            try:
+                storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}} if url.startswith("sqlite") else None)
+                return optuna.create_study(storage=storage, study_name=f"codex_nb-{cfg.digest()[:16]}", direction="maximize" if cfg.maximize else "minimize", load_if_exists=True)
+            except Exception as e: # another process makes the tables at this moment; or there is no such database
+                if k+1 == tries: raise ConfigError(f"the sweep's database (study, CODEX_NB_STUDY) cannot be opened: {type(e).__name__}: {str(e).splitlines()[0]}") from None
+                time.sleep(random.uniform(0.05, 0.5))
 
     def take(self)->Iterator[Trial]: # Each with its lock held until the next is asked for
         "Trials that were left behind here, then new ones."
         here = f"{socket.gethostname()}:{self.sweep}"
         state = self.optuna.trial.TrialState
         for frozen in self.study.get_trials(states=(state.RUNNING,)):
-            if frozen.user_attrs.get("here") == here: yield from self._make(self.optuna.Trial(self.study, frozen._trial_id))
-        while True:
-            there = [t for t in self.study.get_trials(deepcopy=False) if "left_out" not in t.user_attrs]
-            if not any(t.state == state.WAITING for t in there):
-                if len(there) >= self.cfg.trials: return
-                self.study.enqueue_trial({}, user_attrs={"here": here}) # who asked is known from the first moment
-            asked = self.study.ask()
-            if sum(t.number < asked.number and "left_out" not in t.user_attrs for t in self.study.get_trials(deepcopy=False)) >= self.cfg.trials: # others asked at the same moment
-                asked.set_user_attr("left_out", True)
-                self.study.tell(asked, state=state.FAIL)
-                return
-            asked.set_user_attr("here", here)
-            yield from self._make(asked)
+            if frozen.user_attrs.get("here") == here and frozen.number < self.cfg.trials: yield from self._make(self.optuna.Trial(self.study, frozen._trial_id))
+        while len(self.study.get_trials(deepcopy=False)) < self.cfg.trials:
+            key = uuid.uuid4().hex
+            self.study.add_trial(self.optuna.trial.create_trial(state=state.RUNNING, user_attrs={"here": here, "key": key})) # whose it is stands there from the first moment
+            mine, = (t for t in self.study.get_trials(deepcopy=False) if t.user_attrs.get("key") == key)
+            asked = self.optuna.Trial(self.study, mine._trial_id)
+            if mine.number < self.cfg.trials: yield from self._make(asked)
+            else: self.study.tell(asked, state=state.FAIL) # others began the last one at the same moment
 
     def _choose(self, asked):
         self.study.sampler = self.optuna.samplers.TPESampler(seed=seed_for(self.cfg.seed, "trial", asked.number) % 2**32, constant_liar=True)

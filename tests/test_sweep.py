@@ -59,6 +59,32 @@ def test_a_search_that_is_killed(tmp_path):
         assert json.loads(summary.read_text())["metrics"]["bits_per_byte"]["value"] == t.value
     assert len({t.params["lr"] for t in study.trials}) == len(after)
 
+ASKS = """
+import json, sys, time
+from pathlib import Path
+import optuna, sqlalchemy
+from codex_nb.settings import SweepConfig
+from codex_nb.sweep import Search
+url, folder, n = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+cfg = SweepConfig.read({"of": "train", "space": {"lr": {"low": 1e-3, "high": 1e-2, "log": True}}, "trials": n, "study": url})
+folder.mkdir(parents=True, exist_ok=True)
+print("ready", flush=True); sys.stdin.readline()
+search, made = Search(cfg, folder), []
+for t in search.take(): made.append(t.number); search.told(t, 0.5)
+print(json.dumps(made))
+"""
+
+def test_many_ask_at_the_same_moment(tmp_path):
+    "Four processes in two workspaces open one empty database together and finish 30 trials: each trial is made once. Nothing is trained."
+    for k in range(5 if PROVE else 1):
+        url = f"sqlite:///{tmp_path/f'{k}.db'}"
+        hands = [subprocess.Popen([BIN/"python", "-c", ASKS, url, tmp_path/str(k)/where/"s", "30"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=env(tmp_path)) for where in "aabb"]
+        for p in hands: assert p.stdout.readline() == "ready\n", p.stderr.read()
+        for p in hands: p.stdin.write("\n"); p.stdin.flush()
+        said = [p.communicate(timeout=200) for p in hands]
+        assert [p.returncode for p in hands] == [0]*4, said
+        assert sorted(n for out, _ in said for n in json.loads(out)) == list(range(30))
+
 def test_two_machines_search_together(tmp_path):
     "Two workspaces and one database: so many trials in all, none in both."
     n, url = 12 if PROVE else 2, f"sqlite:///{tmp_path/'shared.db'}"
