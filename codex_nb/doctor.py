@@ -15,7 +15,7 @@ from .config import env_setting
 from .repro import lock_file, packages
 from .store import Lock, is_locked, workspace
 
-# %% ../nbs/64_doctor.ipynb #4bed8798
+# %% ../nbs/64_doctor.ipynb #707ef3bd
 @dataclass(frozen=True)
 class Check:
     "One thing that was tried."
@@ -30,7 +30,7 @@ class Check:
         mark = "ok  " if self.available and self.active else "off " if self.available or not self.needed else "BAD "
         return f"{mark} {self.name:14} {self.found}" + (f"\n     {'':14} {self.remedy}" if self.remedy and not (self.available and self.active) else "")
 
-EXTRAS = {"peft": ("lora", "adapters: LoRA, rsLoRA, DoRA"), "mlflow": ("mlflow", "curves in MLflow"), "pyarrow": ("parquet", "Parquet files"), "sacrebleu": ("text-metrics", "BLEU and chrF"),
+EXTRAS = {"peft": ("lora", "adapters: LoRA, rsLoRA, DoRA"), "mlflow": ("mlflow", "curves in MLflow"), "tensorboard": ("tensorboard", "curves in TensorBoard"), "wandb": ("wandb", "curves in Weights & Biases"), "pyarrow": ("parquet", "Parquet files"), "sacrebleu": ("text-metrics", "BLEU and chrF"),
     "lm_eval": ("lm-eval", "tasks of lm-evaluation-harness"), "optuna": ("sweep", "searches"), "pynvml": ("gpu", "readings of NVIDIA GPUs"), "jupyterlab": ("lab", "notebooks in the browser")}
 NEEDED = ("torch", "transformers", "tokenizers", "sentencepiece", "tiktoken", "safetensors", "pydantic", "papermill", "psutil", "numpy", "pandas", "matplotlib", "scipy")
 

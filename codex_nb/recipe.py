@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['train', 'work', 'inputs_of', 'main', 'export_merged', 'finish']
 
-# %% ../nbs/53_recipe.ipynb #a5b8c729
+# %% ../nbs/53_recipe.ipynb #aabfea48
 import json, os, shutil, socket, subprocess, sys, threading, traceback
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from .adapters import merge
 from .artifacts import Artifact, ArtifactError, DiskError, open_artifact, publish
 from .checkpoint import model_tensors, read_weights, set_weights
 from .compute import use_products
-from .config import ConfigError, env_setting, leaves
+from .config import ConfigError, env_setting
 from .corpus import Corpus, open_corpus
 from .distributed import joined, leave
 from .engine import GuardError, TrainState
@@ -26,8 +26,8 @@ from .settings import KINDS, RunConfig
 from .tensors import write_tensors
 from .tokenizer import Tokenizer
 from .tokens import Rows, build_tokens
-from .tracking import MLflowSink, metrics_csv
-from .training import begin, last_checkpoint, make_model, near, settle_process, train_here
+from .tracking import metrics_csv
+from .training import begin, last_checkpoint, make_model, near, settle_process, sinks_of, train_here
 from .vocabulary import train_tokenizer
 
 # %% ../nbs/53_recipe.ipynb #37f43f9b
@@ -127,7 +127,7 @@ def main(
         if not isinstance(e, (ArtifactError, ValueError, ArithmeticError, OSError)): traceback.print_exc()
         return 74 if isinstance(e, DiskError) else 3 if isinstance(e, GuardError) else 1
 
-# %% ../nbs/53_recipe.ipynb #2b606af2
+# %% ../nbs/53_recipe.ipynb #e06ca16b
 def export_merged(
     run:Run, # With an adapter
     model, # As trained; used up
@@ -155,9 +155,7 @@ def finish(
     "Export the record, seal the run, and say where to look."
     if (run.folder/"metrics.ndjson").exists(): metrics_csv(run.folder/"metrics.ndjson", run.folder/"metrics.csv")
     m = run.finish()
-    if isinstance(run.cfg, RunConfig) and run.cfg.tracking.mlflow:
-        sink = MLflowSink(run.folder, {n: run.cfg.value(n) for n in leaves(type(run.cfg))}, {"kind": run.kind, "preset": run.cfg._preset})
-        sink.finish("FINISHED", (run.folder/"config.json", run.folder/"metrics.csv", *sorted((run.folder/"figures").glob("*.png"))))
+    if isinstance(run.cfg, RunConfig): sinks_of(run).finish("FINISHED", (run.folder/"config.json", run.folder/"metrics.csv", *sorted((run.folder/"figures").glob("*.png"))))
     print(f"sealed {near(run.folder)}\ndigest {m.digest}")
 
 if __name__ == "__main__" and "__file__" in globals() and "ipykernel" not in sys.modules:

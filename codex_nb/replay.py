@@ -132,7 +132,7 @@ def result_level(
     i, room = d.interval, tolerance*figure
     return Level("L4", bool(-room <= i.low and i.high <= room), f"bits per byte {figure:.4f}, replayed {i.value:+.5f} [{i.low:+.5f}, {i.high:+.5f}] over {d.documents:,} documents; the tolerance is {room:.5f} ({tolerance:.2%})")
 
-# %% ../nbs/61_replay.ipynb #20a94136
+# %% ../nbs/61_replay.ipynb #e3f71499
 @dataclass(frozen=True)
 class Replay:
     "What executing a run again has shown."
@@ -168,7 +168,7 @@ class Replay:
         "The same for a program."
         return {"run": self.run, "folder": self.folder, "ok": self.ok, "proven": self.proven, "levels": [vars(l) for l in self.levels], "notes": list(self.notes), "diff": self.diff.plain()}
 
-NOT_AGAIN = ("prometheus_port", "prometheus_file", "mlflow", "study") # who is told of a run is not told again
+NOT_AGAIN = ("prometheus_port", "prometheus_file", "sinks", "study") # who is told of a run is not told again
 
 def replay(
     run, # A run folder, sealed or interrupted
@@ -184,7 +184,7 @@ def replay(
     if run_status(run) == "running": raise RunError(f"{run}: is still running; wait until it has ended")
     kind, asked = parameters_of(run)
     if kind in ("sweep", "compare"): raise RunError(f"{run}: a run of kind {kind} holds no weights and no evaluation of its own; replay {'its trials' if kind == 'sweep' else 'the runs it compares'}, each by itself")
-    asked = {k: v for k, v in asked.items() if k not in NOT_AGAIN} | ({"mlflow": False} if issubclass(KINDS[kind], RunConfig) else {})
+    asked = {k: v for k, v in asked.items() if k not in NOT_AGAIN} | ({"sinks": "none"} if issubclass(KINDS[kind], RunConfig) else {})
     side, trains = open_side(run), issubclass(KINDS[kind], RunConfig)
     if steps is not None and steps < 1: raise RunError(f"steps: {steps}; give at least 1")
     if trains and not side.steps: raise RunError(f"{run}: no step was recorded, so there is nothing to compare with")

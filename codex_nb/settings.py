@@ -6,7 +6,7 @@
 __all__ = ['SHAPE', 'KINDS', 'Settings', 'RunConfig', 'find_base', 'FinetuneConfig', 'JudgeConfig', 'CompareConfig',
            'SweepConfig']
 
-# %% ../nbs/51_settings.ipynb #dec20841
+# %% ../nbs/51_settings.ipynb #880a4cb4
 import json
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -32,7 +32,7 @@ from .store import workspace
 from .system import MonitorConfig
 from .tasks import TaskConfig
 from .tokens import RowsConfig, TokenStore
-from .tracking import TrackingConfig
+from .sinks import TrackingConfig
 from .vocabulary import TokenizerConfig
 
 # %% ../nbs/51_settings.ipynb #d3fb0456
@@ -165,10 +165,10 @@ def find_base(
 
 def _is_run(name): return (Path(name)/"config.json").is_file() and (Path(name)/"checkpoints").is_dir()
 
-# %% ../nbs/51_settings.ipynb #68ac5646
+# %% ../nbs/51_settings.ipynb #d6b0b3c9
 RunConfig.presets = {
     "smoke": dict(data="sample", vocab_size=512, width=64, layers=2, heads=2, seq_len=64, steps=150, batch_size=16, optimizer="muon", lr=8e-3, eval_every=50, eval_documents=16,
-        save_every=75, mlflow=False, max_new_tokens=48, resamples=500),
+        save_every=75, sinks="none", max_new_tokens=48, resamples=500),
     "tiny": dict(data="stdlib", vocab_size=4096, width=192, layers=4, heads=4, seq_len=256, steps=800, batch_size=8, optimizer="muon", lr=6e-3, lr_end=0.02, warmup=0.03,
         eval_every=200, eval_documents=24, save_every=200, max_documents=40, max_new_tokens=160),
     "small": dict(data="stdlib", vocab_size=8192, width=384, layers=6, heads=6, seq_len=512, steps=6000, batch_size=32, micro_batch=8, optimizer="muon", lr=4e-3, dropout=0.1,
@@ -181,14 +181,14 @@ RunConfig.presets = {
         eval_every=1000, save_every=1000, parallel="fsdp"),
 }
 
-# %% ../nbs/51_settings.ipynb #5f8e6575
+# %% ../nbs/51_settings.ipynb #0d99613d
 class FinetuneConfig(RunConfig):
     "Everything a fine-tuning run is asked to do."
     finds_base:ClassVar[bool] = True
 
 FinetuneConfig.presets = {
     "smoke": dict(data="chat", adapter="lora", rank=16, alpha=32.0, packing="best-fit", seq_len=64, steps=80, batch_size=16, lr=2e-2, warmup=0.05, schedule="linear", weight_decay=0.0,
-        eval_every=40, eval_documents=16, save_every=40, mlflow=False, max_new_tokens=16, resamples=500),
+        eval_every=40, eval_documents=16, save_every=40, sinks="none", max_new_tokens=16, resamples=500),
     "lora": dict(data="chat", adapter="lora", rank=16, alpha=32.0, packing="best-fit", seq_len=256, epochs=3, batch_size=16, lr=2e-3, warmup=0.05, schedule="linear", weight_decay=0.0,
         eval_every=50, save_every=100),
     "full": dict(data="chat", packing="best-fit", seq_len=256, epochs=3, batch_size=16, lr=3e-4, warmup=0.05, schedule="linear", eval_every=50, save_every=100),

@@ -4,19 +4,14 @@
 
 # %% auto #0
 __all__ = ['METRICS_SCHEMA', 'MetricsWriter', 'read_metrics', 'repair_metrics', 'metrics_csv', 'plot_metrics', 'write_sample',
-           'read_samples', 'TrackingConfig', 'mlflow_uri', 'mlflow_client', 'MLflowSink']
+           'read_samples', 'LivePlot']
 
-# %% ../nbs/31_tracking.ipynb #087e7ddd
-import csv, json, logging, math, os, sys, time
+# %% ../nbs/31_tracking.ipynb #2c3e3d38
+import csv, json, math, os, time
 from pathlib import Path
-from typing import Literal
-
-from pydantic import Field
 
 from .artifacts import disk_error
-from .config import Config, outside
 from .safety import redact, redact_json
-from .store import workspace
 
 # %% ../nbs/31_tracking.ipynb #f43c53f8
 METRICS_SCHEMA = 1
@@ -137,72 +132,26 @@ def read_samples(
     "The texts that were kept."
     return [json.loads(l) for l in Path(path).read_text("utf-8").splitlines()] if Path(path).exists() else []
 
-# %% ../nbs/31_tracking.ipynb #1904a28c
-class TrackingConfig(Config):
-    "Where measurements are shown besides the record."
-    mlflow:bool = Field(True, json_schema_extra=outside) # Feed MLflow
-    log_every:int = Field(10, ge=1, json_schema_extra=outside) # Steps between writes to the record; every step is recorded
-
-def mlflow_uri()->str: # `MLFLOW_TRACKING_URI`, else SQLite in the workspace
-    "Where MLflow keeps its runs."
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{workspace()/'mlflow.db'}"
-
-def mlflow_client():
-    "A client with telemetry off; `ImportError` names the line that installs MLflow."
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = os.environ["DO_NOT_TRACK"] = "true"
-    try: from mlflow import MlflowClient
-    except ImportError: raise ImportError("mlflow is not installed; install it with: pip install 'codex_nb[mlflow]'") from None
-    for name in ("mlflow", "alembic"): logging.getLogger(name).setLevel(logging.WARNING) # importing mlflow set them up
-    return MlflowClient(mlflow_uri())
-
-class MLflowSink:
-    "Feeds one run's record to MLflow."
+# %% ../nbs/31_tracking.ipynb #abf6255c
+class LivePlot:
+    "A plot of a record in a notebook, drawn again while the record grows."
     def __init__(self,
-        run_folder, # Holds `metrics.ndjson`; its name is the run's name
-        params:dict, # Leaf name -> value
-        tags:dict[str, str], # Name -> value
+        path, # A `metrics.ndjson`
+        every:float=5.0, # Seconds between two drawings, at least
+        clock=time.monotonic, # Seconds; another one for tests
     ):
-        self.folder, self.params, self.tags, self.run_id, self.broken, self._fed = Path(run_folder), params, tags, None, None, {}
+        self.path, self.every, self._clock, self._handle, self._next = path, every, clock, None, -math.inf
 
-    def _open(self):
-        self.client = mlflow_client()
-        found = self.client.get_experiment_by_name("codex_nb")
-        location = (workspace()/"mlflow-artifacts").as_uri() if "MLFLOW_TRACKING_URI" not in os.environ else None
-        experiment = found.experiment_id if found else self.client.create_experiment("codex_nb", artifact_location=location)
-        runs = self.client.search_runs([experiment], f"tags.run_folder = '{self.folder}'")
-        if runs:
-            self.run_id = runs[0].info.run_id
-            self._fed = {k: max(m.step for m in self.client.get_metric_history(self.run_id, k)) for k in runs[0].data.metrics}
-            return
-        self.run_id = self.client.create_run(experiment, run_name=self.folder.name, tags={"run_folder": str(self.folder), **redact_json(self.tags)}).info.run_id
-        for k, v in redact_json(self.params).items(): self.client.log_param(self.run_id, k, str(v)[:6000])
-
-    def _try(self, what):
-        if self.broken: return
-        try:
-            if self.run_id is None: self._open()
-            what()
-        except Exception as e:
-            self.broken = redact(f"{type(e).__name__}: {e}")
-            print(f"MLflow is left out from here on: {self.broken[:300]} (the record in {self.folder.name}/metrics.ndjson is whole; feed it again later)", file=sys.stderr)
-
-    def feed(self)->None:
-        "Bring MLflow up to date with the record."
-        def add():
-            from mlflow.entities import Metric
-            new = [Metric(f"{r['split']}.{k}", float(v), int(r["time"]*1000), r["step"]) for r in read_metrics(self.folder/"metrics.ndjson") for k, v in r["values"].items()]
-            new = [m for m in new if m.step > self._fed.get(m.key, -1)]
-            for i in range(0, len(new), 1000): self.client.log_batch(self.run_id, metrics=new[i:i+1000])
-            self._fed |= {m.key: m.step for m in new}
-        self._try(add)
-
-    def finish(self,
-        status:Literal["FINISHED", "FAILED", "KILLED"], # As MLflow names it
-        files:tuple=(), # Paths to keep as artifacts
+    def update(self,
+        last:bool=False, # Draw in any case
     )->None:
-        "Feed what is left, add files, and close the run."
-        self.feed()
-        def close():
-            for f in files: self.client.log_artifact(self.run_id, str(f))
-            self.client.set_terminated(self.run_id, status)
-        self._try(close)
+        "Draw, if it is time."
+        if not last and self._clock() < self._next: return
+        import matplotlib.pyplot as plt
+        from IPython.display import display
+        began = self._clock()
+        fig = plot_metrics(self.path)
+        if self._handle: self._handle.update(fig)
+        else: self._handle = display(fig, display_id=True)
+        plt.close(fig)
+        self._next = self._clock()+max(self.every, 19*(self._clock()-began))

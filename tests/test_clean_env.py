@@ -46,7 +46,7 @@ def test_runtime_dependencies_suffice(tmp_path):
     code = "import importlib, sys\nfor m in sys.argv[1:]: importlib.import_module('codex_nb.'+m)\nfor m in ('nbdev', 'fastcore', 'mlflow', 'pytest'):\n    try: importlib.import_module(m)\n    except ImportError: continue\n    sys.exit(f'{m} is here')"
     done = subprocess.run([python, "-c", code, *modules], capture_output=True, text=True, env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    words = "run train -p steps 3 -p width 32 -p batch_size 2 -p eval_documents 1 -p max_documents 4 -p max_new_tokens 4 -p resamples 100 -p mlflow true".split()
+    words = "run train -p steps 3 -p width 32 -p batch_size 2 -p eval_documents 1 -p max_documents 4 -p max_new_tokens 4 -p resamples 100 -p sinks mlflow".split()
     done = subprocess.run([python, "-c", "from codex_nb.cli import main; main()", *words], capture_output=True, text=True, env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stdout+done.stderr
     folder, = (tmp_path/"home"/"runs").iterdir()
@@ -54,4 +54,4 @@ def test_runtime_dependencies_suffice(tmp_path):
     again = subprocess.run([python, "-c", "from codex_nb.cli import main; main()", "replay", str(folder), "--quiet"], capture_output=True, text=True, env=env, cwd=tmp_path)
     assert again.returncode == 0 and "proven: L3" in again.stdout, again.stdout+again.stderr
     said = (folder/"train.ipynb").read_text()
-    assert "MLflow is left out from here on" in said and "pip install 'codex_nb[mlflow]'" in said # said, by name, with the remedy; and the run went on
+    assert "mlflow is left out from here on" in said and "pip install 'codex_nb[mlflow]'" in said # said, by name, with the remedy; and the run went on

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 PROVE = bool(os.environ.get("PROVE"))
-SMALL = dict(steps=12, width=32, seq_len=32, batch_size=8, micro_batch=1, eval_every=6, save_every=6, keep_last=9, eval_documents=2, max_new_tokens=4, optimizer="adamw", lr=1e-3, dtype="fp32", products="torch", mlflow=False)
+SMALL = dict(steps=12, width=32, seq_len=32, batch_size=8, micro_batch=1, eval_every=6, save_every=6, keep_last=9, eval_documents=2, max_new_tokens=4, optimizer="adamw", lr=1e-3, dtype="fp32", products="torch", sinks="none")
 
 def prepared(home, name, bare=SMALL, **change):
     from codex_nb.launch import prepare_run
