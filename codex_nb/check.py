@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_data', 'report_lines', 'plot_lengths']
 
-# %% ../nbs/19_check.ipynb #6997899f
+# %% ../nbs/19_check.ipynb #43812f28
 import tempfile
 from array import array
 from collections import Counter
@@ -15,11 +15,12 @@ from . import plugins
 from .corpus import SPLITS, CorpusConfig, of_one_text, split_of
 from .documents import ReadError
 from .duplicates import ExactDuplicates, NearDuplicates
+from .policy import PERSONAL, load_policy
 from .readers import Rejects, read_path
-from .safety import find_secrets
+from .safety import RULES, find, merged
 from .tokenizer import Tokenizer
 
-# %% ../nbs/19_check.ipynb #2d4edfad
+# %% ../nbs/19_check.ipynb #8b7679c7
 def check_data(
     cfg:CorpusConfig, # `data` says what; the rest as for a corpus
     tokenizer:Tokenizer|None=None, # Count tokens with it
@@ -28,6 +29,7 @@ def check_data(
     shown:int=100_000, # Rejects, pairs and places listed at most, each
 )->dict: # JSON types; `ReadError` when there is nothing to read
     "Read data and say what is in it."
+    policy, judged, personal, persons = load_policy(cfg.policy) if cfg.policy else None, Counter(), Counter(), {r.kind for r in PERSONAL}
     builtin, skipped, rejects = plugins.entries("dataset"), Counter(), Rejects("quarantine", keep=shown)
     if not cfg.data: raise ReadError(f"data: say what to read: a path, or one of {', '.join(builtin)}")
     path = Path(cfg.data).expanduser()
@@ -47,9 +49,13 @@ def check_data(
             splits[side]["documents"] += 1; splits[side]["bytes"] += size
             lengths[max(0, size.bit_length()-1)] += 1
             exact.add(bytes.fromhex(d.sha256))
+            if policy:
+                verdict = policy.apply(text)
+                judged.update(verdict.counts)
+                if verdict.action != "pass": judged[f"documents: {verdict.action}"] += 1
             if tokenizer: tokens += len(tokenizer.array(text))
-            for f in find_secrets(text, {}):
-                secrets[f.kind] += 1
+            for f in merged(find(text, [*RULES, *PERSONAL])):
+                (personal if f.kind in persons else secrets)[f.kind] += 1
                 if len(places) < shown: places.append({"id": d.id, "line": text.count("\n", 0, f.start)+1, "kind": f.kind})
             if sketches and i < near_limit:
                 sketch = sketches.sketch(text)
@@ -63,10 +69,11 @@ def check_data(
     report = {"data": cfg.data, "documents": n, "bytes": sum(s["bytes"] for s in splits.values()), "rejected": rejects.count, "rejects": [{"file": r.file, "line": r.line, "reason": r.reason} for r in rejects.first[:shown]],
         "exact_duplicates": len(repeats), "near_duplicates": len(near_pairs) if near else None, "near_looked_at": min(n, near_limit) if near else 0, "pairs": listed,
         "leakage": leaks if near else None, "split_by": how, "splits": splits if how == "hash" else None, "lengths": {str(k): lengths[k] for k in sorted(lengths)},
-        "secrets": dict(secrets), "places": places, "skipped": dict(skipped)}
+        "secrets": dict(secrets), "personal": dict(personal), "places": places, "skipped": dict(skipped)}
+    if policy: report["policy"] = dict(sorted(judged.items()))
     return report | ({"tokens": tokens, "bytes_per_token": round(report["bytes"]/max(1, tokens), 3)} if tokenizer else {})
 
-# %% ../nbs/19_check.ipynb #7bba0e02
+# %% ../nbs/19_check.ipynb #d5b30af7
 def report_lines(
     report:dict, # From `check_data`
     shown:int=5, # Entries of each list
@@ -81,7 +88,8 @@ def report_lines(
     if r["skipped"]: out.append("passed over: " + ", ".join(f"{k}: {v:,}" for k, v in sorted(r["skipped"].items())))
     out.append(f"duplicates: {r['exact_duplicates']:,} exact" + ("" if r["near_duplicates"] is None else f", {r['near_duplicates']:,} near; {r['leakage']:,} of these pairs stand on different sides of the split" + (f"; near ones among the first {r['near_looked_at']:,} documents only" if r["near_looked_at"] < r["documents"] else "")))
     some("pairs:", r["pairs"], lambda p: f"{p['id']} is like {p['like']} ({p['similarity']})")
-    out.append(f"secrets: {sum(r['secrets'].values()):,}" + "".join(f"; {k}: {v}" for k, v in r["secrets"].items()))
+    for name, what in (("secrets", "secrets"), ("personal", "data about persons")): out.append(f"{what}: {sum(r[name].values()):,}" + "".join(f"; {k}: {v:,}" for k, v in r[name].items()))
+    if "policy" in r: out.append("the policy would do: " + (", ".join(f"{k} {v:,}" for k, v in r["policy"].items()) or "nothing"))
     some("they lie in:", r["places"], lambda p: f"{p['id']}, line {p['line']}: {p['kind']}")
     out.append(f"rejects: {r['rejected']:,}")
     some("", r["rejects"], lambda x: f"{x['file']}" + (f":{x['line']}" if x["line"] else "") + f": {x['reason']}")

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'CorpusConfig', 'rank_of', 'split_of', 'split_by_position', 'of_one_text', 'Corpus', 'build_corpus',
-           'open_corpus', 'leakage']
+           'apply_policy', 'open_corpus', 'leakage']
 
-# %% ../nbs/13_corpus.ipynb #9e195f7b
+# %% ../nbs/13_corpus.ipynb #03cfaf7d
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -21,12 +21,13 @@ from pydantic import Field
 from . import plugins
 from .artifacts import Artifact
 from .config import Config, ConfigError, canonical_json, identity, outside
-from .documents import Document, ReadError
+from .documents import Document, Message, ReadError
 from .duplicates import ExactDuplicates, NearDuplicates
+from .policy import Policy, load_policy
 from .readers import Rejects, read_path
 from .store import deposit
 
-# %% ../nbs/13_corpus.ipynb #29d42c6f
+# %% ../nbs/13_corpus.ipynb #f22c1ada
 SPLITS = ("train", "validation", "test")
 
 class CorpusConfig(Config):
@@ -41,6 +42,7 @@ class CorpusConfig(Config):
     test_fraction:float = Field(0.05, ge=0, lt=0.5) # Share kept for the last test
     split_by:Literal["auto", "hash", "position"] = "auto" # See below
     salt:str = "codex_nb" # Another salt, another split
+    policy:str|None = Field(None, json_schema_extra=outside) # A file that says what may not be in it; identity is what the rules say, not the path
     dedup:Literal["exact", "near", "off"] = "exact" # Drop documents whose text was seen before, or nearly
     near_threshold:float = Field(0.8, ge=0.5, le=1) # Similarity from which `near` drops
 
@@ -118,7 +120,7 @@ class Corpus:
         left = "".join(f"; {self.meta[k]:,} {what}" for k, what in (("duplicates", "dropped as duplicates"), ("near_duplicates", "dropped as near duplicates"), ("rejects", "refused")) if self.meta.get(k))
         return f"Corpus({rows}{left}; digest {self.digest[:12]})"
 
-# %% ../nbs/13_corpus.ipynb #25542c26
+# %% ../nbs/13_corpus.ipynb #aed14049
 class _Writer(ExitStack): # the files of a corpus, and what is counted on the way
     def __init__(self, folder):
         super().__init__()
@@ -179,6 +181,7 @@ def build_corpus(
     rejects:Rejects|None=None, # What a reader refused, for the manifest
     sides:Callable[[int, Document], str]|None=None, # Which side a document is on, by its number; default: as the configuration says
     parents:dict[str, str]|None=None, # Role -> digest of the corpora it is made from
+    judged:Counter|None=None, # What a policy did, for the manifest
 )->Corpus: # In the store; `ReadError` when a split that is needed stays empty
     "Write documents into a corpus artifact."
     def write(draft):
@@ -201,10 +204,32 @@ def build_corpus(
         if not out.dropped: (draft.path/"duplicates.ndjson").unlink()
         draft.meta.update(splits=out.counts, duplicates=out.dropped["duplicates"], near_duplicates=out.dropped["near_duplicates"], crossing=crossing, split_by=how,
             lengths={str(k): v for k, v in sorted(out.lengths.items())}, skipped=dict(skipped or {}), rejects=rejects.count if rejects else 0)
+        if judged is not None: draft.meta["policy"] = dict(sorted(judged.items()))
         if sides: draft.meta["shares"] = {s: {n: round(v/sum(c.values()), 4) for n, v in sorted(c.items())} for s, c in out.sources.items()}
     return Corpus(deposit("corpus", identity(cfg) | (source or {}), write, parents))
 
-# %% ../nbs/13_corpus.ipynb #a84dfe74
+# %% ../nbs/13_corpus.ipynb #0cee0b79
+def apply_policy(
+    documents:Iterable[Document], # A stream
+    policy:Policy|None, # None lets everything pass
+    counts:Counter, # `action kind` -> how often; added to
+)->Iterator[Document]: # Those that may be used; `ReadError` where a rule says stop
+    "Apply a policy to documents."
+    for d in documents:
+        if policy is None: yield d; continue
+        parts = [d.text] if d.text else [d.prompt, d.completion] if d.completion else [m.content for m in d.messages]
+        said = [policy.apply(p, "data") for p in parts]
+        for v in said: counts.update(v.counts)
+        actions = {v.action for v in said}
+        if "stop" in actions: raise ReadError(f"{d.id}: the policy says stop: {', '.join(sorted(k for v in said for k in v.counts if v.action == 'stop'))}")
+        if "drop" in actions: counts["documents dropped"] += 1; continue
+        if "redact" in actions:
+            counts["documents redacted"] += 1
+            new = [v.text for v in said]
+            d = msgspec.structs.replace(d, **({"text": new[0]} if d.text else {"prompt": new[0], "completion": new[1]} if d.completion else {"messages": tuple(Message(m.role, t) for m, t in zip(d.messages, new))}))
+        yield d
+
+# %% ../nbs/13_corpus.ipynb #23ff07ec
 def open_corpus(
     cfg:CorpusConfig, # `data` or `mixture` says what
 )->Corpus: # `ReadError` when there is nothing to read
@@ -212,13 +237,15 @@ def open_corpus(
     if cfg.mixture is not None: return _mix(cfg)
     builtin = plugins.entries("dataset")
     if cfg.data is None: raise ConfigError(f"data: say what to read: a path, or one of {', '.join(builtin)}")
+    policy, judged = (load_policy(cfg.policy), Counter()) if cfg.policy else (None, None)
+    rules = {"policy": policy.digest} if policy else {}
     if cfg.data in builtin:
         documents, source = plugins.get("dataset", cfg.data)()
-        return build_corpus(documents, cfg, source)
+        return build_corpus(apply_policy(documents, policy, judged), cfg, source | rules, judged=judged)
     path = Path(cfg.data).expanduser()
     if not path.exists(): raise ReadError(f"data: {path.absolute()}: there is no such file or folder; give a path, or one of {', '.join(builtin)}")
     skipped, rejects = Counter(), Rejects(cfg.on_error)
-    return build_corpus(read_path(path, skipped, rejects, tuple(cfg.include), tuple(cfg.exclude)), cfg, skipped=skipped, rejects=rejects)
+    return build_corpus(apply_policy(read_path(path, skipped, rejects, tuple(cfg.include), tuple(cfg.exclude)), policy, judged), cfg, rules, skipped, rejects, judged=judged)
 
 # %% ../nbs/13_corpus.ipynb #e80bce7b
 def _mix(cfg):

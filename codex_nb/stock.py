@@ -7,16 +7,16 @@ __all__ = ['data', 'tokenizer_app', 'models_app', 'store_app', 'tracking_app', '
            'tokenizer_report', 'tokenizer_encode', 'tokenizer_decode', 'models_list', 'models_verify', 'models_import',
            'store_list', 'store_gc', 'plugins_list', 'plugins_check', 'tracking_init']
 
-# %% ../nbs/67_stock.ipynb #4f7f5dd2
+# %% ../nbs/67_stock.ipynb #552b6aa6
 import json, sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .shell import DataName, Json, fail, group
+from .shell import DataName, Json, PolicyFile, fail, group
 
-# %% ../nbs/67_stock.ipynb #30041239
+# %% ../nbs/67_stock.ipynb #996ef096
 data, tokenizer_app, models_app, store_app = group("Look at data."), group("Train and use tokenizers."), group("Models on disk."), group("Keep the store of shared artifacts in order.")
 tracking_app = group("Where measurements are shown.")
 plugins_app = typer.Typer(invoke_without_command=True, add_completion=False, rich_markup_mode=None, help="List what is registered and installed, and try it out.")
@@ -32,13 +32,14 @@ def data_check(
     include:Annotated[list[str], typer.Option("--include", help="Of a folder, only paths that match; may be repeated")] = [],
     exclude:Annotated[list[str], typer.Option("--exclude", help="Of a folder, not paths that match; may be repeated")] = [],
     plot:Annotated[Path|None, typer.Option("--plot", help="Write the plot of lengths to this PNG")] = None,
+    policy:PolicyFile = None,
 )->None:
-    "Report what is in data: documents, lengths, duplicates, leakage, secrets, rejects."
+    "Report what is in data: documents, lengths, duplicates, leakage, secrets, personal data, rejects."
     from codex_nb.check import check_data, plot_lengths, report_lines
     from codex_nb.config import ConfigError
     from codex_nb.corpus import CorpusConfig
     if on_error not in ("stop", "quarantine"): raise ConfigError(f"--on-error: given {on_error!r}; must be stop or quarantine")
-    report = check_data(CorpusConfig(data=path, include=include, exclude=exclude), _tokenizer(tokenizer) if tokenizer else None, near, near_limit)
+    report = check_data(CorpusConfig(data=path, include=include, exclude=exclude, policy=policy), _tokenizer(tokenizer) if tokenizer else None, near, near_limit)
     if plot: plot_lengths(report).savefig(plot, dpi=110, bbox_inches="tight")
     print(json.dumps(report) if as_json else "\n".join(report_lines(report)))
     if report["rejected"] and on_error == "stop": raise typer.Exit(1)

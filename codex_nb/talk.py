@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['generate', 'chat', 'compare']
 
-# %% ../nbs/68_talk.ipynb #3ad37b39
+# %% ../nbs/68_talk.ipynb #8140ded8
 import json, sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .shell import Json, Parameters, fail, given_parameters
+from .shell import Json, Parameters, PolicyFile, fail, given_parameters
 
-# %% ../nbs/68_talk.ipynb #a87511b1
+# %% ../nbs/68_talk.ipynb #27146771
 def _opened(name, device):
     from codex_nb.library import load_model
     from codex_nb.model import resolve_device
@@ -22,6 +22,26 @@ def _opened(name, device):
     from codex_nb.tokenizer import Tokenizer
     folder = find_base(name)
     return load_model(folder, resolve_device(device)), Tokenizer(folder, "")
+
+def _allowed(policy, text, where): # what a policy leaves of a text; None where it is withheld
+    if policy is None or text is None: return text
+    v = policy.apply(text, where)
+    kinds = ", ".join(sorted({k.partition(" ")[2] for k in v.counts}))
+    if v.action == "stop" or v.action == "drop" and where == "prompt": fail(f"the policy refuses {'the prompt' if where == 'prompt' else 'what the model wrote'}: {kinds}")
+    if v.action != "pass": print(f"(the policy: {kinds}, {'withheld' if v.action == 'drop' else 'redacted'})", file=sys.stderr)
+    return None if v.action == "drop" else v.text
+
+def _policy(path):
+    from codex_nb.policy import load_policy
+    return path and load_policy(path)
+
+def _shown(policy, pieces): # printed as they come; with a policy when all are there
+    said = ""
+    for piece in pieces:
+        said += piece
+        if policy is None: print(piece, end="", flush=True)
+    if policy is not None: print(said := _allowed(policy, said, "output") or "", end="", flush=True)
+    return said
 
 def _sampling(pairs):
     from codex_nb.generate import GenerateConfig
@@ -34,19 +54,20 @@ def generate(
     prompt:Annotated[str|None, typer.Option("--prompt", help="What to continue, - for standard input; default: the start of a document")] = None,
     parameter:Parameters = [],
     n:Annotated[int, typer.Option("-n", min=1, help="How many texts")] = 1,
+    policy:PolicyFile = None,
     seed:_Seed = 0,
     device:_Device = "auto",
 )->None:
     "Let a model write."
     from codex_nb.generate import stream
-    cfg = _sampling(parameter)
+    cfg, rules = _sampling(parameter), _policy(policy)
+    text = _allowed(rules, sys.stdin.read() if prompt == "-" else prompt, "prompt")
     model, tokenizer = _opened(run, device)
-    text = sys.stdin.read() if prompt == "-" else prompt
     try:
         for i in range(n):
             if i: print("\n---")
             print(text or "", end="")
-            for piece in stream(model, tokenizer, text, cfg, seed, str(i)): print(piece, end="", flush=True)
+            _shown(rules, stream(model, tokenizer, text, cfg, seed, str(i)))
         print()
     except ValueError as e: fail(str(e))
 
@@ -54,27 +75,27 @@ def chat(
     run:Annotated[str, typer.Argument(help="A run, a checkpoint folder, or a model's name")],
     system:Annotated[str|None, typer.Option("--system", help="What the assistant is told beforehand")] = None,
     parameter:Parameters = [],
+    policy:PolicyFile = None,
     seed:_Seed = 0,
     device:_Device = "auto",
 )->None:
     "Talk with a model; an empty line or the end of the input ends it."
     from codex_nb.documents import Message
     from codex_nb.generate import reply
-    cfg = _sampling(parameter)
+    cfg, rules = _sampling(parameter), _policy(policy)
     model, tokenizer = _opened(run, device)
     seen, talk = sys.stdin.isatty(), [Message("system", system)] if system else []
     while True:
         if seen: print("> ", end="", flush=True)
         if not (said := sys.stdin.readline().strip()): break
-        talk.append(Message("user", said))
+        talk.append(Message("user", _allowed(rules, said, "prompt")))
         try:
             pieces, left_out = reply(model, tokenizer, talk, cfg, seed)
-            answer = []
-            for piece in pieces: print(piece, end="", flush=True); answer.append(piece)
+            answer = _shown(rules, pieces)
         except ValueError as e: fail(str(e))
         print()
         if left_out: print(f"({left_out} earlier turns no longer fit)", file=sys.stderr)
-        talk.append(Message("assistant", "".join(answer) or " "))
+        talk.append(Message("assistant", answer or " "))
 
 # %% ../nbs/68_talk.ipynb #c51448f5
 def compare(
