@@ -6,14 +6,14 @@
 __all__ = ['app', 'run', 'resume', 'prepare', 'prune', 'runs', 'verify', 'replay', 'export', 'diff', 'sweep', 'leaderboard',
            'doctor', 'preflight', 'main']
 
-# %% ../nbs/69_cli.ipynb #e468b664
-import json, signal, sys, threading
+# %% ../nbs/69_cli.ipynb #6d232e62
+import json, signal, sys, threading, traceback
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .shell import Json, Parameters, RunName, fail, given_parameters, join_parameters
+from .shell import Json, Parameters, RunName, fail, given_parameters, join_parameters, tell
 from .stock import data, models_app, plugins_app, store_app, tokenizer_app, tracking_app
 from .talk import chat, compare, generate
 
@@ -230,7 +230,7 @@ def preflight(
     out = preflight(RunConfig.from_preset(given.pop("preset", None), **given))
     print(json.dumps(out) if as_json else "\n".join(preflight_lines(out)))
 
-# %% ../nbs/69_cli.ipynb #390ae206
+# %% ../nbs/69_cli.ipynb #cd9b2be0
 def _stopped(number, frame): # before a run has begun, or after it has ended
     print(f"codex-nb: stopped by {signal.Signals(number).name}", file=sys.stderr)
     sys.exit(128+number)
@@ -245,11 +245,11 @@ def main(
         from codex_nb.doctor import EXTRAS, NEEDED, remedy_for
         package = (e.name or "").partition(".")[0]
         if package not in (*NEEDED, *EXTRAS): raise
-        print(f"codex-nb: {package} is not installed, or does not work here ({e}); {remedy_for(package)}; codex-nb doctor says what else is missing", file=sys.stderr)
+        tell(f"{package} is not installed, or does not work here ({e}); {remedy_for(package)}; codex-nb doctor says what else is missing")
         sys.exit(1)
     except OSError as e:
         from codex_nb.artifacts import DiskError
-        print(f"codex-nb: {e}", file=sys.stderr)
+        tell(str(e))
         sys.exit(74 if isinstance(e, DiskError) else 1)
     except Exception as e:
         from codex_nb.artifacts import ArtifactError
@@ -257,8 +257,8 @@ def main(
         from codex_nb.documents import ReadError
         from codex_nb.plugins import PluginError
         from codex_nb.tokenizer import TokenizerError
-        if not isinstance(e, (ArtifactError, ConfigError, PluginError, ReadError, TokenizerError)): raise
-        print(f"codex-nb: {e}", file=sys.stderr)
+        known = isinstance(e, (ArtifactError, ConfigError, PluginError, ReadError, TokenizerError))
+        tell(str(e) if known else f"a fault of this program:\n{traceback.format_exc()}")
         sys.exit(1)
     finally:
         for n, handler in before.items(): signal.signal(n, handler)

@@ -70,7 +70,7 @@ def check_parameters(
         if found := find_secrets(text): raise ConfigError(f"{name}: the value looks like a secret ({found[0].kind}); parameters are kept in the run, so give it in an environment variable")
     return cls.from_preset(parameters.get("preset"), **{k: v for k, v in parameters.items() if k != "preset"})
 
-# %% ../nbs/60_launch.ipynb #9af1bc2b
+# %% ../nbs/60_launch.ipynb #6234d1cc
 class _RunWriter:
     "A papermill writer that redacts, and writes only into a run folder that exists."
     scheme = "codex-nb-run://"
@@ -140,6 +140,10 @@ class _Forwarding:
         for n, handler in self._before.items(): signal.signal(n, handler)
         self.noted.unlink(missing_ok=True)
 
+class _Echo: # what a notebook prints, without secrets: a terminal is often a log file
+    def write(self, text): sys.stdout.write(redact(text))
+    def flush(self): sys.stdout.flush()
+
 def launch(
     notebook:str, # `train`, `evaluate`, or the path of one of them
     parameters:dict[str, Any]|None=None, # As for `check_parameters`
@@ -160,7 +164,7 @@ def launch(
     logging.getLogger("papermill").setLevel(logging.ERROR) # it warns of names missing from the parameters cell; they have been checked
     try:
         with signals, environment_with(CODEX_NB_RUN=str(folder), PYDEVD_DISABLE_FILE_VALIDATION="1"):
-            papermill.execute_notebook(str(path), f"{_RunWriter.scheme}{path.name}", parameters, kernel_name="python3", language="python", progress_bar=False, log_output=False, extra_arguments=["--IPKernelApp.log_level=50"], stdout_file=sys.stdout if echo else None)
+            papermill.execute_notebook(str(path), f"{_RunWriter.scheme}{path.name}", parameters, kernel_name="python3", language="python", progress_bar=False, log_output=False, extra_arguments=["--IPKernelApp.log_level=50"], stdout_file=_Echo() if echo else None)
     except PapermillExecutionError as e: ename, error = e.ename, redact(f"{e.ename}: {e.evalue}")
     except KeyboardInterrupt: ename, error = "KeyboardInterrupt", "interrupted"
     except Exception as e: # a kernel that died of the signal, or a disk that is full

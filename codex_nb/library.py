@@ -87,7 +87,7 @@ def model_digest(
     files = [*_weight_files(folder), *(p for n in ("config.json", "adapter_config.json") if (p := folder/n).is_file())]
     return digest_of({p.name: sha256_file(p) for p in files})
 
-# %% ../nbs/25_library.ipynb #695beaaa
+# %% ../nbs/25_library.ipynb #9003542f
 _TAKEN = ("*.safetensors", "config.json", "generation_config.json", "adapter_config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "added_tokens.json")
 
@@ -102,13 +102,16 @@ def import_model(
     target = (Path(shared) if shared else Path.cwd()/"models")/(name or source.absolute().name)
     if Path(name or "x").name != (name or "x"): raise ConfigError(f"name: {name!r} must be a plain folder name")
     taken = sorted({p for pattern in _TAKEN for p in source.glob(pattern) if p.is_file() and (p.suffix != ".safetensors" or p in _weight_files(source))})
+    blobs = source.absolute().parent.parent/"blobs" # where a hub's cache keeps the files of its snapshots
+    for p in taken:
+        if not p.resolve().is_relative_to(source.resolve()) and not p.resolve().is_relative_to(blobs.resolve()): raise ArtifactError(f"{p}: a link to {p.resolve()}, outside of the model; copy the file itself there")
     with publish(target, "model", {"imported": True}) as draft:
         for p in taken: shutil.copyfile(p, draft.path/p.name)
         said = describe_model(draft.path)
         if said["problems"]: raise ArtifactError("; ".join(said["problems"]).replace(str(draft.path), str(source)))
         if (draft.path/"config.json").is_file():
             try: open_model(draft.path)
-            except (OSError, ValueError, KeyError, RuntimeError) as e: raise ArtifactError(f"{source}: transformers cannot open it: {str(e).splitlines()[0].replace(str(draft.path), str(source))}") from None
+            except ArtifactError as e: raise ArtifactError(str(e).replace(str(draft.path), str(source))) from None
         draft.meta.update({k: said[k] for k in ("kind", "parameters", "dtype")})
     return draft.artifact
 

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['ModelConfig', 'resolve_device', 'resolve_dtype', 'autocast', 'build_model', 'logits_of', 'count_parameters',
-           'flops_per_token', 'no_bars', 'open_model']
+           'flops_per_token', 'no_bars', 'check_weights', 'open_model']
 
-# %% ../nbs/20_model.ipynb #7aa68ab1
+# %% ../nbs/20_model.ipynb #0fb5c759
+import json
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -15,9 +17,11 @@ from pydantic import Field, model_validator
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from transformers.utils import logging as hf_logging
 
+from .artifacts import ArtifactError
 from .batches import Batch
 from .config import Config, ConfigError, outside
 from .repro import seed_for
+from .tensors import tensor_table
 
 # %% ../nbs/20_model.ipynb #f9428103
 class ModelConfig(Config):
@@ -132,7 +136,7 @@ def flops_per_token(
     vectors = sum(p.numel() for p in model.parameters() if p.dim() < 2)
     return 6*(count_parameters(model)-look_up-vectors) + 12*c.num_hidden_layers*c.hidden_size*seq_len
 
-# %% ../nbs/20_model.ipynb #2ff7a6a9
+# %% ../nbs/20_model.ipynb #dcd313ea
 @contextmanager
 def no_bars():
     "Without the bars that transformers draws for every file it reads or writes."
@@ -142,10 +146,28 @@ def no_bars():
     finally:
         if shown: hf_logging.enable_progress_bar()
 
+def check_weights(
+    folder, # A Hugging Face model folder
+)->None: # `ArtifactError` for a file that is no safetensors file, and for an index that names a file elsewhere
+    "Look at the tables of a model's weights, before anything opens them."
+    folder = Path(folder)
+    for p in folder.glob("*.safetensors"): tensor_table(p)
+    index = folder/"model.safetensors.index.json"
+    if not index.is_file(): return
+    try: named = {*json.loads(index.read_bytes())["weight_map"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError) as e: raise ArtifactError(f"{index}: not an index of weights: {type(e).__name__}") from None
+    if bad := sorted(str(n) for n in named if not isinstance(n, str) or Path(n).name != n or not n.endswith(".safetensors") or not (folder/n).is_file()): raise ArtifactError(f"{index}: names {', '.join(bad[:3])}, which is no safetensors file in this folder")
+
 def open_model(
     folder, # A Hugging Face model folder with safetensors weights
     device:str="cpu", # Where it goes
-): # The model, fp32, in evaluation mode
+): # The model, fp32, in evaluation mode; `ArtifactError` when `transformers` cannot open it
     "Load a model from a local folder."
-    with no_bars(): model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32)
+    check_weights(folder)
+    try:
+        with no_bars(): model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, RuntimeError) as e:
+        config = Path(folder)/"config.json"
+        foreign = config.is_file() and b'"auto_map"' in config.read_bytes()
+        raise ArtifactError(f"{folder}: " + ("it needs code that lies beside it (auto_map in config.json), which is never run here; only architectures that transformers knows can be used" if foreign else f"transformers cannot open it: {str(e).strip().splitlines()[0]}")) from None
     return model.to(device).eval()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['train', 'work', 'inputs_of', 'main', 'export_merged', 'finish']
 
-# %% ../nbs/53_recipe.ipynb #aabfea48
+# %% ../nbs/53_recipe.ipynb #2e2c82e8
 import json, os, shutil, socket, subprocess, sys, threading, traceback
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from .engine import GuardError, TrainState
 from .interrupts import EXIT_CODES, NOTED, Interrupted, Signals, die_with_parent
 from .library import load_model
 from .runs import Run
+from .safety import redact
 from .settings import KINDS, RunConfig
 from .tensors import write_tensors
 from .tokenizer import Tokenizer
@@ -47,7 +48,7 @@ def train(
         if not isinstance(e, DiskError): run.finish("failed", f"{type(e).__name__}: {e}")
         raise
 
-# %% ../nbs/53_recipe.ipynb #63100c01
+# %% ../nbs/53_recipe.ipynb #e666d07c
 def _train_processes(run, model, hooks):
     if hooks: raise ConfigError("hooks: functions of this notebook cannot be called in other processes; use nproc=1")
     d, env = run.cfg.distributed, {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "CODEX_NB_RUN")}
@@ -123,8 +124,8 @@ def main(
     try: return work(argv[0], "--attached" in argv)
     except KeyboardInterrupt: return 130
     except Exception as e:
-        print(f"rank {os.environ.get('RANK', 0)} on {socket.gethostname()}: {type(e).__name__}: {e}", file=sys.stderr, flush=True)
-        if not isinstance(e, (ArtifactError, ValueError, ArithmeticError, OSError)): traceback.print_exc()
+        known = isinstance(e, (ArtifactError, ValueError, ArithmeticError, OSError))
+        print(redact(f"rank {os.environ.get('RANK', 0)} on {socket.gethostname()}: {type(e).__name__}: {e}" + ("" if known else f"\n{traceback.format_exc()}")), file=sys.stderr, flush=True)
         return 74 if isinstance(e, DiskError) else 3 if isinstance(e, GuardError) else 1
 
 # %% ../nbs/53_recipe.ipynb #e06ca16b

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-# %% ../nbs/01_safety.ipynb #0960bd43
+# %% ../nbs/01_safety.ipynb #8840401f
 @dataclass(frozen=True)
 class Rule:
     "One kind of secret and how it is recognised."
@@ -50,8 +50,8 @@ RULES = [Rule(k, re.compile(p, f), g, h, *check) for k, p, g, f, h, *check in (
     ("jwt", r"\beyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}", 0, 0, ("eyj",)),
     ("bearer-token", r"(?i)\bbearer\s+([A-Za-z0-9._~+/-]{16,}=*)", 1, 0, ("bearer",)),
     ("url-password", r"\b[a-zA-Z][a-zA-Z0-9+.-]*://[^\s:/@'\"]*:([^\s/@'\"]{1,})@", 1, 0, ("://",)),
-    ("assigned-secret", r"(?i)(?:password|passwd|secret|api[_-]?key|access[_-]?token|auth[_-]?token)['\"]?\s*[:=]\s*(['\"])((?!\[redacted)[^'\"\n]{6,})\1", 2, 0, ("password", "passwd", "secret", "key", "token",)),
-    ("high-entropy", r"(?i)(?:secret|token(?!s|iz)|passwo?r?d|credential|(?:api|access|private|account|auth)[_-]?key)\w{0,20}['\"]?[ \t]*[:=][ \t]*(['\"]?)([A-Za-z0-9+/_~-]{20,200}={0,2})\1(?=[\s,;}&#]|\Z)", 2, 0, ("secret", "token", "passw", "credential", "key"), _thrown),
+    ("assigned-secret", r"(?i)(?:password|passwd|secret|api[_-]?key|access[_-]?token|auth[_-]?token)\\{0,3}['\"]?\s*[:=]\s*\\{0,3}(['\"])((?!\[redacted)[^'\"\n]{6,}?)\\{0,3}\1", 2, 0, ("password", "passwd", "secret", "key", "token",)),
+    ("high-entropy", r"(?i)(?:secret|token(?!s|iz)|passwo?r?d|credential|(?:api|access|private|account|auth)[_-]?key)\w{0,20}\\{0,3}['\"]?[ \t]*[:=][ \t]*\\{0,3}['\"]?([A-Za-z0-9+/_~-]{20,200}={0,2})(?=[\s,;}&#'\"\\]|\Z)", 1, 0, ("secret", "token", "passw", "credential", "key"), _thrown),
 )]
 
 # %% ../nbs/01_safety.ipynb #957db15c
