@@ -230,12 +230,13 @@ def notebook_parameters(
     values = {n: namespace[n] for n in asked if n in namespace and namespace[n] is not None}
     return values.pop("preset", None), values
 
-# %% ../nbs/00_config.ipynb #d855eeae
+# %% ../nbs/00_config.ipynb #cdc80351
 ENVIRONMENT = {
     "CODEX_NB_HOME": "the workspace: the folder that holds runs/ and store/",
     "CODEX_NB_RUN": "the run folder a launcher has chosen for the notebook it executes",
     "CODEX_NB_MODELS": "a folder of models, looked at before models/ in the working directory",
     "CODEX_NB_ALLOW": "differences that resume --allow accepts, separated by commas",
+    "CODEX_NB_PREFER": "which package a plug-in is taken from where two offer one name, as KIND:NAME=PACKAGE, separated by commas",
     "CODEX_NB_STUDY": "the address of a search's database, where it holds a password",
 }
 

@@ -167,7 +167,7 @@ def store_gc(
     for a in gone: print(f"{'would remove' if dry_run else 'removed'} {a['kind']} {a['digest'][:12]} ({a['bytes']:,} bytes, used {a['used']:.1f} days ago)")
     print(f"{len(gone)} artifacts, {sum(a['bytes'] for a in gone):,} bytes")
 
-# %% ../nbs/67_stock.ipynb #7ba5a40d
+# %% ../nbs/67_stock.ipynb #9027dc3d
 @plugins_app.callback()
 def plugins_list(
     context:typer.Context,
@@ -179,8 +179,8 @@ def plugins_list(
     found = survey()
     if as_json: print(json.dumps([vars(x) for x in found]))
     else:
-        for x in found: print(f"{x.state:9} {x.kind:10} {x.name:16} {x.source} {x.version}" + (f"\n          {x.error}" if x.error else ""))
-    if any(x.state != "ok" for x in found): raise typer.Exit(1)
+        for x in found: print(f"{x.state:11} {x.kind:10} {x.name:16} {x.source} {x.version}" + (f"\n            {x.error}" if x.error else ""))
+    if any(x.state not in ("ok", "passed over") for x in found): raise typer.Exit(1)
 
 @plugins_app.command("check")
 def plugins_check(

@@ -10,6 +10,7 @@ from codex_nb.metrics import TextMetric
 vowels = TextMetric(lambda p, refs: float(p == refs[0] or p in refs), about="equal, to the letter")
 lazy = TextMetric(lambda p, refs: 0.5, about="always the same")
 bleu = TextMetric(lambda p, refs: 1.0)
+def late(step, total, rise, cfg): return 1.0 if 2*step < total else 0.5
 def poems(): return (Document(id=f"{i}", text=f"Rose {i} is red, and the violets were counted {i} times by the gardener.") for i in range(60)), {"by": "nobody"}
 '''
 PROJECT = '''
@@ -23,6 +24,8 @@ version = "2.5"
 vowels = "rose_garden:vowels"
 lazy = "rose_garden:lazy"
 gone = "rose_garden.nowhere:thing"
+[project.entry-points."codex_nb.schedule"]
+late = "rose_garden:late"
 [project.entry-points."codex_nb.dataset"]
 poems = "rose_garden:poems"
 [tool.setuptools]
@@ -40,14 +43,14 @@ def installed(tmp_path_factory):
         return d/"site"
     return install
 
-def codex(site, home, *words): return subprocess.run([BIN/"codex-nb", *map(str, words)], capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(site), "CODEX_NB_HOME": str(home), "OMP_NUM_THREADS": "1"})
+def codex(site, home, *words, **more): return subprocess.run([BIN/"codex-nb", *map(str, words)], capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(site), "CODEX_NB_HOME": str(home), "OMP_NUM_THREADS": "1"} | more)
 
 def test_a_distribution(installed, tmp_path):
     site = installed(False)
     listed = codex(site, tmp_path, "plugins", "--json")
     assert listed.returncode == 1 # one cannot be loaded
     ours = {x["name"]: x for x in json.loads(listed.stdout) if x["source"] == "rose-garden"}
-    assert {n: (x["kind"], x["version"], x["state"]) for n, x in ours.items()} == {"vowels": ("metric", "2.5", "ok"), "lazy": ("metric", "2.5", "ok"), "gone": ("metric", "2.5", "fails"), "poems": ("dataset", "2.5", "ok")}
+    assert {n: (x["kind"], x["version"], x["state"]) for n, x in ours.items()} == {"vowels": ("metric", "2.5", "ok"), "lazy": ("metric", "2.5", "ok"), "gone": ("metric", "2.5", "fails"), "poems": ("dataset", "2.5", "ok"), "late": ("schedule", "2.5", "ok")}
     assert "ModuleNotFoundError" in ours["gone"]["error"] and "ModuleNotFoundError" in codex(site, tmp_path, "plugins").stdout
     assert codex(site, tmp_path, "plugins", "check", "vowels").returncode == 0
     wrong = codex(site, tmp_path, "plugins", "check", "lazy")
@@ -58,9 +61,24 @@ def test_a_distribution(installed, tmp_path):
     used = codex(site, tmp_path, "data", "check", "poems", "--json", "--no-near")
     assert used.returncode == 0 and '"documents": 60' in used.stdout, used.stdout+used.stderr
 
+def test_a_schedule_in_a_run(installed, tmp_path):
+    "Asked for by name, it is trained with; where its package is missing, the run is refused before it begins."
+    from test_launch import SMALL
+    site, words = installed(False), ["run", "train", *SMALL[3:], "-p", "steps", "4", "-p", "lr", "0.01", "-p", "warmup", "0", "-p", "lr_end", "0", "-p", "schedule", "late", "--quiet"]
+    assert codex(site, tmp_path, "plugins", "check", "schedule:late").returncode == 0
+    done = codex(site, tmp_path, *words, "--folder", tmp_path/"runs"/"r")
+    assert done.returncode == 0, done.stderr
+    assert [r["values"]["lr"] for l in (tmp_path/"runs"/"r"/"metrics.ndjson").read_text().splitlines() if (r := json.loads(l))["split"] == "train"] == [0.01, 0.01, 0.005, 0.005]
+    refused = codex(tmp_path, tmp_path/"new", *words)
+    assert refused.returncode == 1 and "there is no schedule 'late'" in refused.stderr and "Traceback" not in refused.stderr and not (tmp_path/"new").exists()
+
 def test_a_name_that_is_taken(installed, tmp_path):
     site = installed(True)
     listed = json.loads(codex(site, tmp_path, "plugins", "--json").stdout)
     assert {(x["source"], x["state"]) for x in listed if x["name"] == "bleu"} == {("codex_nb", "conflict"), ("rose-garden", "conflict")}
     refused = codex(site, tmp_path, "plugins", "check", "metric:bleu")
     assert refused.returncode == 1 and "is offered by" in refused.stderr and {"rose-garden"} <= {w.strip(":,") for w in refused.stderr.split()}, refused.stderr
+    chosen = json.loads(codex(site, tmp_path, "plugins", "--json", CODEX_NB_PREFER="metric:bleu=codex_nb").stdout)
+    assert {(x["source"], x["state"]) for x in chosen if x["name"] == "bleu"} == {("codex_nb", "ok"), ("rose-garden", "passed over")}
+    assert codex(site, tmp_path, "plugins", "check", "metric:bleu", CODEX_NB_PREFER="metric:bleu=codex_nb").returncode == 0
+    assert "write KIND:NAME=PACKAGE" in codex(site, tmp_path, "plugins", CODEX_NB_PREFER="bleu").stderr

@@ -18,15 +18,16 @@ from codex_nb.settings import RunConfig
 from codex_nb.sinks import Origin, Sinks
 from codex_nb.tracking import MetricsWriter, write_sample
 
+HORSE = "correct-horse-battery"
 WORD = "Zk8Qv3Xn7Rt2Wb5Yd9Lc4Mf6Hg1Jp0Ts"
 def planted(i): # kind -> a text that holds it, and the part that may not survive; put together here, so that this file holds none
     w = f"{i:02}{WORD}{WORD}"
     return {
         "github": ("gh"+"p_"+w[:36],)*2, "aws id": ("AK"+"IA"+w[:16].upper(),)*2, "google": ("AI"+"za"+w[:35],)*2, "anthropic": ("sk-"+"ant-"+w[:40],)*2, "openai": ("s"+"k-"+w[:40],)*2,
         "hugging face": ("h"+"f_"+w[:34],)*2, "slack": ("xo"+"xb-"+w[:30],)*2, "stripe": ("sk"+"_live_"+w[:24],)*2, "npm": ("np"+"m_"+w[:36],)*2, "gitlab": ("gl"+"pat-"+w[:20],)*2, "pypi": ("py"+"pi-"+w[:60],)*2,
-        "jwt": ("ey"+"J"+w[:20]+"."+w[:30]+"."+w[:30],)*2, "bearer": ("Authorization: Bear"+f"er {w[:32]}", w[:32]), "url": (f"postgres://me:{w[:12]}@db.example/x", w[:12]), "password": ("pass"+f"word = '{w[:14]}'", w[:14]),
+        "jwt": ("ey"+"J"+w[:20]+"."+w[:30]+"."+w[:30],)*2, "bearer": ("Authorization: Bear"+f"er {w[:32]}", w[:32]), "url": ("postgres://me:"+w[:12]+"@db.example/x", w[:12]), "password": ("pass"+f"word = '{w[:14]}'", w[:14]),
         "private key": ("-----BEGIN "+"PRIVATE KEY-----\n"+w[:60]+"\n-----END "+"PRIVATE KEY-----", w[:60]), "aws secret": ("aws_sec"+f"ret_access_key = {(w+w)[:40]}", (w+w)[:40]),
-        "thrown by dice": ("CLIENT_SEC"+f"RET={w[:28]}", w[:28]), "environment": (f"it is {os.environ.get('PLANTED_PASSWORD', 'correct-horse-battery')}", "correct-horse-battery"), "named key": ("api_key"+f": \"{w[:18]}\"", w[:18])}
+        "thrown by dice": ("CLIENT_SEC"+f"RET={w[:28]}", w[:28]), "environment": (f"it is {os.environ.get('PLANTED_PASSWORD', HORSE)}", HORSE), "named key": ("api_key"+f": \"{w[:18]}\"", w[:18])}
 
 KINDS = list(planted(0))
 def left_over(text, i): return [k for k, (_, secret) in planted(i).items() if secret in text]
@@ -48,7 +49,7 @@ def test_source_output_traceback_metadata_and_log(tmp_path):
     nb.cells = cells
     (tmp_path/"mine").mkdir()
     nbformat.write(nb, tmp_path/"mine"/"train.ipynb")
-    done = run("codex-nb", "run", str(tmp_path/"mine"/"train.ipynb"), *SMALL, "--folder", str(tmp_path/"runs"/"r"), home=tmp_path, PLANTED_PASSWORD="correct-horse-battery")
+    done = run("codex-nb", "run", str(tmp_path/"mine"/"train.ipynb"), *SMALL, "--folder", str(tmp_path/"runs"/"r"), home=tmp_path, **{"PLANTED_PASSWORD": HORSE})
     assert done.returncode == 1 and json.loads((tmp_path/"runs"/"r"/"manifest.json").read_text())["meta"]["status"] == "failed", done.stderr
     kept = everything(tmp_path/"runs")
     assert kept.count("[redacted ") > 100 and "RuntimeError" in kept # they were there
@@ -56,7 +57,7 @@ def test_source_output_traceback_metadata_and_log(tmp_path):
     for i in (1, 2, 3, 4): assert not left_over(done.stdout+done.stderr, i), i # what was echoed while it ran, and the error
 
 def test_parameters_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("PLANTED_PASSWORD", "correct-horse-battery")
+    monkeypatch.setenv("PLANTED_PASSWORD", HORSE)
     for kind, (text, secret) in planted(5).items():
         with pytest.raises(ConfigError) as e: check_parameters(RunConfig, {"data": text})
         assert "environment variable" in str(e.value) and secret not in str(e.value), kind
@@ -66,7 +67,7 @@ def test_parameters_are_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["mlflow", "tensorboard", "wandb", "csv"])
 def test_sinks(name, tmp_path, monkeypatch):
-    monkeypatch.setenv("PLANTED_PASSWORD", "correct-horse-battery")
+    monkeypatch.setenv("PLANTED_PASSWORD", HORSE)
     monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     folder = tmp_path/"runs"/"r"
