@@ -26,8 +26,8 @@ train: $(STAMP) ## train a tokenizer and a language model on the standard librar
 test: $(STAMP) ## run every notebook and test
 	$(BIN)/python tests/gate.py
 
-prove: $(STAMP) ## run the full counts of what `make test` samples
-	PROVE=1 $(BIN)/python -m pytest tests -n 2
+prove: $(STAMP) ## run the full counts of what `make test` samples, and keep the evidence
+	PROVE=1 $(BIN)/python tests/gate.py --keep
 
 lab: $(STAMP) ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs

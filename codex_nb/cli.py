@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'run', 'resume', 'prepare', 'prune', 'runs', 'verify', 'replay', 'export', 'diff', 'sweep', 'leaderboard',
-           'doctor', 'preflight', 'main']
+           'doctor', 'audit', 'preflight', 'main']
 
 # %% ../nbs/69_cli.ipynb #6d232e62
 import json, signal, sys, threading, traceback
@@ -22,7 +22,7 @@ app = typer.Typer(name="codex-nb", no_args_is_help=True, add_completion=False, r
 for name, sub in (("data", data), ("tokenizer", tokenizer_app), ("models", models_app), ("tracking", tracking_app), ("plugins", plugins_app), ("store", store_app)): app.add_typer(sub, name=name)
 for command in (generate, chat, compare): app.command()(command)
 
-# %% ../nbs/69_cli.ipynb #cfd5905b
+# %% ../nbs/69_cli.ipynb #214b24b7
 @app.command()
 def run(
     notebook:Annotated[str, typer.Argument(help="train, finetune, evaluate, compare, sweep, or the path of one of them")],
@@ -217,6 +217,19 @@ def doctor(
     found = probe(quick, thorough)
     print(json.dumps({"healthy": healthy(found), "checks": [vars(c) for c in found]}) if as_json else "\n".join(map(str, found)))
     if not healthy(found): raise typer.Exit(1)
+
+@app.command()
+def audit(
+    page:Annotated[Path|None, typer.Option("--html", help="Write a page to this file as well")] = None,
+    evidence:Annotated[Path|None, typer.Option("--evidence", help="Results of the tests; default: those that came with the package")] = None,
+    as_json:Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+)->None:
+    "Set what this package claims beside the evidence for it."
+    from codex_nb.artifacts import write_file
+    from codex_nb.audit import audit, audit_lines, audit_page
+    found = audit(evidence)
+    if page: write_file(page.absolute(), audit_page(found))
+    print(json.dumps(found, indent=1) if as_json else "\n".join(audit_lines(found)))
 
 @app.command()
 def preflight(

@@ -108,7 +108,7 @@ def _optuna():
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 
-# %% ../nbs/62_sweep.ipynb #5ba08834
+# %% ../nbs/62_sweep.ipynb #a1c490a3
 class Grid:
     "Trials of a grid, given out one at a time."
     def __init__(self, cfg:SweepConfig, sweep:Path): self.trials, self.sweep = grid_trials(cfg, sweep), sweep
@@ -124,9 +124,7 @@ class Grid:
                 if not (t.folder/MANIFEST).exists(): yield t
             finally: lock.release()
 
-    def told(self, trial, value): pass # it is read from the folders
-
-# %% ../nbs/62_sweep.ipynb #dad4fbfb
+# %% ../nbs/62_sweep.ipynb #80e25147
 class Search:
     "Trials of a search, chosen one at a time by what came before."
     def __init__(self, cfg:SweepConfig, sweep:Path):
@@ -194,7 +192,7 @@ def work(
             done = launch(cfg.of, {k: v for k, v in parameters.items() if k in leaves(KINDS[cfg.of]) or k == "preset"}, t.folder)
         if done and done.code in (74, *EXIT_CODES.values()): return done.code # it can go on later
         if done and done.folder is None: print(f"trial {t.number}: {done.error}", file=sys.stderr); return 1
-        trials.told(t, value_of(t.folder, cfg.metric))
+        if cfg.space: trials.told(t, value_of(t.folder, cfg.metric)) # a grid is read from the folders
     return 0
 
 # %% ../nbs/62_sweep.ipynb #88e3df59

@@ -1,5 +1,9 @@
-"""`make test`: every check, with the time of each, its log, and a summary."""
-import os, re, subprocess, sys, tempfile, time
+"""`make test`: every check, with the time of each, its log, and a summary; what was shown is kept as evidence.
+
+`make prove` is the same at full counts, and puts the evidence into the package.
+"""
+import datetime, json, os, platform, re, subprocess, sys, tempfile, time
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -8,13 +12,39 @@ BIN = Path(sys.executable).parent
 PARTS = {
     "pip check": [[BIN/"python", "-m", "pip", "check"]],
     "nbdev_test": [[BIN/"nbdev_test", "--n_workers", "2", "--timing"]],
-    "nbval": [[BIN/"python", "-m", "pytest", "--nbval", "--nbval-current-env", "--nbval-sanitize-with", "tests/nbval.cfg", "nbs", "-n", "2", "--dist", "loadfile", "-p", "no:cacheprovider"]],
-    "pytest": [[BIN/"python", "-m", "coverage", "erase"], [BIN/"python", "-m", "coverage", "run", "-m", "pytest", "tests", "-n", "2", "-p", "no:cacheprovider", "--durations", "10"]],
+    "nbval": [[BIN/"python", "-m", "pytest", "--nbval", "--nbval-current-env", "--nbval-sanitize-with", "tests/nbval.cfg", "nbs", "-n", "2", "--dist", "loadfile", "-p", "no:cacheprovider", "--junitxml", LOGS/"nbval.xml"]],
+    "pytest": [[BIN/"python", "-m", "coverage", "erase"], [BIN/"python", "-m", "coverage", "run", "-m", "pytest", "tests", "-n", "2", "-p", "no:cacheprovider", "--durations", "10", "--junitxml", LOGS/"pytest.xml"]],
     "coverage": [[BIN/"python", "-m", "coverage", "combine", "-q"], [BIN/"python", "-m", "coverage", "report", "--fail-under", "90"]],
 }
 
+def results(path, notebooks):
+    "Test or notebook -> how often it passed, failed and was skipped."
+    out = {}
+    for case in ET.parse(path).iter("testcase"):
+        where = case.get("classname")
+        name = f"nbs/{where.removeprefix('nbs.')}" if notebooks else f"{where.replace('.', '/')}.py::{case.get('name').partition('[')[0]}"
+        r = out.setdefault(name, {"passed": 0, "failed": 0, "skipped": 0})
+        skip = case.find("skipped")
+        state = "skipped" if skip is not None else "failed" if case.find("failure") is not None or case.find("error") is not None else "passed"
+        r[state] += 1
+        if skip is not None: r["why"] = skip.get("message", "")[:120]
+    return out
+
+def evidence():
+    "What this run of all checks has shown, of which code."
+    import torch
+    sys.path.insert(0, str(ROOT))
+    from codex_nb.artifacts import code_files
+    git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    shown = {}
+    for name in ("nbval", "pytest"):
+        if (LOGS/f"{name}.xml").exists(): shown |= results(LOGS/f"{name}.xml", name == "nbval")
+    return {"schema": 1, "commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", ".", ":!data/evidence.json")), "made": datetime.date.today().isoformat(), "counts": "full" if os.environ.get("PROVE") else "small",
+        "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}", "modules": code_files(), "results": dict(sorted(shown.items()))}
+
 def main():
     LOGS.mkdir(exist_ok=True)
+    for old in LOGS.glob("*.xml"): old.unlink()
     began, failed, counts = time.monotonic(), [], {"passed": 0, "failed": 0, "skipped": 0}
     for name, commands in PARTS.items():
         log, start, code = LOGS/f"{name.replace(' ', '-')}.log", time.monotonic(), 0
@@ -29,6 +59,7 @@ def main():
         print(f"{'ok    ' if code == 0 else 'FAILED'} {name:12} {time.monotonic()-start:6.0f} s" + ("" if code == 0 else f"   log: {log}"), flush=True)
         if code: failed.append(name); print("\n".join(text.splitlines()[-40:]), flush=True)
     total = re.findall(r"^TOTAL.*?(\d+)%", (LOGS/"coverage.log").read_text(), re.M)
+    for path in [LOGS/"evidence.json", *([ROOT/"data"/"evidence.json"] if "--keep" in sys.argv else [])]: path.write_text(json.dumps(evidence(), indent=0)+"\n")
     print(f"{time.monotonic()-began:.0f} s in all" + (f", coverage {total[-1]} %" if total else ""))
     print(f"{counts['passed']} passed, {max(counts['failed'], len(failed))} failed, {counts['skipped']} skipped")
     sys.exit(1 if failed else 0)

@@ -1,5 +1,5 @@
 """The wheel, with the runtime dependencies alone and no repository at hand, imports, trains, and executes its run again."""
-import os, re, shutil, subprocess, sys, venv, zipfile
+import json, os, re, shutil, subprocess, sys, venv, zipfile
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from packaging.requirements import Requirement
@@ -55,3 +55,5 @@ def test_runtime_dependencies_suffice(tmp_path):
     assert again.returncode == 0 and "proven: L3" in again.stdout, again.stdout+again.stderr
     said = (folder/"train.ipynb").read_text()
     assert "mlflow is left out from here on" in said and "pip install 'codex_nb[mlflow]'" in said # said, by name, with the remedy; and the run went on
+    audit = subprocess.run([python, "-c", "from codex_nb.cli import main; main()", "audit", "--json"], capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert audit.returncode == 0 and len(json.loads(audit.stdout)["rows"]) == 50 and json.loads(audit.stdout)["stubs"] == [], audit.stderr

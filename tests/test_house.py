@@ -165,6 +165,17 @@ def test_data_is_small_and_as_its_card_says():
         card = p.with_suffix(".md").read_text()
         assert p.stat().st_size < 2<<20 and hashlib.sha256(p.read_bytes()).hexdigest() in card
 
+def test_every_claim_names_what_is_there():
+    "What the audit points to exists, and every chapter that exports stands behind a claim."
+    from codex_nb.audit import claims
+    tests = {f"tests/{p.name}": {n.name for n in ast.parse(p.read_text()).body if isinstance(n, ast.FunctionDef)} for p in (ROOT/"tests").glob("test_*.py")}
+    named = {s for c in claims() for s in c.shown_by if not s.startswith("doctor:")}
+    for s in named:
+        if s.startswith("nbs/"): assert (ROOT/s).is_file(), s
+        else: assert s.partition("::")[0] in tests and (s.partition("::")[2] or next(iter(tests[s.partition("::")[0]]))) in tests[s.partition("::")[0]], s
+    assert {module_of(p) for p in CHAPTERS} == {m for c in claims() for m in c.modules}
+    assert {s.partition("::")[0] for s in named if s.startswith("tests/")} | {"tests/test_lab.py"} == tests.keys() # the lab's test is skipped where there is no browser
+
 def test_version_has_one_source():
     import codex_nb
     ini = configparser.ConfigParser(); ini.read(ROOT/"settings.ini")
