@@ -134,7 +134,7 @@ DEFERRED = {"speed, memory and equality on a GPU": "the tests marked for CUDA ar
     "searches on PostgreSQL": "tested on SQLite with several processes; the same code talks to any database that Optuna does"}
 OPEN = ["Is a result on another kind of processor equal? Level L4 of a replay answers by an equivalence test, for one run at a time.", "How far do intervals over documents hold where a few documents hold most of the text? The summary warns; a better interval is not known to us."]
 
-# %% ../nbs/65_audit.ipynb #d74ce609
+# %% ../nbs/65_audit.ipynb #6ad288ca
 def audit(
     path=None, # The results of the tests; default: the package's own
 )->dict: # JSON types
@@ -171,5 +171,5 @@ def audit_page(
     parts.append("<h2>this machine</h2>" + table(("", "what", "found"), [("works" if c["available"] else "missing", c["name"], c["found"]) for c in found["checks"]]))
     for title, what in (("deferred", found["deferred"]), ("how to undo", found["undo"])): parts.append(f"<h2>{title}</h2>" + table(("", ""), what.items()))
     parts.append("<h2>open questions</h2><ul>" + "".join(f"<li>{esc(q)}</li>" for q in found["open"]) + "</ul><h2>map</h2>" + table(("module", "about", "public names"), [(m["module"], m["about"], m["public"]) for m in found["map"]]))
-    style = "body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}table{border-collapse:collapse;width:100%}td,th{text-align:left;vertical-align:top;padding:.3rem .6rem;border-bottom:1px solid #8884}.proven td:first-child,.works td:first-child{color:#2a7d46}.failed td:first-child,.missing td:first-child{color:#c0392b}.changed td:first-child,.unproven td:first-child{color:#b9770e}"
+    style = "body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}table{border-collapse:collapse;width:100%}td{overflow-wrap:anywhere}td:nth-child(-n+3){overflow-wrap:normal}td,th{text-align:left;vertical-align:top;padding:.3rem .6rem;border-bottom:1px solid #8884}.proven td:first-child,.works td:first-child{color:#2a7d46}.failed td:first-child,.missing td:first-child{color:#c0392b}.changed td:first-child,.unproven td:first-child{color:#b9770e}"
     return f"<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>codex_nb: audit</title><style>{style}</style><h1>codex_nb {esc(found['version'])}: audit</h1><p>{esc(lines[1])}</p><p>{esc(', '.join(f'{n} {s}' for s, n in found['states'].items()))}; {esc(lines[-2])}; {esc(lines[-1])}</p>{''.join(parts)}</html>\n"

@@ -91,7 +91,7 @@ def read_rows(
         since[name] = (n, at+len(data))
     return out
 
-# %% ../nbs/39_sinks.ipynb #2a460457
+# %% ../nbs/39_sinks.ipynb #4e141b2f
 class Sinks:
     "Feeds a run's record to those who show it."
     def __init__(self,
@@ -134,7 +134,7 @@ class Sinks:
         while True:
             self._wake.wait(); self._wake.clear()
             end, rows = self._end, read_rows(self.origin.folder, self._since)
-            if end: rows += _figures(self.origin.folder, rows or self._past)
+            if end: rows += _figures(self.origin.folder, self._past+rows)
             self._past += rows # for those that are opened later
             for name in self.names: self._bring(name, end)
             if end: return
@@ -157,7 +157,8 @@ class Sinks:
 def _figures(folder, rows): # of a sealed run, as its last row
     try: found = read_manifest(folder).meta.get("figures", {})
     except ArtifactError: return []
-    numbers = {k: float(v) for k, v in found.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    there = {f"{r.split}.{k}" for r in rows for k in r.values} # most of them are the last values of curves
+    numbers = {k: float(v) for k, v in found.items() if isinstance(v, (int, float)) and not isinstance(v, bool) and k not in there}
     return [Row("figures", 0, "figures", max((r.step for r in rows), default=0), max((r.time for r in rows), default=0.0), numbers)] if numbers else []
 
 # %% ../nbs/39_sinks.ipynb #6c8afa60

@@ -196,10 +196,11 @@ def plugins_check(
     print(f"{kinds[0]} {short} {'does not keep' if wrong else 'keeps'} its contract")
     if wrong: raise typer.Exit(1)
 
-# %% ../nbs/67_stock.ipynb #04bf8179
+# %% ../nbs/67_stock.ipynb #e357f16f
 @tracking_app.command("init")
 def tracking_init()->None:
     "Prepare MLflow's store, and say how to look at it."
     from codex_nb.sinks import mlflow_experiment, mlflow_uri
     client, experiment = mlflow_experiment()
-    print(f"MLflow's store is ready, with {len(client.search_runs([experiment]))} runs\nlook at it: mlflow ui --backend-store-uri {mlflow_uri()}")
+    n = len(client.search_runs([experiment]))
+    print(f"MLflow's store is ready, with {n} run{'' if n == 1 else 's'}\nlook at it: mlflow ui --backend-store-uri {mlflow_uri()}\nthen open:  http://127.0.0.1:5000/#/experiments/{experiment}/runs")
