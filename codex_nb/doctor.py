@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['EXTRAS', 'NEEDED', 'Check', 'remedy_for', 'probe', 'healthy']
 
-# %% ../nbs/64_doctor.ipynb #38ecca19
-import importlib, os, platform, shutil, sys, tempfile, time
+# %% ../nbs/64_doctor.ipynb #759df038
+import importlib, os, platform, shutil, sqlite3, sys, tempfile, time
+from contextlib import closing
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
@@ -79,7 +80,7 @@ def _threads():
     n, asked = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
     return Check("threads", True, True, n <= here, f"{n} in use, {here} of {cores} processors are this process's" + (f"; OMP_NUM_THREADS={asked}" if asked else ""), "give -p threads, or set OMP_NUM_THREADS")
 
-# %% ../nbs/64_doctor.ipynb #b205da2a
+# %% ../nbs/64_doctor.ipynb #1a296156
 def _nearest(): # the workspace, or what of its path is there
     home = workspace()
     return next(p for p in (home, *home.parents) if p.is_dir())
@@ -116,6 +117,15 @@ def _network():
     out = any(l.split()[1:2] == ["00000000"] for l in route.read_text().splitlines()[1:]) if route.is_file() else None
     return Check("network", False, True, True, {True: "this machine has a way out; codex_nb does not use it", False: "this machine has no way out", None: "cannot be told here"}[out])
 
+def _mlflow():
+    from codex_nb.sinks import mlflow_uri
+    uri = mlflow_uri()
+    path = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+    if path is None: return Check("MLflow store", False, True, True, "elsewhere, as MLFLOW_TRACKING_URI says; it was not asked")
+    if not path.is_file(): return Check("MLflow store", False, True, False, f"none yet at {path}; the first run makes it", "codex-nb tracking init")
+    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db: n = db.execute("select count(*) from runs").fetchone()[0]
+    return Check("MLflow store", False, True, True, f"{n:,} run{'' if n == 1 else 's'} in {path}")
+
 def _lock_file():
     path = lock_file()
     if path is None: return Check("lock file", False, True, True, "none here: the package is installed")
@@ -124,7 +134,7 @@ def _lock_file():
     other = sorted(n for n, v in pins.items() if here.get(n, v) != v)
     return Check("lock file", False, not other, True, f"{len(pins)} packages, all as locked" if not other else f"{len(other)} are not as locked: {', '.join(f'{n} {here[n]} instead of {pins[n]}' for n in other[:5])}", "make setup")
 
-# %% ../nbs/64_doctor.ipynb #4250ffa4
+# %% ../nbs/64_doctor.ipynb #e8a28b40
 def probe(
     quick:bool=False, # Do not import packages, and do not try torch
     thorough:bool=False, # Compile something as well
@@ -133,7 +143,7 @@ def probe(
     out = [Check("python", True, (3, 11) <= sys.version_info[:2] <= (3, 13), True, f"{platform.python_version()} on {platform.system()} {platform.machine()}", "use Python 3.11 to 3.13")]
     out += [_package(n, True, "", quick) for n in NEEDED]
     tried = {} if quick else {"cuda": _cuda, "bf16": _bf16, "compile": lambda: _compile(thorough), "threads": _threads}
-    tried |= {"disk": _disk, "memory": _memory, "locks": _locks, "models": _models, "network": _network, "lock file": _lock_file}
+    tried |= {"disk": _disk, "memory": _memory, "locks": _locks, "models": _models, "network": _network, "MLflow store": _mlflow, "lock file": _lock_file}
     for name, ask in tried.items(): out.append(_asked(name, ask))
     return out + [_package(n, False, what, quick) for n, (_, what) in EXTRAS.items()]
 

@@ -83,7 +83,7 @@ def determinism()->str: # `deterministic` or `off`
     import torch
     return "deterministic" if torch.are_deterministic_algorithms_enabled() else "off"
 
-# %% ../nbs/03_repro.ipynb #10bba3a1
+# %% ../nbs/03_repro.ipynb #991906c4
 def lock_file()->Path|None: # None when the package lies outside its repository
     "The lock file this environment should follow."
     path = Path(__file__).resolve().parent.parent/"requirements.lock" if "__file__" in globals() else Path("../requirements.lock")
@@ -106,6 +106,10 @@ def _cpu():
     try: return next(l.split(":", 1)[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name"))
     except (OSError, StopIteration): return platform.processor() or platform.machine()
 
+def _driver(): # of NVIDIA; None without one
+    path = Path("/proc/driver/nvidia/version")
+    return path.read_text().splitlines()[0].strip() if path.is_file() else None
+
 def environment()->dict: # Nested plain values
     "Everything about this process that can change a result."
     import torch
@@ -114,7 +118,7 @@ def environment()->dict: # Nested plain values
     return {"code": producer()|{"files": code_files()}, "lock": sha256_file(lock) if lock else None, "packages": packages(),
         "python": platform.python_version(), "system": platform.platform(), "machine": platform.machine(), "cpu": _cpu(), "cores": os.cpu_count(),
         "threads": torch.get_num_threads(), "torch": {"version": torch.__version__, "cuda": torch.version.cuda, "capability": torch.backends.cpu.get_cpu_capability()},
-        "gpus": gpus, "determinism": determinism()}
+        "gpus": gpus, "driver": _driver(), "determinism": determinism()}
 
 # %% ../nbs/03_repro.ipynb #9d156f2a
 def numeric_identity(

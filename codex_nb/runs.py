@@ -6,15 +6,15 @@
 __all__ = ['LOCK', 'HANDED', 'REBUILT', 'RunError', 'run_status', 'new_run_folder', 'Run', 'run_parts', 'seal_run', 'last_values',
            'attach', 'list_runs', 'in_use', 'find_run', 'find_in_runs', 'handed_over', 'begun_with', 'verify_run']
 
-# %% ../nbs/50_runs.ipynb #a8d1c778
+# %% ../nbs/50_runs.ipynb #529fb7c6
 import json, secrets, shutil
 from datetime import datetime
 from pathlib import Path
 
 from .artifacts import MANIFEST, ArtifactError, Manifest, disk_error, json_text, open_artifact, problems, read_manifest, seal, write_file
-from .config import Config, digest_of, env_setting, identity
+from .config import Config, canonical_json, digest_of, env_setting, identity
 from .repro import code_changes, environment
-from .safety import redact
+from .safety import find_secrets, redact
 from .store import Lock, find_stored, is_locked, workspace
 from .tracking import read_metrics
 
@@ -40,7 +40,7 @@ def new_run_folder(
     stamp = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
     return workspace()/"runs"/"-".join(filter(None, (stamp, kind, name, secrets.token_hex(2))))
 
-# %% ../nbs/50_runs.ipynb #313c46b9
+# %% ../nbs/50_runs.ipynb #985d5d47
 def _remember(folder): # a run outside the workspace's `runs/`, for the upkeep of the store
     listed = workspace()/"store"/".runs"
     listed.parent.mkdir(parents=True, exist_ok=True)
@@ -61,6 +61,7 @@ class Run:
         folder=None, # Default: `$CODEX_NB_RUN`, else a new one under `runs/`
     )->"Run": # `RunError` when the folder is taken
         "Begin a run, or continue an interrupted one."
+        if found := find_secrets(canonical_json(cfg.plain()).decode()): raise RunError(f"a setting holds what looks like a secret ({found[0].kind}); settings are kept in the run, so give it in an environment variable")
         folder = Path(folder or env_setting("CODEX_NB_RUN") or new_run_folder(kind, name)).absolute()
         if (folder/MANIFEST).exists(): raise RunError(f"{folder}: this run is already {run_status(folder)}; start a new one in another folder")
         others = [p.name for p in folder.iterdir() if not p.name.startswith(".")] if folder.is_dir() else []

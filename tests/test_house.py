@@ -121,6 +121,11 @@ def test_every_command_of_the_readme_exists():
             assert nb.is_file() and {words[i+1] for i, w in enumerate(words) if w == "-p"} <= {*leaves(config_of(nb)), "preset"}, c
     assert len(found) > 10
 
+def test_readme_names_every_chapter():
+    text = (ROOT/"README.md").read_text().partition("## The chapters")[2]
+    assert re.findall(r"`(\d\d_\w+)`", text) == [p.stem for p in CHAPTERS]
+    assert set(re.findall(r"`([a-z_]+)`", text)) >= {p.stem for p in NBS.glob("[a-z]*.ipynb")} - {"index"}
+
 def test_make_help_lists_every_target():
     said = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for t in ("train", "test", "lab", "docs", "lock", "clean", "readme", "prove"): assert f"make {t} " in said
