@@ -91,7 +91,7 @@ def read_rows(
         since[name] = (n, at+len(data))
     return out
 
-# %% ../nbs/39_sinks.ipynb #4e141b2f
+# %% ../nbs/39_sinks.ipynb #8443d4ff
 class Sinks:
     "Feeds a run's record to those who show it."
     def __init__(self,
@@ -157,18 +157,22 @@ class Sinks:
 def _figures(folder, rows): # of a sealed run, as its last row
     try: found = read_manifest(folder).meta.get("figures", {})
     except ArtifactError: return []
+    for path in sorted(Path(folder).glob("evaluations/*/summary.json")): found = found | {f"{path.parent.name}.{k}": v["value"] for k, v in json.loads(path.read_bytes())["metrics"].items()}
     there = {f"{r.split}.{k}" for r in rows for k in r.values} # most of them are the last values of curves
     numbers = {k: float(v) for k, v in found.items() if isinstance(v, (int, float)) and not isinstance(v, bool) and k not in there}
     return [Row("figures", 0, "figures", max((r.step for r in rows), default=0), max((r.time for r in rows), default=0.0), numbers)] if numbers else []
 
-# %% ../nbs/39_sinks.ipynb #6c8afa60
+# %% ../nbs/39_sinks.ipynb #e9bb8631
 class CSVSink:
     "A table in `csv/` of the workspace."
     def __init__(self, origin:Origin):
         self.fed, self.folder, self.path = {}, origin.folder, workspace()/"csv"/f"{origin.folder.name}.csv"
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
-    def write(self, rows): metrics_csv(self.folder/"metrics.ndjson", self.path)
+    def write(self, rows):
+        if (self.folder/"metrics.ndjson").is_file(): return metrics_csv(self.folder/"metrics.ndjson", self.path)
+        lines = [f"{k},{v!r}" for r in rows if r.file == "figures" for k, v in r.values.items()] # of a run that only judged
+        self.path.write_text("\n".join(["figure,value", *lines])+"\n", encoding="utf-8")
     def close(self, status, files): return
 
 # %% ../nbs/39_sinks.ipynb #2ca3cd45

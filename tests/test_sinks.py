@@ -135,3 +135,15 @@ def test_one_that_never_answers(alone, capfd):
     asleep.set()
     assert took < 30 and (record, weights) == alone[1:3]
     assert "asleep is left out from here on: it was still busy" in capfd.readouterr().err
+
+def test_a_run_that_only_judged():
+    from codex_nb.runs import Run
+    from codex_nb.settings import KINDS
+    run = Run.start("evaluate", KINDS["evaluate"].from_preset("smoke"), folder=workspace()/"runs"/"judged")
+    (run.folder/"evaluations"/"validation").mkdir(parents=True)
+    (run.folder/"evaluations"/"validation"/"summary.json").write_text('{"metrics": {"bits_per_byte": {"value": 1.25, "low": 1.0, "high": 1.5}}}')
+    run.finish()
+    assert export_run(run.folder, "csv,mlflow") == {}
+    assert (workspace()/"csv"/"judged.csv").read_text() == "figure,value\nvalidation.bits_per_byte,1.25\n"
+    client, experiment = mlflow_experiment()
+    assert client.search_runs([experiment])[0].data.metrics == {"figures.validation.bits_per_byte": 1.25}
