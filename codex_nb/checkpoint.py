@@ -7,7 +7,7 @@ __all__ = ['STATE', 'NO_SCALER', 'CheckpointError', 'optimizer_tensors', 'optimi
            'model_tensors', 'snapshot', 'write_checkpoint', 'set_weights', 'read_weights', 'load_checkpoint',
            'checkpoints', 'latest_checkpoint']
 
-# %% ../nbs/33_checkpoint.ipynb #0330f621
+# %% ../nbs/33_checkpoint.ipynb #f96bfb2c
 import json, shutil
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from .adapters import adapter_settings, adapter_tensors, set_adapter_tensors
-from .artifacts import Artifact, ArtifactError, open_artifact, publish, read_manifest
+from .artifacts import Artifact, ArtifactError, open_artifact, publish
 from .distributed import World, own_share, read_shares, share_like, share_name, whole
 from .optim import EMA
 from .repro import numeric_identity, rng_state, seed_everything, seed_for, set_rng_state

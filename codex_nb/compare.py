@@ -6,7 +6,7 @@
 __all__ = ['CompareError', 'Subject', 'open_subject', 'by_seed', 'setting_differences', 'Comparison', 'compare', 'plot_curves',
            'plot_differences', 'plot_documents', 'plot_speed', 'compare_all', 'comparison_json', 'figures_table']
 
-# %% ../nbs/56_compare.ipynb #10516d31
+# %% ../nbs/56_compare.ipynb #d4b470b0
 import json, re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ import numpy as np
 from .artifacts import Artifact, ArtifactError, read_manifest
 from .config import leaves
 from .evaluate import read_evaluation
-from .runs import RunError, find_run, list_runs
+from .runs import find_run, list_runs
 from .scoring import Record
 from .settings import KINDS, RunConfig
 from .statistics import Difference, Interval, difference_of_seeds, paired_difference, verdict

@@ -90,13 +90,13 @@ def use_products(
     for m in changed: m.__class__ = swap[type(m)]
     return len(changed)
 
-# %% ../nbs/21_compute.ipynb #bbbff073
+# %% ../nbs/21_compute.ipynb #d398f642
 WORTH_COMPILING = 2e13 # Floating-point operations of a run
 
 @cache
 def has_compiler()->str|None: # None when `torch.compile` can be used on the CPU, else the reason
     "Whether generated code can be built here."
-    from torch._inductor import config, cpp_builder
+    from torch._inductor import cpp_builder
     from torch._inductor.exc import InvalidCxxCompiler
     try: cpp_builder.get_cpp_compiler()
     except (InvalidCxxCompiler, RuntimeError, OSError) as e: return f"no C++ compiler was found ({type(e).__name__}); install g++"

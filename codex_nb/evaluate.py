@@ -6,8 +6,8 @@
 __all__ = ['EvaluateConfig', 'figures', 'by_slice', 'summarize', 'summary_table', 'summary_lines', 'plot_reliability', 'worst',
            'token_html', 'publish_evaluation', 'read_evaluation']
 
-# %% ../nbs/46_evaluate.ipynb #dd19c53c
-import csv, html, json, math, random
+# %% ../nbs/46_evaluate.ipynb #d5a2bc97
+import csv, html, json, math
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -21,7 +21,7 @@ from .documents import Document
 from .metrics import Calibration, compressor_bits_per_byte, perplexity
 from .repro import seed_for
 from .safety import redact_json
-from .scoring import Record, judged_text
+from .scoring import Record
 from .statistics import bootstrap_ratio
 from .tokenizer import Tokenizer
 

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['leaderboard', 'plot_leaderboard', 'plot_parameters']
 
-# %% ../nbs/63_leaderboard.ipynb #dd153093
+# %% ../nbs/63_leaderboard.ipynb #a0eb06e1
 import json
-from pathlib import Path
 
 from .statistics import Interval, mean_of_seeds
 from .sweep import interval_of, sweep_asked, trials_of

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['isolation', 'preflight', 'preflight_lines']
 
-# %% ../nbs/55_preflight.ipynb #4069ba52
+# %% ../nbs/55_preflight.ipynb #39b595f7
 import math, time
 
 import numpy as np
@@ -17,7 +17,7 @@ from .engine import samples_to_take
 from .loss import lm_loss
 from .model import autocast, build_model, count_parameters, logits_of
 from .settings import RunConfig
-from .tokens import IGNORE, Rows, build_tokens
+from .tokens import Rows, build_tokens
 from .vocabulary import train_tokenizer
 
 # %% ../nbs/55_preflight.ipynb #47e7320a

@@ -124,11 +124,11 @@ class Grid:
                 if not (t.folder/MANIFEST).exists(): yield t
             finally: lock.release()
 
-# %% ../nbs/62_sweep.ipynb #80e25147
+# %% ../nbs/62_sweep.ipynb #d2eee642
 class Search:
     "Trials of a search, chosen one at a time by what came before."
     def __init__(self, cfg:SweepConfig, sweep:Path):
-        self.optuna, self.cfg, self.sweep = (optuna := _optuna()), cfg, sweep
+        self.optuna, self.cfg, self.sweep = _optuna(), cfg, sweep
         self.study = self._study(env_setting("CODEX_NB_STUDY") or cfg.study or f"sqlite:///{sweep/'study.db'}")
 
     def _study(self, url, tries=20):

@@ -5,11 +5,9 @@
 # %% auto #0
 __all__ = ['IGNORE', 'TokenStore', 'build_tokens', 'RowsConfig', 'best_fit', 'Rows']
 
-# %% ../nbs/17_tokens.ipynb #707902c2
+# %% ../nbs/17_tokens.ipynb #a93d4e5f
 import os
-from collections.abc import Iterable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -17,7 +15,6 @@ import numpy as np
 from .artifacts import Artifact
 from .config import Config, ConfigError
 from .corpus import Corpus
-from .documents import Document
 from .store import cached
 from .tokenizer import Tokenizer, encode_document, in_threads
 

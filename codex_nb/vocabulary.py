@@ -7,7 +7,7 @@ __all__ = ['TRAPS', 'TokenizerConfig', 'training_texts', 'bpe_tokenizer', 'byte_
            'sentencepiece_tokenizer', 'sp_model', 'check_parity', 'train_tokenizer', 'check_tokenizer',
            'import_tokenizer', 'quality', 'plot_quality']
 
-# %% ../nbs/16_vocabulary.ipynb #f8fd7482
+# %% ../nbs/16_vocabulary.ipynb #148d5485
 import io, json, shutil, tempfile, time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from .config import Config, ConfigError
 from .corpus import SPLITS, Corpus, rank_of
-from .documents import Document
 from .plugins import get, known
 from .samples import sample
 from .store import cached, deposit

@@ -1,6 +1,5 @@
 """Faults of the disk and of the process: what is there is whole, or it is said."""
-import errno, os, random, resource, shutil, signal, subprocess, sys, textwrap, time
-from pathlib import Path
+import errno, os, random, shutil, signal, subprocess, sys, textwrap, time
 import pytest
 from codex_nb.artifacts import ArtifactError, DiskError, open_artifact, problems, publish, write_file
 from codex_nb.store import Lock

@@ -6,7 +6,7 @@ import pytest, torch
 PROVE = bool(os.environ.get("PROVE"))
 N = lambda small, full: full if PROVE else small
 
-from codex_nb.artifacts import ArtifactError, DiskError, open_artifact, problems
+from codex_nb.artifacts import ArtifactError, problems
 from codex_nb.checkpoint import Standing, checkpoints, latest_checkpoint, load_checkpoint, snapshot, write_checkpoint
 from codex_nb.model import ModelConfig, build_model
 from codex_nb.optim import OptimConfig, make_optimizer

@@ -5,11 +5,10 @@ import numpy as np, pytest
 from hypothesis import assume, HealthCheck, given, settings, strategies as st
 import codex_nb
 from codex_nb.batches import permute, sample_order
-from codex_nb.corpus import CorpusConfig, build_corpus, open_corpus, split_by_position, split_of
-from codex_nb.documents import Document, ReadError
-from codex_nb.readers import read_jsonl, read_path
+from codex_nb.corpus import CorpusConfig, open_corpus, split_by_position, split_of
+from codex_nb.documents import Document
+from codex_nb.readers import read_path
 from codex_nb.safety import RULES, find_secrets
-from codex_nb.tokens import Rows, build_tokens
 from codex_nb.vocabulary import TokenizerConfig, train_tokenizer
 
 EXAMPLES = 2000 if os.environ.get("PROVE") else 150

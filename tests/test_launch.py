@@ -154,7 +154,7 @@ def test_hostile_parameters(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path/"home"))
     evil = "__import__('pathlib').Path('executed').touch()"
-    pieces = [evil, f"x={evil}; y", f"lr\n{evil}", f"lr = 1 #", "class", "lambda", "__builtins__", "__class__", "lr.real", "ｌｒ", "lr\u200b", "In", "preset", "_preset", "exec", "%%bash", "!touch executed", "../../executed", "/etc/passwd", "~", "$(touch executed)", "`touch executed`", "{{7*7}}", f"{{{evil}}}", "\x00", "\ud800"]
+    pieces = [evil, f"x={evil}; y", f"lr\n{evil}", "lr = 1 #", "class", "lambda", "__builtins__", "__class__", "lr.real", "ｌｒ", "lr\u200b", "In", "preset", "_preset", "exec", "%%bash", "!touch executed", "../../executed", "/etc/passwd", "~", "$(touch executed)", "`touch executed`", "{{7*7}}", f"{{{evil}}}", "\x00", "\ud800"]
     names = st.one_of(st.sampled_from([*pieces, "lr", "data", "targets", "mixture", "checkpoint", "threads", "steps"]), st.text(max_size=20), st.sampled_from(pieces).flatmap(lambda a: st.text(max_size=5).map(lambda b: a+b)))
     class Odd:
         def __repr__(self): Path("executed").touch(); return "1"

@@ -1,10 +1,9 @@
 """What a stranger's data may hold: each case is refused with its own words and place, or read as it must be."""
-import bz2, csv, gzip, json, os, random, subprocess, sys
-from pathlib import Path
+import gzip, json, os, random, subprocess, sys
 import pytest
 from backports import zstd
 from hypothesis import given, settings, strategies as st
-from codex_nb.corpus import CorpusConfig, build_corpus, open_corpus
+from codex_nb.corpus import CorpusConfig, open_corpus
 from codex_nb.documents import BadLine, ReadError, check_json, parse_line
 from codex_nb.readers import Rejects, read_path
 

@@ -1,6 +1,5 @@
 """Models come from disk alone: found, refused and opened in a process without network."""
-import json, os, subprocess, sys, textwrap
-from pathlib import Path
+import os, subprocess, sys, textwrap
 import pytest
 
 CODE = textwrap.dedent("""

@@ -90,7 +90,7 @@ def bench(tmp_path_factory):
 
 def run_once(bench, folder, given, cuts):
     "Train to the end, in as many parts as there are cuts and one more; what it comes to."
-    import signal, torch
+    import signal
     from codex_nb.engine import Hook
     from codex_nb.interrupts import Interrupted
     from codex_nb.repro import seed_everything

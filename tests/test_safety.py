@@ -1,5 +1,5 @@
 """Twenty kinds of secrets planted in every place a run writes to: none is left on the disk or on the terminal. And what comes from strangers is read, not executed."""
-import contextlib, gzip, io, json, os, pickle, shutil, sqlite3, tarfile, zipfile
+import contextlib, gzip, io, json, os, pickle, shutil, tarfile, zipfile
 from pathlib import Path
 
 import nbformat, pytest, torch
@@ -180,7 +180,6 @@ def test_archives_are_not_unpacked(name, tmp_path, monkeypatch):
 
 def test_a_bomb_does_not_fill_the_memory(tmp_path):
     "A gigabyte of one letter in a megabyte, in a single line: refused by the length of a line, in little memory."
-    import psutil
     with gzip.open(tmp_path/"bomb.jsonl.gz", "wb", compresslevel=9) as f:
         f.write(b'{"text": "')
         for _ in range(1024): f.write(b"a"*(1<<20))
@@ -193,7 +192,6 @@ def test_a_bomb_does_not_fill_the_memory(tmp_path):
 
 def test_a_run_folder_of_a_stranger(tmp_path, monkeypatch, capsys):
     "A run whose notebook is a program, whose names point outside and whose records are no records: read by every command that reads runs, executed by none."
-    from codex_nb.artifacts import seal
     mark, folder = tmp_path/"mark", tmp_path/"runs"/"theirs"
     done = run("codex-nb", "run", "train", *SMALL, "--folder", str(folder), "--quiet", home=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -1,14 +1,14 @@
 """Tokenizers in every combination, packing that keeps documents apart, the physical limit, the store's upkeep, memory."""
 from dataclasses import replace
-import json, math, os, random, shutil, subprocess, sys, time
+import json, math, os, random, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from codex_nb.artifacts import MANIFEST
 from codex_nb.batches import Batches, order_digest, to_batch
 from codex_nb.config import ConfigError
-from codex_nb.corpus import SPLITS, CorpusConfig, build_corpus, open_corpus, split_of
-from codex_nb.documents import Document, Message
+from codex_nb.corpus import CorpusConfig, build_corpus, open_corpus, split_of
+from codex_nb.documents import Document
 from codex_nb.model import ModelConfig, build_model, logits_of
 from codex_nb.samples import MarkovSource
 from codex_nb.statistics import bootstrap_ratio
@@ -132,7 +132,7 @@ def below(records, bits): # bits per symbol above the source, with its interval
 def test_no_model_beats_the_source(tmp_path, monkeypatch):
     monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
     from codex_nb.scoring import score
-    from codex_nb.recipe import begin, make_model, train
+    from codex_nb.recipe import begin, train
     from codex_nb.settings import RunConfig
     cfg = RunConfig.from_preset("smoke", data="markov", tokenizer="bytes", steps=600 if PROVE else 150, eval_every=1000, save_every=1000)
     corpus = open_corpus(cfg.corpus)
