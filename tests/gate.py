@@ -13,7 +13,7 @@ PARTS = {
     "pip check": [[BIN/"python", "-m", "pip", "check"]],
     "nbdev_test": [[BIN/"nbdev_test", "--n_workers", "2", "--timing"]],
     "nbval": [[BIN/"python", "-m", "pytest", "--nbval", "--nbval-current-env", "--nbval-sanitize-with", "tests/nbval.cfg", "nbs", "-n", "2", "--dist", "loadfile", "-p", "no:cacheprovider", "--junitxml", LOGS/"nbval.xml"]],
-    "pytest": [[BIN/"python", "-m", "coverage", "erase"], [BIN/"python", "-m", "coverage", "run", "-m", "pytest", "tests", "-n", "2", "-p", "no:cacheprovider", "--durations", "10", "--junitxml", LOGS/"pytest.xml"]],
+    "pytest": [[BIN/"python", "-m", "coverage", "erase"], [BIN/"python", "-m", "coverage", "run", "-m", "pytest", "tests", "-n", "2", "--dist", "worksteal", "-p", "no:cacheprovider", "--durations", "10", "--junitxml", LOGS/"pytest.xml"]],
     "coverage": [[BIN/"python", "-m", "coverage", "combine", "-q"], [BIN/"python", "-m", "coverage", "report", "--fail-under", "90"]],
 }
 
