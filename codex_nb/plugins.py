@@ -40,7 +40,7 @@ def register(
         return x
     return add if thing is None else add(thing)
 
-# %% ../nbs/04_plugins.ipynb #32b53f0c
+# %% ../nbs/04_plugins.ipynb #a8fdb817
 def entries(
     kind:str, # e.g. `schedule`
 )->dict[str, Entry]: # Name -> entry, sorted; nothing is imported; `PluginError` on a conflict
@@ -70,19 +70,21 @@ def known(
     name:str, # Its name
 )->str: # The name; `PluginError` when there is none; nothing is loaded
     "Check a name, for settings."
+    return _entry(kind, name).name
+
+def _entry(kind, name):
     there = entries(kind)
     if name not in there: raise PluginError(f"there is no {kind} {name!r}; {suggest(name, there)}")
-    return name
+    return there[name]
 
 def get(
     kind:str, # e.g. `schedule`
     name:str, # Its name
 )->Any: # The thing itself; `PluginError` when unknown or when loading fails
     "Look something up and load it."
-    there = entries(kind)
-    known(kind, name)
-    try: return there[name].load()
-    except Exception as e: raise PluginError(f"{kind} {name!r} of {there[name].source} cannot be loaded: {type(e).__name__}: {e}") from e
+    entry = _entry(kind, name)
+    try: return entry.load()
+    except Exception as e: raise PluginError(f"{kind} {name!r} of {entry.source} cannot be loaded: {type(e).__name__}: {e}") from e
 
 # %% ../nbs/04_plugins.ipynb #dae2257d
 @dataclass(frozen=True)

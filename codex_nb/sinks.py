@@ -6,7 +6,7 @@
 __all__ = ['TrackingConfig', 'sink_names', 'Origin', 'Row', 'Sink', 'read_rows', 'Sinks', 'CSVSink', 'mlflow_uri',
            'mlflow_experiment', 'MLflowSink', 'TensorBoardSink', 'WandbSink', 'check_sink']
 
-# %% ../nbs/39_sinks.ipynb #ef974a94
+# %% ../nbs/39_sinks.ipynb #8399a005
 import hashlib, json, logging, os, shutil, sys, threading, time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +15,13 @@ from typing import Any, Protocol
 from pydantic import Field, field_validator
 
 from .artifacts import ArtifactError, read_manifest
-from .config import Config, ConfigError, environment_with, outside, suggest
-from .plugins import entries, get
+from .config import Config, environment_with, outside
+from .plugins import get, known
 from .safety import redact, redact_json
 from .store import workspace
 from .tracking import MetricsWriter, metrics_csv, write_sample
 
-# %% ../nbs/39_sinks.ipynb #616d45fb
+# %% ../nbs/39_sinks.ipynb #f2fe2b4f
 class TrackingConfig(Config):
     "Who is shown the measurements besides the record."
     sinks:str = Field("mlflow", json_schema_extra=outside) # Who is fed from the record: csv, mlflow, tensorboard, wandb, a plug-in's; separated by commas, or none
@@ -36,13 +36,9 @@ class TrackingConfig(Config):
 
 def sink_names(
     text:str, # Separated by commas; `none` or nothing for none
-)->list[str]: # Each registered; `ConfigError` for one that is not
+)->list[str]: # Each registered; `PluginError` for one that is not
     "The sinks that are asked for."
-    names = [n for n in dict.fromkeys(p.strip() for p in text.split(",")) if n and n != "none"]
-    known = entries("sink") if names else {}
-    for n in names:
-        if n not in known: raise ConfigError(f"there is no sink {n!r}; {suggest(n, [*known, 'none'])}")
-    return names
+    return [known("sink", n) for n in dict.fromkeys(p.strip() for p in text.split(",")) if n and n != "none"]
 
 # %% ../nbs/39_sinks.ipynb #1bf2bf63
 @dataclass
@@ -91,7 +87,7 @@ def read_rows(
         since[name] = (n, at+len(data))
     return out
 
-# %% ../nbs/39_sinks.ipynb #8443d4ff
+# %% ../nbs/39_sinks.ipynb #6e19c674
 class Sinks:
     "Feeds a run's record to those who show it."
     def __init__(self,
@@ -102,7 +98,7 @@ class Sinks:
     ):
         self.origin, self.names, self.every, self.wait = origin, names, every, wait
         self.broken:dict[str, str] = {} # Name -> why it is left out
-        self._open, self._closed, self._since, self._past, self._next, self._end = {}, set(), {}, [], 0.0, None
+        self._open, self._closed, self._next, self._end = {}, set(), 0.0, None
         self._wake, self._thread = threading.Event(), None
 
     def feed(self,
@@ -131,21 +127,25 @@ class Sinks:
         return self.broken
 
     def _work(self):
-        while True:
-            self._wake.wait(); self._wake.clear()
-            end, rows = self._end, read_rows(self.origin.folder, self._since)
-            if end: rows += _figures(self.origin.folder, self._past+rows)
-            self._past += rows # for those that are opened later
-            for name in self.names: self._bring(name, end)
-            if end: return
+        since, seen, last = {}, set(), (0, 0.0) # places in the files, names of figures, step and moment
+        try:
+            while True:
+                self._wake.wait(); self._wake.clear()
+                end, rows = self._end, read_rows(self.origin.folder, since)
+                seen |= {f"{r.split}.{k}" for r in rows for k in r.values}
+                last = max([last, *((r.step, r.time) for r in rows)])
+                if end: rows += _figures(self.origin.folder, seen, *last)
+                for name in self.names: self._bring(name, rows, end)
+                if end: return
+        except Exception as e: # the record cannot be read
+            for name in self.names: self._leave(name, f"{type(e).__name__}: {e}")
 
-    def _bring(self, name, end):
+    def _bring(self, name, rows, end):
         if name in self.broken: return
         try:
-            if name not in self._open: self._open[name] = [get("sink", name)(self.origin), 0]
-            sink, told = self._open[name]
-            new = [r for r in self._past[told:] if r.number >= sink.fed.get(r.file, 0)]
-            self._open[name][1] = len(self._past)
+            if name not in self._open: self._open[name] = get("sink", name)(self.origin)
+            sink = self._open[name]
+            new = [r for r in rows if r.number >= sink.fed.get(r.file, 0)]
             if new: sink.write(new)
             if end: sink.close(*end); self._closed.add(name)
         except Exception as e: self._leave(name, str(e) if "pip install" in str(e) else f"{type(e).__name__}: {str(e).partition(chr(10))[0]}")
@@ -154,13 +154,12 @@ class Sinks:
         self.broken[name] = redact(why)[:300]
         print(f"{name} is left out from here on: {self.broken[name]} (the record in {self.origin.folder.name} is whole; afterwards: codex-nb export {self.origin.folder.name} --to {name})", file=sys.stderr)
 
-def _figures(folder, rows): # of a sealed run, as its last row
+def _figures(folder, seen, step, when): # of a sealed run, as its last row
     try: found = read_manifest(folder).meta.get("figures", {})
     except ArtifactError: return []
     for path in sorted(Path(folder).glob("evaluations/*/summary.json")): found = found | {f"{path.parent.name}.{k}": v["value"] for k, v in json.loads(path.read_bytes())["metrics"].items()}
-    there = {f"{r.split}.{k}" for r in rows for k in r.values} # most of them are the last values of curves
-    numbers = {k: float(v) for k, v in found.items() if isinstance(v, (int, float)) and not isinstance(v, bool) and k not in there}
-    return [Row("figures", 0, "figures", max((r.step for r in rows), default=0), max((r.time for r in rows), default=0.0), numbers)] if numbers else []
+    numbers = {k: float(v) for k, v in found.items() if isinstance(v, (int, float)) and not isinstance(v, bool) and k not in seen} # most of them are the last values of curves
+    return [Row("figures", 0, "figures", step, when, numbers)] if numbers else []
 
 # %% ../nbs/39_sinks.ipynb #e9bb8631
 class CSVSink:

@@ -6,7 +6,7 @@
 __all__ = ['begin', 'settle_process', 'near', 'make_model', 'standing_of', 'train_here', 'last_checkpoint', 'origin_of',
            'sinks_of', 'export_run']
 
-# %% ../nbs/52_training.ipynb #b272b3e0
+# %% ../nbs/52_training.ipynb #8e65b0b1
 import json, math, sys
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from .runs import Run, handed_over, in_use, run_status
 from .saver import Saver
 from .scoring import choose, score
 from .settings import KINDS, RunConfig, find_base
-from .sinks import Origin, Sinks, read_rows, sink_names
+from .sinks import Origin, Sinks, sink_names
 from .system import SystemMonitor
 from .tokenizer import Tokenizer
 from .tokens import Rows
@@ -292,7 +292,7 @@ def last_checkpoint(
     if not newest: raise ArtifactError(f"{run_folder}: no whole checkpoint in this run" + "".join(f"; {d}" for d in damaged))
     return newest
 
-# %% ../nbs/52_training.ipynb #2a24fd96
+# %% ../nbs/52_training.ipynb #9f8098c7
 def origin_of(
     folder, # A run folder
 )->Origin: # With the settings by leaf name
@@ -310,8 +310,9 @@ def sinks_of(
 def export_run(
     folder, # A run folder
     names:str, # Sinks, separated by commas
-)->dict[str, str]: # Name -> why it could not be fed; `ConfigError` for an unknown name
+)->dict[str, str]: # Name -> why it could not be fed; `PluginError` for an unknown name
     "Feed a run's record to sinks, however long that takes."
-    if not read_rows(folder) and run_status(folder) not in ("finished", "failed"): raise ConfigError(f"{folder}: nothing has been recorded yet")
-    status = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}.get(run_status(folder))
-    return Sinks(origin_of(folder), sink_names(names), wait=float("inf")).finish(status, sorted(Path(folder).glob("figures/*.png")))
+    status = run_status(folder)
+    if status not in ("finished", "failed") and not any(Path(folder).glob("*.ndjson")): raise ConfigError(f"{folder}: nothing has been recorded yet")
+    said = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}.get(status)
+    return Sinks(origin_of(folder), sink_names(names), wait=float("inf")).finish(said, sorted(Path(folder).glob("figures/*.png")))

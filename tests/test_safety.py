@@ -74,12 +74,12 @@ def test_sinks(name, tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     w = MetricsWriter(folder/"metrics.ndjson")
     for i, (text, _) in enumerate(planted(7).values()):
-        w.write(i, {"loss": 1.0, text: 2.0})
+        w.write(i, {"loss": 1.0} | ({text: 2.0} if name != "mlflow" else {})) # MLflow has rules for the names of metrics
         write_sample(folder/"samples.ndjson", i, text)
     w.close()
     sinks = Sinks(Origin(folder, {f"p{i}": t for i, (t, _) in enumerate(planted(7).values())}, {f"t{i}": t for i, (t, _) in enumerate(planted(7).values())}), [name])
     broken = sinks.finish("FINISHED", [folder/"samples.ndjson"])
-    if name != "mlflow": assert not broken # MLflow has rules for the names of metrics; what it was told until then is kept as well
+    assert not broken
     assert len(everything(tmp_path)) > 3000 and not left_over(everything(tmp_path), 7)
 
 def command(monkeypatch, capsys, *words, stdin=""): # in this process, which is quicker

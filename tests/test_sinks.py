@@ -147,3 +147,8 @@ def test_a_run_that_only_judged():
     assert (workspace()/"csv"/"judged.csv").read_text() == "figure,value\nvalidation.bits_per_byte,1.25\n"
     client, experiment = mlflow_experiment()
     assert client.search_runs([experiment])[0].data.metrics == {"figures.validation.bits_per_byte": 1.25}
+
+def test_a_record_that_cannot_be_read(alone, capfd):
+    folder = trained("damaged", "none")[0]
+    with open(folder/"samples.ndjson", "ab") as f: f.write(b"no record\n")
+    assert list(export_run(folder, "csv")) == ["csv"] and "csv is left out from here on: JSONDecodeError" in capfd.readouterr().err
