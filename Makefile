@@ -4,10 +4,10 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test prove lab docs readme lock clean
+.PHONY: help setup train test prove lab docs readme lock vulnerabilities sbom build release clean
 
 help: ## list the targets
-	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "make %-16s %s\n", $$1, $$2}' Makefile
 
 setup: $(STAMP) ## create .venv with the locked packages
 
@@ -39,8 +39,21 @@ docs: $(STAMP) ## render the site; needs Quarto
 readme: $(STAMP) ## make README.md from nbs/index.ipynb
 	$(BIN)/jupyter nbconvert --to markdown --log-level WARN --output-dir . --output README nbs/index.ipynb
 
-lock: $(STAMP) ## refresh requirements.lock
-	$(BIN)/python tests/lock.py
+lock: $(STAMP) ## refresh requirements.lock and check it
+	$(BIN)/python tools/lock.py
+
+vulnerabilities: $(STAMP) ## compare the lock with the database of known faults; needs a network
+	$(BIN)/python tools/vulnerabilities.py
+
+sbom: $(STAMP) ## write dist/sbom.cdx.json and dist/licences.md from the lock
+	$(BIN)/python tools/sbom.py
+
+build: $(STAMP) ## build wheel and source archive into dist/, twice, and compare
+	$(BIN)/python tools/release.py
+
+release: $(STAMP) ## bump to VERSION, check, build, commit and tag
+	@test -n "$(VERSION)" || { echo "say which: make release VERSION=0.2.0"; exit 1; }
+	$(BIN)/python tools/release.py $(VERSION)
 
 clean: ## remove .venv, caches and built files; runs/ and store/ stay
 	rm -rf .venv _docs _proc build dist *.egg-info .pytest_cache .hypothesis .ci-logs .coverage .coverage.*

@@ -137,7 +137,7 @@ def write_checkpoint(
         draft.meta.update({k: snap.standing.progress[k] for k in ("step", "position", "tokens")}, **(meta or {}))
     return draft.artifact
 
-# %% ../nbs/33_checkpoint.ipynb #2ea7e069
+# %% ../nbs/33_checkpoint.ipynb #61d60d12
 def _parts(folder, artifact, adapted, ema):
     weights = "adapter_model.safetensors" if adapted else "model.safetensors"
     files = artifact.manifest.files
@@ -202,7 +202,7 @@ def load_checkpoint(
     by_name = {}
     for k, v in saved.items(): by_name.setdefault(k.split("/", 1)[1], {})[k.split("/", 1)[0]] = v
     kinds = {n: set(ks) for n, ks in by_name.items()}
-    for g, named in zip(state["optimizer"], _named(model, optimizer)):
+    for _, named in zip(state["optimizer"], _named(model, optimizer)):
         if lost := [n for n, _ in named if n not in by_name or kinds[n] != kinds[named[0][0]]]: raise CheckpointError(f"{folder}: no whole optimizer state for {', '.join(lost[:5])}")
         if bad := [n for n, p in named for v in by_name[n].values() if v.dim() and v.shape != p.shape]: raise CheckpointError(f"{folder}: the optimizer's state does not fit {', '.join(bad[:5])}")
     averages = _part(folder, "ema", ema.tensors.__getitem__, world) if ema else {}

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['app', 'run', 'resume', 'prepare', 'prune', 'runs', 'verify', 'replay', 'export', 'diff', 'sweep', 'leaderboard',
-           'doctor', 'audit', 'preflight', 'main']
+           'doctor', 'audit', 'bundle', 'preflight', 'main']
 
-# %% ../nbs/69_cli.ipynb #6d232e62
+# %% ../nbs/69_cli.ipynb #6a029ed7
 import json, signal, sys, threading, traceback
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .shell import Json, Parameters, RunName, fail, given_parameters, join_parameters, tell
+from .shell import Json, Parameters, PolicyFile, RunName, fail, given_parameters, join_parameters, tell
 from .stock import data, models_app, plugins_app, store_app, tokenizer_app, tracking_app
 from .talk import chat, compare, generate
 
@@ -22,7 +22,7 @@ app = typer.Typer(name="codex-nb", no_args_is_help=True, add_completion=False, r
 for name, sub in (("data", data), ("tokenizer", tokenizer_app), ("models", models_app), ("tracking", tracking_app), ("plugins", plugins_app), ("store", store_app)): app.add_typer(sub, name=name)
 for command in (generate, chat, compare): app.command()(command)
 
-# %% ../nbs/69_cli.ipynb #214b24b7
+# %% ../nbs/69_cli.ipynb #7f316779
 @app.command()
 def run(
     notebook:Annotated[str, typer.Argument(help="train, finetune, evaluate, compare, sweep, or the path of one of them")],
@@ -230,6 +230,23 @@ def audit(
     found = audit(evidence)
     if page: write_file(page.absolute(), audit_page(found))
     print(json.dumps(found, indent=1) if as_json else "\n".join(audit_lines(found)))
+
+@app.command()
+def bundle(
+    out:Annotated[Path, typer.Argument(help="The folder to make")],
+    model:Annotated[list[str], typer.Option("--model", help="A model's folder or name, or a run; may be repeated")] = [],
+    tokenizer:Annotated[list[str], typer.Option("--tokenizer", help="A folder, a .model file, or the beginning of a digest; may be repeated")] = [],
+    source:Annotated[list[Path], typer.Option("--data", help="A file or folder; may be repeated")] = [],
+    policy:PolicyFile = None,
+    extra:Annotated[list[str], typer.Option("--extra", help="An extra of this package, such as lab; may be repeated")] = [],
+    wheels:Annotated[list[Path], typer.Option("--wheels", help="A folder of wheels to take instead of asking the index; may be repeated")] = [],
+    allow_secrets:Annotated[bool, typer.Option("--allow-secrets", help="Pack data in which something looks like a secret")] = False,
+)->None:
+    "Pack everything a machine without a network needs: packages, models, data, notebooks."
+    from codex_nb.bundle import make_bundle
+    made = make_bundle(out, tuple(model), tuple(tokenizer), tuple(source), policy, tuple(extra), tuple(wheels), allow_secrets)
+    files = made.manifest.files.values()
+    print(f"{len(files)} files, {sum(f['size'] for f in files):,} bytes, digest {made.digest}\n{made.path}\nthere: python3 {made.path.name}/install.py TARGET")
 
 @app.command()
 def preflight(

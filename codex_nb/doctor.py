@@ -80,7 +80,7 @@ def _threads():
     n, asked = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
     return Check("threads", True, True, n <= here, f"{n} in use, {here} of {cores} processors are this process's" + (f"; OMP_NUM_THREADS={asked}" if asked else ""), "give -p threads, or set OMP_NUM_THREADS")
 
-# %% ../nbs/64_doctor.ipynb #1a296156
+# %% ../nbs/64_doctor.ipynb #5e86ed73
 def _nearest(): # the workspace, or what of its path is there
     home = workspace()
     return next(p for p in (home, *home.parents) if p.is_dir())
@@ -117,6 +117,11 @@ def _network():
     out = any(l.split()[1:2] == ["00000000"] for l in route.read_text().splitlines()[1:]) if route.is_file() else None
     return Check("network", False, True, True, {True: "this machine has a way out; codex_nb does not use it", False: "this machine has no way out", None: "cannot be told here"}[out])
 
+def _loopback():
+    from codex_nb.launch import loopback
+    said = loopback()
+    return Check("loopback", True, not said, True, f"127.0.0.1: {said}; notebooks cannot talk to their kernels" if said else "this machine can talk to itself, as a notebook does to its kernel", "ip link set lo up")
+
 def _mlflow():
     from codex_nb.sinks import mlflow_uri
     uri = mlflow_uri()
@@ -134,7 +139,7 @@ def _lock_file():
     other = sorted(n for n, v in pins.items() if here.get(n, v) != v)
     return Check("lock file", False, not other, True, f"{len(pins)} packages, all as locked" if not other else f"{len(other)} are not as locked: {', '.join(f'{n} {here[n]} instead of {pins[n]}' for n in other[:5])}", "make setup")
 
-# %% ../nbs/64_doctor.ipynb #e8a28b40
+# %% ../nbs/64_doctor.ipynb #c7b5f721
 def probe(
     quick:bool=False, # Do not import packages, and do not try torch
     thorough:bool=False, # Compile something as well
@@ -143,7 +148,7 @@ def probe(
     out = [Check("python", True, (3, 11) <= sys.version_info[:2] <= (3, 13), True, f"{platform.python_version()} on {platform.system()} {platform.machine()}", "use Python 3.11 to 3.13")]
     out += [_package(n, True, "", quick) for n in NEEDED]
     tried = {} if quick else {"cuda": _cuda, "bf16": _bf16, "compile": lambda: _compile(thorough), "threads": _threads}
-    tried |= {"disk": _disk, "memory": _memory, "locks": _locks, "models": _models, "network": _network, "MLflow store": _mlflow, "lock file": _lock_file}
+    tried |= {"disk": _disk, "memory": _memory, "locks": _locks, "models": _models, "network": _network, "loopback": _loopback, "MLflow store": _mlflow, "lock file": _lock_file}
     for name, ask in tried.items(): out.append(_asked(name, ask))
     return out + [_package(n, False, what, quick) for n, (_, what) in EXTRAS.items()]
 

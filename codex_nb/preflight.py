@@ -44,7 +44,7 @@ def isolation(
         return torch.equal(a, b)
     return None
 
-# %% ../nbs/55_preflight.ipynb #3c93f4dc
+# %% ../nbs/55_preflight.ipynb #d6bebb3f
 def preflight(
     cfg:RunConfig, # The run that is meant
     timed:bool=True, # Try a step, to estimate time
@@ -70,7 +70,7 @@ def preflight(
 def _activations(forward, model): # bytes of what a forward pass keeps for the backward one, parameters apart
     own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
     def pack(t): kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes(); return t
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): alive = forward() # or storages would be freed and come again
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): _alive = forward() # or storages would be freed and come again
     return sum(n for p, n in kept.items() if p not in own)
 
 def _try_step(model, batches, cfg):

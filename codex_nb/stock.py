@@ -16,7 +16,7 @@ import typer
 
 from .shell import DataName, Json, PolicyFile, fail, group
 
-# %% ../nbs/67_stock.ipynb #996ef096
+# %% ../nbs/67_stock.ipynb #282b3ab5
 data, tokenizer_app, models_app, store_app = group("Look at data."), group("Train and use tokenizers."), group("Models on disk."), group("Keep the store of shared artifacts in order.")
 tracking_app = group("Where measurements are shown.")
 plugins_app = typer.Typer(invoke_without_command=True, add_completion=False, rich_markup_mode=None, help="List what is registered and installed, and try it out.")
@@ -38,23 +38,14 @@ def data_check(
     from codex_nb.check import check_data, plot_lengths, report_lines
     from codex_nb.config import ConfigError
     from codex_nb.corpus import CorpusConfig
+    from codex_nb.vocabulary import find_tokenizer
     if on_error not in ("stop", "quarantine"): raise ConfigError(f"--on-error: given {on_error!r}; must be stop or quarantine")
-    report = check_data(CorpusConfig(data=path, include=include, exclude=exclude, policy=policy), _tokenizer(tokenizer) if tokenizer else None, near, near_limit)
+    report = check_data(CorpusConfig(data=path, include=include, exclude=exclude, policy=policy), find_tokenizer(tokenizer) if tokenizer else None, near, near_limit)
     if plot: plot_lengths(report).savefig(plot, dpi=110, bbox_inches="tight")
     print(json.dumps(report) if as_json else "\n".join(report_lines(report)))
     if report["rejected"] and on_error == "stop": raise typer.Exit(1)
 
-# %% ../nbs/67_stock.ipynb #a708baaa
-def _tokenizer(name):
-    from codex_nb.store import find_stored, stored
-    from codex_nb.tokenizer import Tokenizer
-    from codex_nb.vocabulary import import_tokenizer
-    if Path(name).exists(): return import_tokenizer(name)
-    found = [a for a in stored() if a["kind"] == "tokenizer" and a["digest"].startswith(name)]
-    if len(found) != 1: fail(f"{name}: {'no' if not found else 'more than one'} tokenizer of this name: give a folder, a .model file, or the beginning of a digest from codex-nb store list", 1)
-    a = find_stored("tokenizer", found[0]["digest"])
-    return Tokenizer(a.path, a.digest)
-
+# %% ../nbs/67_stock.ipynb #37eef0dd
 @tokenizer_app.command("train")
 def tokenizer_train(
     source:DataName,
@@ -82,8 +73,8 @@ def tokenizer_report(
 )->None:
     "Say what a tokenizer makes of a corpus."
     from codex_nb.corpus import CorpusConfig, open_corpus
-    from codex_nb.vocabulary import plot_quality, quality
-    r = quality(_tokenizer(name), open_corpus(CorpusConfig(data=source)))
+    from codex_nb.vocabulary import find_tokenizer, plot_quality, quality
+    r = quality(find_tokenizer(name), open_corpus(CorpusConfig(data=source)))
     if plot: plot_quality({name[:12]: r}).savefig(plot, dpi=110, bbox_inches="tight")
     if as_json: return print(json.dumps(r))
     for title, part in (("", r["splits"]), (" of kind", r["kinds"])):
@@ -96,8 +87,9 @@ def tokenizer_encode(
     text:Annotated[str|None, typer.Argument(help="The text; default: standard input")] = None,
 )->None:
     "Print the ids of a text."
+    from codex_nb.vocabulary import find_tokenizer
     given = sys.stdin.buffer.read() if text is None else text
-    try: print(*_tokenizer(name).encode(given if isinstance(given, str) else given.decode("utf-8")))
+    try: print(*find_tokenizer(name).encode(given if isinstance(given, str) else given.decode("utf-8")))
     except UnicodeDecodeError as e: fail(f"standard input: byte 0x{given[e.start]:02x} at offset {e.start} is not UTF-8", 1)
 
 @tokenizer_app.command("decode")
@@ -106,7 +98,8 @@ def tokenizer_decode(
     ids:Annotated[list[int]|None, typer.Argument(help="The ids; default: standard input")] = None,
 )->None:
     "Print the text of ids."
-    tok = _tokenizer(name)
+    from codex_nb.vocabulary import find_tokenizer
+    tok = find_tokenizer(name)
     words = sys.stdin.read().split() if ids is None else ids
     wrong = [w for w in words if not str(w).isdigit() or int(w) >= tok.vocab_size]
     if wrong: fail(f"{wrong[0]!r} is no id of this tokenizer, which has 0 to {tok.vocab_size-1}", 1)

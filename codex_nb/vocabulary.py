@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TRAPS', 'TokenizerConfig', 'training_texts', 'bpe_tokenizer', 'byte_tokenizer', 'char_tokenizer',
            'sentencepiece_tokenizer', 'sp_model', 'check_parity', 'train_tokenizer', 'check_tokenizer',
-           'import_tokenizer', 'quality', 'plot_quality']
+           'import_tokenizer', 'find_tokenizer', 'quality', 'plot_quality']
 
-# %% ../nbs/16_vocabulary.ipynb #148d5485
+# %% ../nbs/16_vocabulary.ipynb #ca73af5a
 import io, json, shutil, tempfile, time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +23,7 @@ from .config import Config, ConfigError
 from .corpus import SPLITS, Corpus, rank_of
 from .plugins import get, known
 from .samples import sample
-from .store import cached, deposit
+from .store import cached, deposit, find_stored, stored
 from .tokenizer import SPECIALS, Tokenizer, TokenizerError, byte_characters, byte_form, char_form, save_fast, sp_form
 
 # %% ../nbs/16_vocabulary.ipynb #fb8cec2a
@@ -202,7 +202,7 @@ def check_tokenizer(
             if lost := [t for t in (*texts, *TRAPS) if made.decode(made.encode(t)) != t]: return [*said, f"{len(lost)} texts do not come back, the first: {lost[0][:40]!r}"]
     return said + ([] if ids[0] == ids[1] else ["made again from the same texts, it gives other ids"])
 
-# %% ../nbs/16_vocabulary.ipynb #e4e59063
+# %% ../nbs/16_vocabulary.ipynb #5d999be2
 def import_tokenizer(
     path, # A folder with `tokenizer.json`, or an older one that `transformers` opens; a SentencePiece `.model`, or a folder with `tokenizer.model`
 )->Tokenizer: # In the store, under its own digest
@@ -211,6 +211,16 @@ def import_tokenizer(
     def build(draft): _bring(path, draft.path); draft.meta["vocab_size"] = Tokenizer(draft.path, "").vocab_size
     artifact = deposit("tokenizer", {"imported": True}, build)
     return Tokenizer(artifact.path, artifact.digest)
+
+def find_tokenizer(
+    name, # A folder, a SentencePiece `.model`, or the beginning of a digest in the store
+)->Tokenizer: # In the store; `TokenizerError` when there is none, or more than one
+    "Find the tokenizer that is meant."
+    if Path(name).exists(): return import_tokenizer(name)
+    found = [a["digest"] for a in stored() if a["kind"] == "tokenizer" and a["digest"].startswith(str(name))]
+    if len(found) != 1: raise TokenizerError(f"{name}: {'more than one' if found else 'no'} tokenizer of this name: give a folder, a .model file, or the beginning of a digest from codex-nb store list")
+    a = find_stored("tokenizer", found[0])
+    return Tokenizer(a.path, a.digest)
 
 def _examine(path):
     with tempfile.TemporaryDirectory() as d: _bring(Path(path).expanduser(), Path(d)); return Tokenizer(d, "").vocab_size

@@ -94,7 +94,7 @@ def test_every_prediction_is_made_once(tales, seq_len, packing, keep):
     tok = train_tokenizer(tales, TokenizerConfig(vocab_size=300))
     store = build_tokens(tales, tok)
     rows = Rows(store, seq_len, packing, keep)
-    (ids, targets, positions), documents = rows.take(np.arange(len(rows))), rows.documents(np.arange(len(rows)))
+    (ids, targets, _), documents = rows.take(np.arange(len(rows))), rows.documents(np.arange(len(rows)))
     want = np.sort(np.asarray(store.ids[1:len(store.ids)-rows.tail], np.int64))
     assert (np.sort(targets[targets != IGNORE]) == want).all()
     assert ((targets != IGNORE) == (documents >= 0)).all() and ids.shape == targets.shape == (len(rows), seq_len)
@@ -186,7 +186,7 @@ print(len(c), round(read), round(peak()-base))
 """
 
 def heap(folder, kind, megabytes):
-    rng, block = random.Random(0), " ".join(str(random.Random(1).random()) for _ in range(50))
+    block = " ".join(str(random.Random(1).random()) for _ in range(50))
     rows = ({"text": f"{i} {block}"} for i in range(megabytes*1_000_000//(len(block)+8)))
     path = folder/f"data.{kind}"
     if kind == "jsonl":
