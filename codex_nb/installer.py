@@ -59,7 +59,7 @@ def misfits(
     "Say why a bundle cannot be used here."
     return [f"made for {k} {made_for.get(k)}, this is {v}" for k, v in this_machine().items() if made_for.get(k) != v]
 
-# %% ../nbs/58_installer.ipynb #3c0833e4
+# %% ../nbs/58_installer.ipynb #8f8628cc
 PACKED = ("models", "tokenizers", "data", "nbs", "policy.yaml")
 
 def _run(words, log):
@@ -108,7 +108,7 @@ def main(
             found = bundle_problems(asked.bundle) + found
             print("\n".join([*found, f"{len(files)} files, digest {digest}: " + ("not as it was made" if found else "whole, and made for a machine like this")]))
             sys.exit(bool(found))
-        command = install(asked.bundle, asked.target)
+        install(asked.bundle, asked.target)
     except BundleError as e: sys.exit(f"install.py: {e}")
     print(f"installed, digest {digest}\nnext:\n  cd {asked.target}\n  . env/bin/activate\n  codex-nb doctor")
 
