@@ -1,0 +1,8 @@
+#!/bin/sh
+# JupyterLab in the workspace, with the run notebooks in it. JUPYTER_TOKEN must be set.
+set -eu
+: "${JUPYTER_TOKEN:?set JUPYTER_TOKEN to a secret of your own}"
+notebooks=$(python -c 'import codex_nb, pathlib; print(pathlib.Path(codex_nb.__file__).parent/"notebooks")')
+mkdir -p nbs
+for n in "$notebooks"/*.ipynb; do [ -e "nbs/${n##*/}" ] || cp "$n" nbs/; done
+exec jupyter lab --no-browser --ip 0.0.0.0 --port "${PORT:-8888}" --ServerApp.root_dir "$PWD"
