@@ -37,7 +37,7 @@ docs: $(STAMP) ## render the site; needs Quarto
 	$(BIN)/nbdev_docs
 
 readme: $(STAMP) ## make README.md from nbs/index.ipynb
-	$(BIN)/jupyter nbconvert --to markdown --log-level WARN --output-dir . --output README nbs/index.ipynb
+	$(BIN)/python tools/readme.py
 
 lock: $(STAMP) ## refresh requirements.lock and check it
 	$(BIN)/python tools/lock.py

@@ -24,7 +24,7 @@ from .statistics import Difference, Interval, difference_of_seeds, paired_differ
 from .store import workspace
 from .tracking import read_metrics
 
-# %% ../nbs/56_compare.ipynb #b4fa8194
+# %% ../nbs/56_compare.ipynb #dec7995a
 class CompareError(ArtifactError):
     "Things that cannot be compared."
 
@@ -53,7 +53,7 @@ class Subject:
 def _trained_by(digest): # the run that made a checkpoint
     for r in reversed(list_runs()):
         folder = workspace()/"runs"/r["name"]
-        if r["kind"] in KINDS and issubclass(KINDS[r["kind"]], RunConfig) and r["status"] == "finished" and digest in read_manifest(folder).parents.values(): return folder
+        if r["kind"] in KINDS and issubclass(KINDS[r["kind"]], RunConfig) and r["status"] == "finished" and any(d == digest and role != "base" for role, d in read_manifest(folder).parents.items()): return folder
     return None
 
 def open_subject(

@@ -1,5 +1,8 @@
-"""Run a chapter's cells against the compiled module: exported cells are replaced by the module's names."""
-import importlib, json, os, re, sys
+"""Run chapters' cells against the compiled modules: exported cells are replaced by the module's names.
+
+With a path, runs that one. Without, a server: it loads the large libraries once, and forks for every path it reads.
+"""
+import importlib, json, os, re, sys, traceback
 from pathlib import Path
 
 os.environ["MPLBACKEND"] = "agg" # no screen here
@@ -14,4 +17,19 @@ def run(path):
         if re.search(r"^#\|\s*export\b", s, re.M): space.update({k: v for k, v in vars(module).items() if not k.startswith("__")})
         elif not re.search(r"^#\|\s*(default_exp|eval:\s*false|slow|cuda)\b", s, re.M): exec(compile(s, f"{path}[{i}]", "exec"), space)
 
-if __name__ == "__main__": run(sys.argv[1])
+def serve():
+    for name in ("numpy", "pandas", "scipy.stats", "matplotlib.pyplot", "torch", "torch._dynamo", "transformers.modeling_utils", "transformers.generation", "transformers.models.llama.modeling_llama", "transformers.models.gpt2.modeling_gpt2", "fastcore.test"): importlib.import_module(name)
+    for line in sys.stdin:
+        path, log = line.rstrip("\n").split("\t")
+        sys.stdout.flush()
+        if pid := os.fork():
+            print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+            continue
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for fd in (1, 2): os.dup2(out, fd)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        try: run(path)
+        except BaseException: traceback.print_exc(); sys.exit(1)
+        sys.exit(0) # as any process ends, so that what was covered is written
+
+if __name__ == "__main__": run(sys.argv[1]) if sys.argv[1:] else serve()

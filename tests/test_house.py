@@ -6,7 +6,8 @@ import pytest, yaml
 ROOT = Path(__file__).resolve().parent.parent
 NBS, LIB, BIN = ROOT/"nbs", ROOT/"codex_nb", Path(sys.executable).parent
 CHAPTERS = sorted(NBS.glob("[0-9]*.ipynb"))
-NOTEBOOKS = sorted(NBS.glob("*.ipynb"))
+NOTEBOOKS = sorted(p for p in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+page = lambda p: p.relative_to(NBS).as_posix()
 cells = lambda p: json.loads(p.read_text())["cells"]
 code = lambda p: ["".join(c["source"]) for c in cells(p) if c["cell_type"] == "code"]
 module_of = lambda p: next(m[1] for s in code(p) if (m := re.search(r"^#\|\s*default_exp (\w+)", s, re.M)))
@@ -18,7 +19,7 @@ def copy(tmp_path_factory):
     shutil.copytree(ROOT, to, symlinks=True, ignore=shutil.ignore_patterns(".venv", ".git", "runs", "store", ".ci-logs", "*.egg-info", "__pycache__", ".coverage*", ".hypothesis"))
     return to
 
-def files(folder): return {p.name: p.read_text() for p in sorted(folder.glob("*.*")) if p.suffix in (".py", ".ipynb") and p.is_file()}
+def files(folder): return {p.relative_to(folder).as_posix(): p.read_text() for p in sorted(folder.rglob("*.*")) if p.suffix in (".py", ".ipynb") and p.is_file() and not {".ipynb_checkpoints", "__pycache__"} & set(p.parts)}
 
 def test_modules_are_in_step_with_notebooks(copy):
     for p in (copy/"codex_nb").glob("*.py"):
@@ -97,7 +98,7 @@ def test_run_notebooks_have_a_parameters_cell():
         assert names[0] == "preset" and set(names) <= {*leaves(config_of(NBS/f"{name}.ipynb")), "preset"}
 
 def test_readme_is_current(tmp_path):
-    subprocess.run([BIN/"jupyter", "nbconvert", "--to", "markdown", "--log-level", "ERROR", "--output-dir", tmp_path, "--output", "README", NBS/"index.ipynb"], check=True, capture_output=True)
+    subprocess.run([sys.executable, ROOT/"tools"/"readme.py", tmp_path], check=True, capture_output=True)
     assert (tmp_path/"README.md").read_text() == (ROOT/"README.md").read_text(), "run `make readme`"
 
 def commands_in(text): return [l.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", text, re.S) for l in block.splitlines() if l.split("#")[0].strip()] + re.findall(r"`((?:make|codex-nb|papermill|mlflow) [^`]+)`", text)
@@ -121,6 +122,17 @@ def test_every_command_of_the_readme_exists():
             assert nb.is_file() and {words[i+1] for i, w in enumerate(words) if w == "-p"} <= {*leaves(config_of(nb)), "preset"}, c
     assert len(found) > 10
 
+def test_readme_s_links_and_extras():
+    from codex_nb.doctor import EXTRAS
+    text = (ROOT/"README.md").read_text()
+    links = re.findall(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", text)
+    for bang, alt, link in links: assert link.startswith("http") or (ROOT/link.partition("#")[0]).exists() and alt, link
+    assert len(links) > 40 and any(bang for bang, *_ in links)
+    table = dict(re.findall(r"^\| `pip install 'codex_nb\[([\w-]+)\]'` \| (.*?) \|", text, re.M))
+    assert table == {extra: what for extra, what in EXTRAS.values()}
+    source = "".join(p.read_text() for p in LIB.glob("*.py"))
+    for said in re.findall(r"^\| `pip install 'codex_nb\[(?!lab)[^|]*\|[^|]*\| (.*?) \|$", text, re.M): assert said in source, said
+
 def test_readme_names_every_chapter():
     text = (ROOT/"README.md").read_text().partition("## The chapters")[2]
     assert re.findall(r"`(\d\d_\w+)`", text) == [p.stem for p in CHAPTERS]
@@ -143,20 +155,52 @@ def test_environment_variables_are_listed():
 def test_every_page_is_in_the_sidebar():
     site = yaml.safe_load((ROOT/"_quarto.yml").read_text())
     listed = [x for c in site["website"]["sidebar"]["contents"] for x in ([c] if isinstance(c, str) else c["contents"])]
-    assert sorted(listed) == sorted(p.name for p in NOTEBOOKS)
+    assert sorted(listed) == sorted(map(page, NOTEBOOKS))
     assert (NBS/"_quarto.yml").is_symlink() and (NBS/"_quarto.yml").resolve() == ROOT/"_quarto.yml"
+
+def faults_of_page(p, cells):
+    "Dead links, missing pictures, jumps between headings, pictures that a reader who does not see them learns nothing from."
+    text = [re.sub(r"```.*?```", "", "".join(c["source"]), flags=re.S) for c in cells if c["cell_type"] == "markdown"]
+    levels = [len(m[1]) for t in text for m in re.finditer(r"^(#+) ", t, re.M)]
+    if cells[0]["cell_type"] == "raw": levels = [1, *levels] # on its way to the site, the title has gone into the head
+    if levels[:1] != [1] or levels.count(1) != 1: yield "must have one title, first"
+    if any(b > a+1 for a, b in zip(levels, levels[1:])): yield "jumps between headings"
+    for t in text:
+        for bang, alt, link in re.findall(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", t):
+            there, _, anchor = link.partition("#")
+            target = p.parent/there if there else p
+            if bang and not alt: yield f"{link}: no alternative text"
+            if bang and link.startswith("http"): yield f"{link}: a picture from elsewhere"
+            if link.startswith("http"): continue
+            if not target.exists(): yield f"{link}: not there"
+            elif anchor and target.suffix == ".ipynb" and anchor not in {re.sub(r"[^\w\s-]", "", h.lower()).strip().replace(" ", "-") for c in json.loads(target.read_text())["cells"] if c["cell_type"] == "markdown" for h in re.findall(r"^#+ (.*)$", "".join(c["source"]), re.M)}: yield f"{link}: no such heading"
+    for c in cells:
+        if any(k.startswith("image/") for o in c.get("outputs", []) for k in o.get("data", {})) and not re.search(r"^#\| fig-alt: \S", "".join(c["source"]), re.M): yield f"cell {c['id']}: a picture without alternative text (#| fig-alt)"
 
 def test_pages_process_and_links_live(copy):
     subprocess.run([sys.executable, "-c", "from nbdev.serve import proc_nbs; proc_nbs()"], cwd=copy, check=True, capture_output=True)
-    made = {p.name for p in (copy/"_proc").glob("*.ipynb")}
-    assert made == {p.name for p in NOTEBOOKS}
+    made = {p.relative_to(copy/"_proc").as_posix(): p for p in (copy/"_proc").rglob("*.ipynb")}
+    assert made.keys() == set(map(page, NOTEBOOKS))
+    site = yaml.safe_load((ROOT/"_quarto.yml").read_text())
+    for f in ("logo.svg", "favicon.svg", "theme.scss", "theme-dark.scss"): assert (copy/"_proc"/f).is_file() and f in (ROOT/"_quarto.yml").read_text(), f
+    assert site["website"]["sidebar"]["logo-alt"]
+    links = pictures = 0
     for p in NOTEBOOKS:
-        levels = [len(m[1]) for c in cells(p) if c["cell_type"] == "markdown" for m in re.finditer(r"^(#+) ", "".join(c["source"]), re.M)]
-        assert levels[0] == 1 and levels.count(1) == 1 and all(b <= a+1 for a, b in zip(levels, levels[1:])), p.name
-        for c in cells(p):
-            if c["cell_type"] != "markdown": continue
-            for link in re.findall(r"\]\(([^)\s]+)\)", "".join(c["source"])):
-                assert link.startswith("http") or (NBS/link.split("#")[0]).exists(), (p.name, link)
+        for place, found in ((p, cells(p)), (made[page(p)], cells(made[page(p)]))): # as written, and as it goes to the site
+            assert not (wrong := list(faults_of_page(place, found))), (page(p), wrong)
+            links += sum(len(re.findall(r"\]\([^)\s]+\)", "".join(c["source"]))) for c in found if c["cell_type"] == "markdown")
+            pictures += sum(k.startswith("image/") for c in found for o in c.get("outputs", []) for k in o.get("data", {}))
+    assert links > 20 and pictures > 20
+    remote = [p.name for p in NOTEBOOKS for c in cells(p) for o in c.get("outputs", []) if re.search(r"<script[^>]+src=.?https?:", json.dumps(o))]
+    assert not remote, "a page that needs the internet"
+
+@pytest.mark.parametrize("cells, what", [
+    ([("markdown", "## A")], "one title"), ([("markdown", "# A"), ("markdown", "### B")], "jumps"), ([("markdown", "# A\n[x](nonesuch.ipynb)")], "not there"),
+    ([("markdown", "# A\n[x](index.ipynb#nonesuch)")], "no such heading"), ([("markdown", "# A\n![](logo.svg)")], "no alternative text"), ([("markdown", "# A"), ("code", "plot()")], "fig-alt")])
+def test_the_check_of_pages_sees_it(cells, what):
+    made = [{"cell_type": kind, "id": "x", "source": source, "outputs": [{"data": {"image/png": ""}}] if kind == "code" else []} for kind, source in cells]
+    found = list(faults_of_page(NBS/"x.ipynb", made))
+    assert len(found) == 1 and what in found[0]
 
 def test_chapters_are_of_a_readable_size():
     for p in CHAPTERS:
