@@ -8,6 +8,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main(to):
     nb = nbformat.read(ROOT/"nbs"/"index.ipynb", 4)
+    nb.metadata["language_info"] = {"name": "python"}
     nb.cells = [c for c in nb.cells if not c.source.startswith("#| hide")]
     alts = [m[1] for c in nb.cells for m in [re.search(r'^#\| fig-alt: "(.*)"$', c.source, re.M)] if m]
     for c in nb.cells: c.source = re.sub(r"^#\| .*\n", "", c.source, flags=re.M)
