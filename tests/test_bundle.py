@@ -85,3 +85,12 @@ def test_the_same_commit_builds_the_same_files(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert {f"codex_nb/notebooks/{n}.ipynb" for n in ("train", "finetune", "evaluate", "compare", "sweep", "audit")} <= set(names)
     assert not [n for n in names if n.startswith(("tests", "nbs", "tools"))]
+
+@pytest.mark.skipif(not os.environ.get("PROVE") or not ALONE, reason="two minutes; make prove, where a network namespace is allowed")
+def test_the_slow_cells_of_the_tutorial(tmp_path):
+    import nbformat
+    from nbclient import NotebookClient
+    nb = nbformat.read(ROOT/"nbs"/"tutorials"/"5_no_network.ipynb", 4)
+    NotebookClient(nb, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    said = "".join(o.get("text", "") for c in nb.cells for o in c.get("outputs", []))
+    assert "whole, and made for a machine like this" in said and "L0 holds" in said and "this machine has no way out" in said
