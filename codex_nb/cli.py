@@ -22,7 +22,7 @@ app = typer.Typer(name="codex-nb", no_args_is_help=True, add_completion=False, r
 for name, sub in (("data", data), ("tokenizer", tokenizer_app), ("models", models_app), ("tracking", tracking_app), ("plugins", plugins_app), ("store", store_app)): app.add_typer(sub, name=name)
 for command in (generate, chat, compare): app.command()(command)
 
-# %% ../nbs/69_cli.ipynb #681e8947
+# %% ../nbs/69_cli.ipynb #ed610d58
 @app.command()
 def run(
     notebook:Annotated[str, typer.Argument(help="train, finetune, evaluate, compare, sweep, or the path of one of them")],
@@ -80,7 +80,8 @@ def prune(
 def _show(outcome):
     if outcome.error: fail(outcome.error + (f"\nthe run is {outcome.status}: {outcome.folder}" if outcome.folder else "\nno run was begun, nothing was written"), outcome.code)
     for p in sorted((outcome.folder/"evaluations").glob("*/summary.json")):
-        if m := json.loads(p.read_bytes())["metrics"].get("bits_per_byte"): print(f"{p.parent.name}: {m['value']:.4f} bits per byte [{m['low']:.4f}, {m['high']:.4f}]")
+        m = json.loads(p.read_bytes())["metrics"].get("bits_per_byte") or {}
+        if m.get("value") is not None: print(f"{p.parent.name}: {m['value']:.4f} bits per byte" + ("" if m.get("low") is None else f" [{m['low']:.4f}, {m['high']:.4f}]"))
     print(f"{outcome.status}: {outcome.folder}\nlook at: {next(outcome.folder.glob('*.ipynb'))}")
 
 @app.command()
