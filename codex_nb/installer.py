@@ -59,7 +59,7 @@ def misfits(
     "Say why a bundle cannot be used here."
     return [f"made for {k} {made_for.get(k)}, this is {v}" for k, v in this_machine().items() if made_for.get(k) != v]
 
-# %% ../nbs/58_installer.ipynb #8f8628cc
+# %% ../nbs/58_installer.ipynb #d406eef7
 PACKED = ("models", "tokenizers", "data", "nbs", "policy.yaml")
 
 def _run(words, log):
@@ -86,9 +86,8 @@ def install(
             if (folder/name).is_dir(): shutil.copytree(folder/name, target/name)
             elif (folder/name).is_file(): shutil.copyfile(folder/name, target/name)
     except BaseException as e:
-        shutil.rmtree(env if there else target, ignore_errors=True)
-        if there:
-            for p in target.iterdir(): shutil.rmtree(p, ignore_errors=True) if p.is_dir() else p.unlink()
+        shutil.rmtree(target, ignore_errors=True)
+        if there: target.mkdir(exist_ok=True) # empty, as it was
         if isinstance(e, OSError): raise BundleError(f"{target}: {e.strerror}: {e.filename or ''} ({shutil.disk_usage(target.parent).free:,} bytes free there)") from None
         raise
     return env/"bin"/"codex-nb"
@@ -103,9 +102,8 @@ def main(
     asked = parser.parse_args(given)
     try:
         digest, files = read_bundle(asked.bundle)
-        found = misfits(json.loads((Path(asked.bundle)/"bundle.json").read_bytes()).get("made_for", {})) if (Path(asked.bundle)/"bundle.json").is_file() else []
         if not asked.target:
-            found = bundle_problems(asked.bundle) + found
+            found = bundle_problems(asked.bundle) or misfits(json.loads((Path(asked.bundle)/"bundle.json").read_bytes())["made_for"])
             print("\n".join([*found, f"{len(files)} files, digest {digest}: " + ("not as it was made" if found else "whole, and made for a machine like this")]))
             sys.exit(bool(found))
         install(asked.bundle, asked.target)

@@ -1,6 +1,6 @@
 """Run chapters' cells against the compiled modules: exported cells are replaced by the module's names.
 
-With a path, runs that one. Without, a server: it loads the large libraries once, and forks for every path it reads.
+A server: it loads the large libraries once, and forks for every line "path TAB log" that it reads.
 """
 import importlib, json, os, re, sys, traceback
 from pathlib import Path
@@ -32,4 +32,4 @@ def serve():
         except BaseException: traceback.print_exc(); sys.exit(1)
         sys.exit(0) # as any process ends, so that what was covered is written
 
-if __name__ == "__main__": run(sys.argv[1]) if sys.argv[1:] else serve()
+if __name__ == "__main__": serve()

@@ -3,6 +3,8 @@ import os, shutil, subprocess, sys
 from pathlib import Path
 import pytest, yaml
 
+from test_bundle import UP
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT/"tools"))
 PROVE = bool(os.environ.get("PROVE"))
@@ -59,11 +61,10 @@ def test_its_steps_in_a_clean_root(tmp_path):
         if (ROOT/p).is_dir(): shutil.copytree(ROOT/p, root/"src"/p, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
         else: shutil.copyfile(ROOT/p, root/"src"/p)
     (root/"workspace").mkdir(); os.chown(root/"workspace", 1000, 1000)
-    up = "import fcntl, os, socket, struct, sys\nfcntl.ioctl(socket.socket(), 0x8914, struct.pack('16sh', b'lo', 1))\nos.execvp(sys.argv[1], sys.argv[1:])"
     def inside(*words, user="0:0", check=True, **env):
         script = f'mount --rbind /proc "{root}/proc" && mount --rbind /dev "{root}/dev" && mount -t tmpfs tmpfs "{root}/tmp" && exec "$@"'
         given = {"PATH": "/opt/codex-nb/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/tmp", "CODEX_NB_HOME": "/workspace"} | env
-        done = subprocess.run(["unshare", "--mount", "--net", "sh", "-c", script, "sh", sys.executable, "-c", up, "chroot", f"--userspec={user}", root, "env", "-i", *(f"{k}={v}" for k, v in given.items()), "sh", "-c", 'cd /workspace && exec "$@"', "sh", *words], capture_output=True, text=True)
+        done = subprocess.run(["unshare", "--mount", "--net", "sh", "-c", script, "sh", sys.executable, "-c", UP, "chroot", f"--userspec={user}", root, "env", "-i", *(f"{k}={v}" for k, v in given.items()), "sh", "-c", 'cd /workspace && exec "$@"', "sh", *words], capture_output=True, text=True)
         assert not check or done.returncode == 0, done.stdout[-2000:]+done.stderr[-3000:]
         return done
     index = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "/wheels"}

@@ -10,7 +10,7 @@ TEXT = (ROOT/"README.md").read_text()
 COMMANDS = list(dict.fromkeys(c for block in re.findall(r"```sh\n(.*?)```", TEXT, re.S) for l in block.splitlines() if (c := l.split("#")[0].strip())))
 ELSEWHERE = { # what is executed by other tests, and why not here
     "make": "the gate itself", "torchrun": "two hosts: tests/test_distributed.py", "codex-nb resume RUN": "needs one that was stopped: tests/test_launch.py",
-    "codex-nb prune": "needs one that was stopped: tests/test_checkpoint.py", "python3 carried/install.py": "tests/test_bundle.py", "codex-nb leaderboard": "needs a sweep: tests/test_sweep.py"}
+    "codex-nb prune": "needs one that was stopped: nbs/69_cli.ipynb", "python3 carried/install.py": "tests/test_bundle.py", "codex-nb leaderboard": "needs a sweep: tests/test_sweep.py"}
 SMALLER = {"-p preset tiny": "-p preset smoke -p steps 3", "-p steps 500": "-p steps 3", "--trials 20": "--trials 2", "-p preset gpt2-124m": "-p preset smoke"}
 EXECUTES = ("papermill", "codex-nb run", "codex-nb sweep", "codex-nb replay", "codex-nb bundle", "codex-nb preflight", "codex-nb doctor")
 

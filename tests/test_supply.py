@@ -76,7 +76,7 @@ def test_hooks_and_workflows_name_what_is_there():
 
 @pytest.fixture
 def clone(tmp_path):
-    subprocess.run(["git", "clone", "--quiet", ROOT, tmp_path/"clone"], check=True)
+    subprocess.run(["git", "clone", "--quiet", "--no-tags", ROOT, tmp_path/"clone"], check=True) # one that was never released
     subprocess.run(["git", "checkout", "--quiet", "-B", "main"], cwd=tmp_path/"clone", check=True)
     for k, v in (("user.name", "a"), ("user.email", "a@localhost")): subprocess.run(["git", "config", k, v], cwd=tmp_path/"clone", check=True)
     return tmp_path/"clone"
