@@ -18,9 +18,10 @@ from transformers.pytorch_utils import Conv1D
 from .config import Config, ConfigError
 from .repro import seed_for
 
-# %% ../nbs/24_adapters.ipynb #e617f2aa
+# %% ../nbs/24_adapters.ipynb #5b7e8cd6
 class AdapterConfig(Config):
     "Which adapter is trained, if any."
+    idle = dict.fromkeys(("rank", "alpha", "adapter_dropout", "targets"), (lambda c: c.adapter == "none", "there is no adapter; give adapter=lora as well"))
     adapter:Literal["none", "lora", "rslora", "dora"] = "none" # `none` trains all of the model
     rank:int = Field(8, ge=1, le=4096) # Columns of A, rows of B
     alpha:float = Field(16.0, gt=0) # Scale: `alpha/rank` (lora, dora), `alpha/sqrt(rank)` (rslora; Kalajdzievski 2023)

@@ -22,7 +22,7 @@ app = typer.Typer(name="codex-nb", no_args_is_help=True, add_completion=False, r
 for name, sub in (("data", data), ("tokenizer", tokenizer_app), ("models", models_app), ("tracking", tracking_app), ("plugins", plugins_app), ("store", store_app)): app.add_typer(sub, name=name)
 for command in (generate, chat, compare): app.command()(command)
 
-# %% ../nbs/69_cli.ipynb #ed610d58
+# %% ../nbs/69_cli.ipynb #4fe03ae4
 @app.command()
 def run(
     notebook:Annotated[str, typer.Argument(help="train, finetune, evaluate, compare, sweep, or the path of one of them")],
@@ -253,14 +253,17 @@ def bundle(
 
 @app.command()
 def preflight(
+    notebook:Annotated[str, typer.Option("--notebook", help="train or finetune")] = "train",
     parameter:Parameters = [],
     as_json:Json = False,
 )->None:
     "Say what a training run would train on, before it does."
+    from codex_nb.config import ConfigError
     from codex_nb.preflight import preflight, preflight_lines
-    from codex_nb.settings import RunConfig
-    given = given_parameters(parameter)
-    out = preflight(RunConfig.from_preset(given.pop("preset", None), **given))
+    from codex_nb.settings import KINDS, RunConfig
+    given, cls = given_parameters(parameter), KINDS.get(notebook)
+    if cls is None or not issubclass(cls, RunConfig): raise ConfigError(f"notebook: {notebook!r} trains nothing; known: train, finetune")
+    out = preflight(cls.from_preset(given.pop("preset", None), **given))
     print(json.dumps(out) if as_json else "\n".join(preflight_lines(out)))
 
 # %% ../nbs/69_cli.ipynb #cd9b2be0

@@ -7,9 +7,10 @@ __all__ = ['outside', 'ENVIRONMENT', 'canonical_json', 'digest_of', 'ConfigError
            'leaves', 'resolve', 'nest', 'save_config', 'load_config', 'diff_plain', 'diff_config',
            'notebook_parameters', 'env_setting', 'environment_with']
 
-# %% ../nbs/00_config.ipynb #c9d6b1c8
+# %% ../nbs/00_config.ipynb #a6d6c713
 import ast, difflib, hashlib, json, os
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Any, ClassVar, get_args, get_origin, Literal
 
@@ -37,11 +38,12 @@ class ConfigError(ValueError):
 
 outside = {"outside_digest": True}
 
-# %% ../nbs/00_config.ipynb #3c612ad6
+# %% ../nbs/00_config.ipynb #2687ec8e
 class Config(BaseModel):
     "Frozen, typed settings; unknown names and wrong types are refused."
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
     one_of: ClassVar[tuple[str, ...]] = () # Names of which exactly one is set; giving one clears the others
+    idle: ClassVar[dict[str, tuple]] = {} # Name -> when it would change nothing (a function of the configuration), and why; giving it then is an error
 
     @classmethod
     def read(
@@ -121,7 +123,7 @@ def leaves(
     walk(cls, ())
     return out
 
-# %% ../nbs/00_config.ipynb #56f2e862
+# %% ../nbs/00_config.ipynb #6192124f
 def _groups(cls):
     kinds = [f.annotation for f in cls.model_fields.values()]
     return ([cls.one_of] if cls.one_of else []) + [g for k in kinds if isinstance(k, type) and issubclass(k, Config) for g in _groups(k)]
@@ -146,7 +148,10 @@ def resolve(
         if asked: values = {k: v for k, v in values.items() if k not in group}
     values |= given
     sources = {n: "given" if n in given else f"preset {preset}" if n in values else "default" for n in known}
-    return cls.read(nest(cls, values)), sources
+    cfg = cls.read(nest(cls, values))
+    lost = [f"{n}: given, and would change nothing: {why}" for n in given for owner in [reduce(getattr, known[n][:-1], cfg)] for when, why in [owner.idle.get(n, (lambda c: False, ""))] if when(owner)]
+    if lost: raise ConfigError("; ".join(lost))
+    return cfg, sources
 
 def nest(
     cls:type[Config], # Where the leaves belong

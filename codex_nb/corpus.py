@@ -27,12 +27,13 @@ from .policy import Policy, load_policy
 from .readers import Rejects, read_path
 from .store import deposit
 
-# %% ../nbs/13_corpus.ipynb #f22c1ada
+# %% ../nbs/13_corpus.ipynb #955a5a96
 SPLITS = ("train", "validation", "test")
 
 class CorpusConfig(Config):
     "What text to take and how to divide it."
     one_of:ClassVar = ("data", "mixture")
+    idle = {"near_threshold": (lambda c: c.dedup != "near", "it belongs to dedup=near")}
     data:str|None = Field(None, min_length=1, json_schema_extra=outside) # A path, or the name of a built-in corpus; identity is the content, not the path
     mixture:dict[str, float]|None = Field(None, json_schema_extra=outside) # Instead of `data`: several paths or names, each with its weight
     include:list[str] = Field([], json_schema_extra=outside) # Of a folder, only paths that match one of these; written as in a .gitignore

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXTRAS', 'NEEDED', 'Check', 'remedy_for', 'probe', 'healthy']
 
-# %% ../nbs/64_doctor.ipynb #759df038
+# %% ../nbs/64_doctor.ipynb #d7e29b75
 import importlib, os, platform, shutil, sqlite3, sys, tempfile, time
 from contextlib import closing
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from importlib import metadata, util
 from pathlib import Path
 
 from .config import env_setting
-from .repro import lock_file, packages
+from .repro import lock_file, packages, read_lock
 from .store import Lock, is_locked, workspace
 
 # %% ../nbs/64_doctor.ipynb #707ef3bd
@@ -80,7 +80,7 @@ def _threads():
     n, asked = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
     return Check("threads", True, True, n <= here, f"{n} in use, {here} of {cores} processors are this process's" + (f"; OMP_NUM_THREADS={asked}" if asked else ""), "give -p threads, or set OMP_NUM_THREADS")
 
-# %% ../nbs/64_doctor.ipynb #5e86ed73
+# %% ../nbs/64_doctor.ipynb #1379023b
 def _nearest(): # the workspace, or what of its path is there
     home = workspace()
     return next(p for p in (home, *home.parents) if p.is_dir())
@@ -134,10 +134,10 @@ def _mlflow():
 def _lock_file():
     path = lock_file()
     if path is None: return Check("lock file", False, True, True, "none here: the package is installed")
-    pins = dict(l.split(" ")[0].split("==") for l in path.read_text().splitlines() if "==" in l.split(" ")[0] and not l.startswith("#") and ";" not in l)
-    here = packages()
-    other = sorted(n for n, v in pins.items() if here.get(n, v) != v)
-    return Check("lock file", False, not other, True, f"{len(pins)} packages, all as locked" if not other else f"{len(other)} are not as locked: {', '.join(f'{n} {here[n]} instead of {pins[n]}' for n in other[:5])}", "make setup")
+    pins, here = {}, packages()
+    for name, version in read_lock(path): pins.setdefault(name, []).append(version)
+    other = sorted(n for n, versions in pins.items() if n in here and here[n] not in versions)
+    return Check("lock file", False, not other, True, f"{len(pins)} packages, all as locked" if not other else f"{len(other)} are not as locked: {', '.join(f'{n} {here[n]} instead of {pins[n][0]}' for n in other[:5])}", "make setup")
 
 # %% ../nbs/64_doctor.ipynb #c7b5f721
 def probe(

@@ -25,10 +25,11 @@ from .loss import IGNORE
 from .monitor import StepClock, Throughput
 from .optim import EMA, step_if
 
-# %% ../nbs/34_engine.ipynb #5b11ede5
+# %% ../nbs/34_engine.ipynb #ddcd08aa
 class FitConfig(Config):
     "How long to train, and in what portions."
     one_of = ("steps", "epochs", "tokens", "minutes")
+    idle = {"min_delta": (lambda c: c.patience is None, "nothing is stopped early; give patience as well")}
     steps:int|None = Field(None, ge=1) # Optimizer steps
     epochs:float|None = Field(None, gt=0) # Passes over the training rows
     tokens:int|None = Field(None, ge=1) # Predictions trained on, rounded up to rows

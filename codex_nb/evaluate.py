@@ -6,7 +6,7 @@
 __all__ = ['EvaluateConfig', 'figures', 'by_slice', 'summarize', 'summary_table', 'summary_lines', 'plot_reliability', 'worst',
            'token_html', 'publish_evaluation', 'read_evaluation']
 
-# %% ../nbs/46_evaluate.ipynb #d5a2bc97
+# %% ../nbs/46_evaluate.ipynb #a2e8f0e0
 import csv, html, json, math
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -22,7 +22,7 @@ from .metrics import Calibration, compressor_bits_per_byte, perplexity
 from .repro import seed_for
 from .safety import redact_json
 from .scoring import Record
-from .statistics import bootstrap_ratio
+from .statistics import bootstrap_ratio, effective_documents
 from .tokenizer import Tokenizer
 
 # %% ../nbs/46_evaluate.ipynb #0f8ac1f5
@@ -38,7 +38,7 @@ class EvaluateConfig(Config):
     eval_every:int = Field(500, ge=1, json_schema_extra=outside) # Steps between evaluations during training
     eval_documents:int = Field(32, ge=1, json_schema_extra=outside) # Documents in those
 
-# %% ../nbs/46_evaluate.ipynb #eaab334d
+# %% ../nbs/46_evaluate.ipynb #a03bdb9f
 def figures(
     records:Sequence[Record], # Of the documents
     resamples:int=2000, # Of the bootstrap
@@ -46,12 +46,12 @@ def figures(
 )->tuple[dict[str, dict], list[str]]: # Name -> `value`, `low`, `high` (None where there is none), and what a reader must know
     "Loss, perplexity, bits per byte, accuracies and Brier score."
     col = lambda k: np.array([getattr(r, k) for r in records], float)
-    draws, notes, out = seed_for(seed, "bootstrap"), [], {}
+    draws, notes, out = seed_for(seed, "bootstrap"), {}, {}
     def add(name, top, bottom, shown=lambda x: x):
         i = bootstrap_ratio(top, bottom, draws, resamples)
         with np.errstate(over="ignore"): ends = {k: float(shown(x)) for k, x in (("value", i.value), ("low", i.low), ("high", i.high))}
         out[name] = {k: x if math.isfinite(x) else None for k, x in ends.items()} # a perplexity may have no end that a float can hold
-        notes.extend(n for n in i.notes if n not in notes)
+        notes.setdefault(effective_documents(bottom), i.notes)
     tokens = col("tokens")
     add("loss", col("nll"), tokens)
     add("perplexity", col("nll"), tokens, lambda x: perplexity(x, 1))
@@ -60,7 +60,7 @@ def figures(
     add("accuracy", col("correct"), tokens)
     add("top5_accuracy", col("top5"), tokens)
     if all(r.brier is not None for r in records): add("brier", col("brier"), tokens)
-    return out, notes
+    return out, list(notes[min(notes)])
 
 def _slice_value(r, name): return r.group if name == "group" else r.meta.get(name)
 

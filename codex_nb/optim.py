@@ -16,9 +16,10 @@ from pydantic import Field, field_validator
 from .config import Config
 from .plugins import get, known
 
-# %% ../nbs/22_optim.ipynb #ba2b57a6
+# %% ../nbs/22_optim.ipynb #bf6533ca
 class OptimConfig(Config):
     "How weights are updated."
+    idle = {"decay_share": (lambda c: c.schedule in ("constant", "linear", "cosine"), "it belongs to schedule=wsd"), "lr_end": (lambda c: c.schedule == "constant", "the rate does not fall with schedule=constant")}
     optimizer:str = "adamw" # `adamw`; `muon` for the matrices of the layers with AdamW for the rest; or a plug-in's
     lr:float = Field(1e-3, gt=0, le=1) # Peak learning rate
     lr_end:float = Field(0.1, ge=0, le=1) # Share of `lr` left at the last step

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['isolation', 'preflight', 'preflight_lines']
 
-# %% ../nbs/55_preflight.ipynb #39b595f7
+# %% ../nbs/55_preflight.ipynb #1248c221
 import math, time
 
 import numpy as np
@@ -14,11 +14,11 @@ import torch
 from .batches import Batches, order_digest, to_batch
 from .corpus import SPLITS, open_corpus
 from .engine import samples_to_take
-from .loss import lm_loss
-from .model import autocast, build_model, count_parameters, logits_of
+from .loss import LMLoss
+from .model import count_parameters, logits_of
 from .settings import RunConfig
 from .tokens import Rows, build_tokens
-from .vocabulary import train_tokenizer
+from .training import model_for, tokenizer_for
 
 # %% ../nbs/55_preflight.ipynb #47e7320a
 def isolation(
@@ -44,20 +44,22 @@ def isolation(
         return torch.equal(a, b)
     return None
 
-# %% ../nbs/55_preflight.ipynb #d6bebb3f
+# %% ../nbs/55_preflight.ipynb #db69653e
 def preflight(
     cfg:RunConfig, # The run that is meant
     timed:bool=True, # Try a step, to estimate time
 )->dict: # JSON types; errors as the run would have them
     "Say what a run would train on."
     corpus = open_corpus(cfg.corpus)
-    tokenizer = train_tokenizer(corpus, cfg.tokenizer)
+    tokenizer = tokenizer_for(cfg, corpus)
     rows = Rows(build_tokens(corpus, tokenizer), cfg.model.seq_len, cfg.rows.packing, cfg.rows.keep_apart)
-    model = build_model(cfg.model, tokenizer.vocab_size, tokenizer.eot, cfg.seed, cfg.model.device)
-    batches, parameters = Batches(rows, cfg.fit.batch_size, cfg.seed, cfg.fit.micro_batch), count_parameters(model)
+    cfg = cfg.settle_compute(rows.store)
+    model, _ = model_for(cfg, tokenizer)
+    batches, parameters = Batches(rows, cfg.fit.batch_size, cfg.seed, cfg.fit.micro_batch, 0, cfg.distributed.nproc), count_parameters(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     apart, report = isolation(model, rows), rows.report()
-    out = {"corpus": corpus.digest, "tokenizer": tokenizer.digest, "tokens": rows.store.digest, "splits": corpus.counts} | {"rows": report, "isolated": apart, "parameters": parameters,
-        "state_bytes": parameters*16, "first_row": tokenizer.decode(to_batch(rows, np.array([0])).ids_BT[0].tolist())[:200]}
+    out = {"corpus": corpus.digest, "tokenizer": tokenizer.digest, "tokens": rows.store.digest, "splits": corpus.counts} | {"rows": report, "isolated": apart, "parameters": parameters, "trained": trained,
+        "state_bytes": parameters*4+trained*12, "first_row": tokenizer.decode(to_batch(rows, np.array([0])).ids_BT[0].tolist())[:200]}
     seconds, activations, peak = _try_step(model, batches, cfg) if timed else (None, None, None)
     out |= {"seconds_per_step": seconds, "activation_bytes": activations, "peak_gpu_bytes": peak}
     if not cfg.fit.minutes:
@@ -75,8 +77,8 @@ def _activations(forward, model): # bytes of what a forward pass keeps for the b
 
 def _try_step(model, batches, cfg):
     cuda = cfg.model.device.startswith("cuda")
-    def forward(b):
-        with autocast(cfg.model.device, cfg.model.dtype): return lm_loss(model, b.to(cfg.model.device))[0]
+    objective = LMLoss(model, cfg.model.dtype, cfg.compute.model_copy(update={"compile": "off"}))
+    def forward(b): b = b.to(cfg.model.device); return objective(b.ids_BT, b.targets_BT, b.positions_BT)
     model.train()
     kept = _activations(lambda: forward(batches.step(0)[0]), model)
     for _ in range(2):
@@ -98,7 +100,7 @@ def _warnings(out, cfg):
     if out.get("epochs", 0) > 20: said.append(f"every row is seen {out['epochs']:.0f} times")
     return said
 
-# %% ../nbs/55_preflight.ipynb #f4046784
+# %% ../nbs/55_preflight.ipynb #0c1065d5
 def preflight_lines(
     out:dict, # From `preflight`
 )->list[str]:
@@ -108,6 +110,6 @@ def preflight_lines(
         f"rows: {r['rows']:,} of {r['seq_len']} ({r['packing']}), {r['utilisation']:.1%} filled, {r['tokens_left_out']:,} tokens in no row, {r['documents_divided']:,} of {r['documents']:,} documents divided",
         f"learned from: {r['supervised']:,} of {r['tokens']:,} tokens an epoch; the end of a text {r['end_of_text_learned']:,} times",
         f"documents kept apart: {'yes, tried on this model' if out['isolated'] else 'no' if out['isolated'] is False else 'no row holds two'}",
-        f"model: {out['parameters']:,} parameters; about {(out['state_bytes']+(out['activation_bytes'] or 0))/2**20:,.0f} MiB of memory for weights, gradients and moments" + (" and one micro-batch" if out["activation_bytes"] else "") + (f", peak {out['peak_gpu_bytes']/2**20:,.0f} MiB on the GPU" if out["peak_gpu_bytes"] else "")]
+        f"model: {out['parameters']:,} parameters" + (f", {out['trained']:,} of them trained" if out["trained"] < out["parameters"] else "") + f"; about {(out['state_bytes']+(out['activation_bytes'] or 0))/2**20:,.0f} MiB of memory for weights, gradients and moments" + (" and one micro-batch" if out["activation_bytes"] else "") + (f", peak {out['peak_gpu_bytes']/2**20:,.0f} MiB on the GPU" if out["peak_gpu_bytes"] else "")]
     if "steps" in out: lines.append(f"training: {out['steps']:,} steps, {out['epochs']} epochs, {out['supervised_tokens']:,} tokens learned from" + (f"; about {d(out['seconds'])} at {out['seconds_per_step']:.2f} s a step" if out["seconds"] else ""))
     return lines + [f"note: {w}" for w in out["warnings"]]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['train', 'work', 'inputs_of', 'main', 'export_merged', 'finish']
 
-# %% ../nbs/53_recipe.ipynb #2e2c82e8
+# %% ../nbs/53_recipe.ipynb #e2dd46dc
 import json, os, shutil, socket, subprocess, sys, threading, traceback
 from pathlib import Path
 
@@ -28,8 +28,7 @@ from .tensors import write_tensors
 from .tokenizer import Tokenizer
 from .tokens import Rows, build_tokens
 from .tracking import metrics_csv
-from .training import begin, last_checkpoint, make_model, near, settle_process, sinks_of, train_here
-from .vocabulary import train_tokenizer
+from .training import begin, last_checkpoint, make_model, near, settle_process, sinks_of, tokenizer_for, train_here
 
 # %% ../nbs/53_recipe.ipynb #37f43f9b
 def train(
@@ -48,7 +47,7 @@ def train(
         if not isinstance(e, DiskError): run.finish("failed", f"{type(e).__name__}: {e}")
         raise
 
-# %% ../nbs/53_recipe.ipynb #e666d07c
+# %% ../nbs/53_recipe.ipynb #727ce4ab
 def _train_processes(run, model, hooks):
     if hooks: raise ConfigError("hooks: functions of this notebook cannot be called in other processes; use nproc=1")
     d, env = run.cfg.distributed, {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "CODEX_NB_RUN")}
@@ -113,7 +112,7 @@ def inputs_of(
 )->tuple[Corpus, Tokenizer, Rows]: # From the store, or made there
     "What a run is made from."
     corpus = open_corpus(cfg.corpus)
-    tokenizer = train_tokenizer(corpus, cfg.tokenizer)
+    tokenizer = tokenizer_for(cfg, corpus)
     return corpus, tokenizer, Rows(build_tokens(corpus, tokenizer), cfg.model.seq_len, cfg.rows.packing, cfg.rows.keep_apart)
 
 def main(

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['seed_for', 'generator', 'seed_everything', 'rng_state', 'set_rng_state', 'set_determinism', 'determinism',
-           'lock_file', 'code_changes', 'packages', 'environment', 'numeric_identity', 'tensors_digest']
+           'lock_file', 'code_changes', 'plain_name', 'packages', 'read_lock', 'environment', 'numeric_identity',
+           'tensors_digest']
 
-# %% ../nbs/03_repro.ipynb #596f2326
-import hashlib, os, platform, random, subprocess
+# %% ../nbs/03_repro.ipynb #b4b715fa
+import hashlib, os, platform, random, re, subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -83,7 +84,7 @@ def determinism()->str: # `deterministic` or `off`
     import torch
     return "deterministic" if torch.are_deterministic_algorithms_enabled() else "off"
 
-# %% ../nbs/03_repro.ipynb #991906c4
+# %% ../nbs/03_repro.ipynb #5ea2bf94
 def lock_file()->Path|None: # None when the package lies outside its repository
     "The lock file this environment should follow."
     path = Path(__file__).resolve().parent.parent/"requirements.lock" if "__file__" in globals() else Path("../requirements.lock")
@@ -95,12 +96,27 @@ def code_changes()->str: # Empty when there are none, or no git
     if not head or not head.endswith("+"): return ""
     return subprocess.run(["git", "-C", str(Path(codex_nb.__file__).parent), "diff", "HEAD", "--", "."], capture_output=True, text=True, timeout=60).stdout
 
+def plain_name(
+    name:str, # Of a distribution, as anybody writes it
+)->str: # Lower case, with hyphens
+    "The one way to write a distribution's name (PEP 503)."
+    return re.sub(r"[-_.]+", "-", name).lower()
+
 def packages()->dict[str, str]: # Name -> version, sorted
     "The installed distributions."
     out = {}
     for d in metadata.distributions(): # the first found is the one that is imported
-        if d.metadata["Name"]: out.setdefault(d.metadata["Name"].lower().replace("_", "-"), d.version)
+        if d.metadata["Name"]: out.setdefault(plain_name(d.metadata["Name"]), d.version)
     return dict(sorted(out.items()))
+
+def read_lock(
+    path, # A lock file, as `lock_file` gives it
+)->dict[tuple[str, str], list[str]]: # (name, version) -> SHA-256 of its files; a name may have a version for each kind of machine
+    "What a lock file accepts."
+    out = {}
+    for line in Path(path).read_text("utf-8").replace("\\\n", " ").splitlines():
+        if m := re.match(r"([\w.-]+)==([^\s;]+)", line): out.setdefault((plain_name(m[1]), m[2]), []).extend(re.findall(r"--hash=sha256:([0-9a-f]{64})", line))
+    return out
 
 def _cpu():
     try: return next(l.split(":", 1)[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name"))

@@ -18,9 +18,10 @@ from .artifacts import ArtifactError, clear_leftovers, read_manifest, sync
 from .checkpoint import checkpoints, latest_checkpoint
 from .config import Config, outside
 
-# %% ../nbs/35_retention.ipynb #6063a9d7
+# %% ../nbs/35_retention.ipynb #aebd5b1f
 class CheckpointConfig(Config):
     "When to save and what to keep."
+    idle = dict.fromkeys(("best_metric", "best_mode"), (lambda c: not c.keep_best, "no best checkpoints are kept; give keep_best as well"))
     save_every:int = Field(500, ge=1, json_schema_extra=outside) # Steps between checkpoints; the last step is always saved
     background:bool = Field(True, json_schema_extra=outside) # Write while training goes on
     keep_last:int = Field(2, ge=1, json_schema_extra=outside) # Newest checkpoints kept

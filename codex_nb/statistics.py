@@ -43,7 +43,7 @@ def resample_sums(
             done = starts[-1]+block
     return out[:min(done, resamples)]
 
-# %% ../nbs/41_statistics.ipynb #f5c4542d
+# %% ../nbs/41_statistics.ipynb #0869b27b
 ENOUGH, EVEN = 60, 0.2 # Effective documents, and their share of all, below which intervals are too narrow
 
 @dataclass(frozen=True)
@@ -107,7 +107,9 @@ def bootstrap_ratio(
 
 def _notes(bottom, asked, made, seconds):
     out, effective = [], effective_documents(bottom)
-    if effective < ENOUGH or effective < EVEN*len(bottom): out.append(f"{len(bottom):,} documents weigh as {effective:,.0f} equal ones: the interval may be too narrow")
+    if effective < ENOUGH or effective < EVEN*len(bottom):
+        even = round(effective) >= len(bottom)
+        out.append(f"{len(bottom):,} documents " + ("are few" if even else f"weigh as {effective:,.0f} equal ones") + ": the interval may be too narrow")
     if made < asked: out.append(f"{made:,} of {asked:,} resamples in {seconds:g} seconds")
     return tuple(out)
 

@@ -62,9 +62,10 @@ def prometheus_text(
     name = lambda n: "codex_nb_"+"".join(c if c.isascii() and c.isalnum() else "_" for c in n)
     return "".join(f"# TYPE {name(n)} gauge\n{name(n)}{{{tags}}} {float(v)!r}\n" for n, v in values.items())
 
-# %% ../nbs/38_system.ipynb #aeadc58f
+# %% ../nbs/38_system.ipynb #bc829082
 class MonitorConfig(Config):
     "How the machine is watched."
+    idle = dict.fromkeys(("monitor_every", "prometheus_port", "prometheus_file"), (lambda c: not c.monitor, "nothing is watched with monitor=false"))
     monitor:bool = Field(True, json_schema_extra=outside) # Write readings of the machine to `system.ndjson`
     monitor_every:float = Field(5.0, ge=0.1, json_schema_extra=outside) # Seconds between readings
     prometheus_port:int|None = Field(None, ge=0, le=65535, json_schema_extra=outside) # Serve the last reading on this port of 127.0.0.1; 0 takes a free one

@@ -78,9 +78,10 @@ def read_questions(
     if twice := [i for i, n in Counter(q.id for q in out).items() if n > 1]: raise ReadError(f"{path}: the id {twice[0]!r} is given twice")
     return out
 
-# %% ../nbs/45_tasks.ipynb #fbed1316
+# %% ../nbs/45_tasks.ipynb #8a925766
 class TaskConfig(Config):
     "How a model is asked."
+    idle = dict.fromkeys(("shots", "task_metrics", "max_questions", "answer_tokens", "answer_stop"), (lambda c: c.task is None, "nothing is asked; give task as well"))
     task:str|None = Field(None, json_schema_extra=outside) # A file of questions, or `questions`; identity is what it holds
     shots:int = Field(0, ge=0, le=100) # Examples before each question
     task_metrics:list[str] = ["exact_match"] # Registered metrics for what is written
@@ -192,19 +193,20 @@ def _choose(model, tokenizer, questions, given, which, batch_size, dtype):
         out.append((i, _answer(q, given[i], q.choices[best], {"choice": float(best == q.answer), "choice_per_byte": float(per_byte.argmin() == q.answer)}, nll=nll.tolist(), label=q.choices[q.answer])))
     return out
 
-# %% ../nbs/45_tasks.ipynb #5aa48fca
+# %% ../nbs/45_tasks.ipynb #7e7cbe54
 def summarize_answers(
     answers:Sequence[Answer], # From `ask`
     resamples:int=2000, # Of the bootstrap
     seed:int=0, # Of the bootstrap
 )->dict: # `metrics` name -> value, low, high, questions; `notes`; `questions`
     "Figures over questions, with intervals."
-    out, notes = {}, []
+    out, said = {}, {}
     for name in dict.fromkeys(m for a in answers for m in a.scores):
         x = np.array([a.scores[name] for a in answers if name in a.scores])
         i = bootstrap_ratio(x, np.ones(len(x)), seed_for(seed, "bootstrap"), resamples)
         out[name] = {"value": i.value, "low": i.low if np.isfinite(i.low) else None, "high": i.high if np.isfinite(i.high) else None, "questions": len(x)}
-        notes += [f"{name}: {n}" for n in i.notes]
+        for n in i.notes: said.setdefault(n.replace("document", "question"), []).append(name)
+    notes = [n if len(names) == len(out) else f"{', '.join(names)}: {n}" for n, names in said.items()]
     some = [a for a in answers if a.nll]
     if some and len({a.label for a in some}) <= 20:
         out["f1_macro"] = {"value": f1([a.prediction for a in some], [a.label for a in some]), "low": None, "high": None, "questions": len(some)}

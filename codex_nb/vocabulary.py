@@ -26,9 +26,10 @@ from .samples import sample
 from .store import cached, deposit, find_stored, stored
 from .tokenizer import SPECIALS, Tokenizer, TokenizerError, byte_characters, byte_form, char_form, save_fast, sp_form
 
-# %% ../nbs/16_vocabulary.ipynb #fb8cec2a
+# %% ../nbs/16_vocabulary.ipynb #d8aace0c
 class TokenizerConfig(Config):
     "Which tokenizer to train, or to bring in."
+    idle = dict.fromkeys(("tokenizer", "vocab_size", "max_train_bytes", "sp_threads"), (lambda c: c.tokenizer_path is not None, "tokenizer_path brings a finished one"))
     tokenizer:str = "bpe" # `bpe`, `sp-unigram`, `sp-bpe`, `bytes`, `chars`, or a plug-in's
     tokenizer_path:str|None = Field(None, json_schema_extra={"outside_digest": True}) # Instead: a folder with `tokenizer.json`, or a SentencePiece `.model`; identity is its content
     vocab_size:int = Field(4096, ge=262, le=1<<20) # Ids, the special ones included; `bytes` always has 261

@@ -96,13 +96,14 @@ def test_a_share_that_is_lost(tmp_path):
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"] if PROVE else ["fsdp"])
 def test_an_adapter(parallel, tmp_path, one):
     base = str(one/"checkpoints"/"step-00000012")
-    given = {k: v for k, v in SMALL.items() if k not in ("width",)} | dict(base=base, adapter="lora", rank=2)
+    given = {k: v for k, v in SMALL.items() if k not in ("width",)} | dict(base=base, adapter="lora", rank=2, data="chat", packing="best-fit")
     folders = []
     for name, n, how in (("alone", 1, "ddp"), ("two", 2, parallel)):
         config = prepared(tmp_path, name, bare=given, parallel=how)
         done(config, n, tmp_path)
         folders.append(config.parent)
     close(losses(folders[1]), losses(folders[0]))
+    assert files(folders[1], 12)["tokenizer.json"] == files(one, 12)["tokenizer.json"], "another tokenizer than the base's"
     here = files(folders[1], 12)
     cut_back(folders[1], 6)
     done(config, 2, tmp_path)

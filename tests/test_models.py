@@ -72,4 +72,7 @@ def test_a_base_that_does_not_fit(tmp_path, monkeypatch):
     done = run("codex-nb", "run", "finetune", "-p", "base", str(tmp_path/"base"), "-p", "targets", '["query"]', home=tmp_path)
     assert done.returncode == 1 and "targets: query: no such linear layer in this model; there are down_proj" in done.stderr, done.stderr
     done = run("codex-nb", "run", "train", "-p", "base", str(tmp_path/"base"), "-p", "vocab_size", "600", "-p", "steps", "2", home=tmp_path)
-    assert done.returncode == 1 and "use the base's own: tokenizer_path=" in done.stderr, done.stderr
+    assert done.returncode == 1 and "vocab_size: given together with base, which has its own" in done.stderr, done.stderr
+    larger = train_tokenizer(open_corpus(CorpusConfig(data="sample")), TokenizerConfig(vocab_size=600))
+    done = run("codex-nb", "run", "train", "-p", "base", str(tmp_path/"base"), "-p", "tokenizer_path", str(larger.path), "-p", "steps", "2", home=tmp_path)
+    assert done.returncode == 1 and "leave out tokenizer_path, and the base's own is used" in done.stderr, done.stderr

@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT/"tools")]
 from lock import TORCH, locked # noqa: E402
 from codex_nb import __version__ # noqa: E402
-from codex_nb.bundle import needed_packages, plain_name # noqa: E402
+from codex_nb.bundle import needed_packages # noqa: E402
+from codex_nb.repro import plain_name # noqa: E402
 
 # what may be installed beside Apache-2.0 code without asking anybody
 FINE = re.compile(r"MIT|BSD|Apache|ISC|PSF|Python Software Foundation|MPL|Mozilla|Unlicense|CC0|Zlib|HPND|0BSD|LGPL|Lesser General|Public Domain|CNRI")
