@@ -7,13 +7,13 @@ __all__ = ['STATE', 'NO_SCALER', 'CheckpointError', 'optimizer_tensors', 'optimi
            'model_tensors', 'snapshot', 'write_checkpoint', 'set_weights', 'read_weights', 'load_checkpoint',
            'checkpoints', 'latest_checkpoint']
 
-# %% ../nbs/33_checkpoint.ipynb #f96bfb2c
+# %% ../nbs/33_checkpoint.ipynb #f1ddcb55
 import json, shutil
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import torch
 from safetensors.torch import load_file
@@ -48,7 +48,7 @@ def optimizer_settings(
     plain = lambda v: list(v) if isinstance(v, tuple) else v
     return [{k: plain(v) for k, v in g.items() if k != "params"} | {"parameters": [n for n, _ in named]} for g, named in zip(optimizer.param_groups, _named(model, optimizer))]
 
-# %% ../nbs/33_checkpoint.ipynb #5d109158
+# %% ../nbs/33_checkpoint.ipynb #ab61b032
 STATE = ("progress", "schedule", "scaler", "data", "identity", "exact", "rng", "optimizer")
 NO_SCALER = {"kind": "none"} # fp32 and bf16 need none
 
@@ -73,16 +73,21 @@ class Snapshot:
 def model_tensors(
     model, # A `transformers` or peft model
     keep:bool=True, # False: help the other ranks to put shares together, and keep nothing
-    copy:bool=False, # To the CPU, apart from the model
+    copy:Callable|None=None, # Of a name and a tensor, to take it away from the model
 )->dict[str, torch.Tensor]: # As `save_pretrained` names them, shared ones once; whole
     "The weights that a checkpoint holds."
     together = ((n, whole(t.detach())) for n, t in _weights(model).items()) # one at a time, so that those who keep none need no room
-    if copy: together = ((n, t.to("cpu", copy=True) if keep else None) for n, t in together)
+    if copy: together = ((n, copy(n, t) if keep else None) for n, t in together)
     return {n: t for n, t in together if keep}
 
 def _weights(model): # those that share memory once
     if hasattr(model, "peft_config"): return adapter_tensors(model)
     return {n: t for t, n in reversed({t: n for n, t in reversed(model.state_dict(keep_vars=True).items())}.items())}
+
+def _copied(room, file, name, t): # into memory that was used before, if there is some: new memory takes longer to get than to fill
+    old = room.get((file, name))
+    if old is None or old.shape != t.shape or old.dtype != t.dtype: old = room[file, name] = torch.empty(t.shape, dtype=t.dtype)
+    return old.copy_(t.detach())
 
 def snapshot(
     model, # A `transformers` or peft model
@@ -91,17 +96,19 @@ def snapshot(
     standing:Standing, # Where things stand
     ema:EMA|None=None, # An average of the weights, if one is kept
     world:World=World(), # All ranks take part
+    room:dict|None=None, # Memory of an earlier snapshot that nobody needs any more; what is used of it stays in it
 )->Snapshot|None: # None on ranks that have nothing to write
     "Copy everything that changes."
     adapted, generators = hasattr(model, "peft_config"), world.gather(rng_state())
     parts = {"optimizer": optimizer_tensors(model, optimizer)} | ({"ema": ema.tensors} if ema else {})
-    weights, shares = model_tensors(model, world.main, True), any(hasattr(p, "placements") for p in model.parameters())
+    name, copied = "adapter_model.safetensors" if adapted else "model.safetensors", partial(_copied, {} if room is None else room)
+    weights, shares = model_tensors(model, world.main, partial(copied, name)), any(hasattr(p, "placements") for p in model.parameters())
     if not shares and not world.main: return None
     files = {share_name(part, world): own_share(ts, world) for part, ts in parts.items()} if shares else {f"{part}.safetensors": (ts, {}) for part, ts in parts.items()}
-    tensors = {f: {n: t.to("cpu", copy=True) for n, t in ts.items()} for f, (ts, _) in files.items()}
+    tensors = {f: {n: copied(f, n, t) for n, t in ts.items()} for f, (ts, _) in files.items()}
     tables = {f: table for f, (_, table) in files.items()}
     if not world.main: return Snapshot(tensors, tables, {}, {}, standing)
-    tensors["adapter_model.safetensors" if adapted else "model.safetensors"] = weights
+    tensors[name] = weights
     state = {"progress": standing.progress, "schedule": standing.schedule, "scaler": NO_SCALER, "data": standing.data, "identity": standing.identity, "exact": standing.exact | numeric_identity(),
         "rng": generators, "optimizer": optimizer_settings(model, optimizer)}
     texts = {"state.json": json.dumps(state, allow_nan=False)}

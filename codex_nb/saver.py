@@ -15,7 +15,7 @@ from .artifacts import Artifact
 from .checkpoint import Snapshot, write_checkpoint
 from .distributed import World
 
-# %% ../nbs/36_saver.ipynb #61e0d615
+# %% ../nbs/36_saver.ipynb #09e2cefe
 @dataclass(frozen=True)
 class Saved:
     "One save that is done."
@@ -32,18 +32,19 @@ class Saver:
     ):
         self.background, self.after, self.world = background, after, world.apart()
         self.done:list[Saved] = [] # In order; taken from by whoever reports them
+        self.room:dict = {} # Memory of the last copy, where it is made in the background
         self._thread, self._error = None, None
 
     def save(self,
         folder, # The folder to make
-        take:Callable[[], Snapshot|None], # Makes the copy; None when another process writes
+        take:Callable[[dict], Snapshot|None], # Makes the copy, in the memory of the one before; None when another process writes
         parents:dict[str, str], # Role -> digest
         meta:dict|None=None, # Remarks
     )->None: # Raises what went wrong with the save before
         "Copy now, write soon."
         began = time.perf_counter()
         self.wait()
-        snap = take()
+        snap = take(self.room if self.background else {})
         if snap is None: return
         copied = time.perf_counter()
         def work():

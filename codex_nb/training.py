@@ -127,7 +127,7 @@ def standing_of(
         {"micro_batch": f.micro_batch, "world_size": world.size, "parallel": cfg.distributed.parallel if world.size > 1 else "one", "device": cfg.model.device, "dtype": cfg.model.dtype,
             "compile": c.compile, "attention": c.attention, "products": c.products, "recompute": c.recompute, "loss_chunk": c.loss_chunk})
 
-# %% ../nbs/52_training.ipynb #68bb6876
+# %% ../nbs/52_training.ipynb #b89c0d3b
 def train_here(
     run:Run, # Its folder is written to, by rank 0
     model, # From `make_model`; trained in place
@@ -285,7 +285,7 @@ class _Hands:
         path = self.folder/"checkpoints"/f"step-{state.step:08}"
         if state.step == 0 or self.world.share(path.exists() and not problems(path) if self.world.main else None): return
         self.same.progress = state.progress()
-        self.saver.save(path, lambda: snapshot(self.model, state.optimizer, self.tokenizer.path, self.same, state.ema, self.world), self.parents, {"metrics": self.last})
+        self.saver.save(path, lambda room: snapshot(self.model, state.optimizer, self.tokenizer.path, self.same, state.ema, self.world, room), self.parents, {"metrics": self.last})
 
     def _published(self, artifact):
         protected = {self.stands_on, *in_use()} if self.stands_on else in_use()

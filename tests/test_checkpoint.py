@@ -132,7 +132,7 @@ LOOP = textwrap.dedent("""
         saver, step = Saver(after=published), max([int(p.name[5:]) for p in t.checkpoints(folder)], default=0)
         while True:
             step += 1
-            saver.save(folder/f"step-{step:08}", lambda: t.snapshot(model, optimizer, tok, t.standing(step)), {})
+            saver.save(folder/f"step-{step:08}", lambda room: t.snapshot(model, optimizer, tok, t.standing(step), room=room), {})
     for line in sys.stdin: # each in a process of its own
         pid = os.fork()
         if pid == 0: train()
