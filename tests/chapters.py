@@ -5,6 +5,8 @@ A server: it loads the large libraries once, and forks for every line "path TAB 
 import importlib, json, os, re, sys, traceback
 from pathlib import Path
 
+os.environ["MPLBACKEND"] = "agg" # no screen here
+
 def run(path):
     cells = [c for c in json.loads(Path(path).read_text())["cells"] if c["cell_type"] == "code"]
     source = ["".join(c["source"]) for c in cells]
@@ -15,13 +17,8 @@ def run(path):
         if re.search(r"^#\|\s*export\b", s, re.M): space.update({k: v for k, v in vars(module).items() if not k.startswith("__")})
         elif not re.search(r"^#\|\s*(default_exp|eval:\s*false|slow|cuda)\b", s, re.M): exec(compile(s, f"{path}[{i}]", "exec"), space)
 
-def load():
-    "The large libraries, once, for all that are forked."
-    for name in ("numpy", "pandas", "scipy.stats", "matplotlib.pyplot", "torch", "torch._dynamo", "transformers.modeling_utils", "transformers.generation", "transformers.models.llama.modeling_llama", "transformers.models.gpt2.modeling_gpt2", "fastcore.test"): importlib.import_module(name)
-
 def serve():
-    os.environ["MPLBACKEND"] = "agg" # no screen here
-    load()
+    for name in ("numpy", "pandas", "scipy.stats", "matplotlib.pyplot", "torch", "torch._dynamo", "transformers.modeling_utils", "transformers.generation", "transformers.models.llama.modeling_llama", "transformers.models.gpt2.modeling_gpt2", "fastcore.test"): importlib.import_module(name)
     for line in sys.stdin:
         path, log = line.rstrip("\n").split("\t")
         sys.stdout.flush()

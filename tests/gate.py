@@ -13,19 +13,10 @@ BIN = Path(sys.executable).parent
 PARTS = {
     "pip check": [[BIN/"python", "-m", "pip", "check"]],
     "nbdev_test": [[BIN/"nbdev_test", "--n_workers", "2", "--timing", "--skip_folder_re", r"^[_.]|^tutorials$"]],
-    "nbval": [[BIN/"python", "-m", "pytest", "--nbval", "--nbval-sanitize-with", "tests/nbval.cfg", "nbs", "-n", "2", "--dist", "loadfile", "-p", "no:cacheprovider", "--junitxml", LOGS/"nbval.xml"]],
+    "nbval": [[BIN/"python", "-m", "pytest", "--nbval", "--nbval-current-env", "--nbval-sanitize-with", "tests/nbval.cfg", "nbs", "-n", "2", "--dist", "loadfile", "-p", "no:cacheprovider", "--junitxml", LOGS/"nbval.xml"]],
     "pytest": [[BIN/"python", "-m", "coverage", "erase"], [BIN/"python", "-m", "coverage", "run", "-m", "pytest", "tests", "-n", "2", "--dist", "worksteal", "-p", "no:cacheprovider", "--durations", "10", "--junitxml", LOGS/"pytest.xml"]],
     "coverage": [[BIN/"python", "-m", "coverage", "combine", "-q"], [BIN/"python", "-m", "coverage", "report", "--fail-under", "90"]],
 }
-
-def kernels(folder, env):
-    "The process from which nbval's kernels are forked, and the environment in which they are found."
-    sys.path.insert(0, str(ROOT/"tests"))
-    from kernels import specification
-    specification(folder/"jupyter", folder/"socket")
-    server = subprocess.Popen([sys.executable, ROOT/"tests"/"kernels.py", "serve", folder/"socket"], cwd=ROOT/"nbs", env=env)
-    while server.poll() is None and not (folder/"socket").exists(): time.sleep(0.1)
-    return server, env | {"JUPYTER_PATH": str(folder/"jupyter")}
 
 def results(path, notebooks):
     "Test or notebook -> how often it passed, failed and was skipped."
@@ -58,12 +49,10 @@ def main():
     began, failed, counts = time.monotonic(), [], {"passed": 0, "failed": 0, "skipped": 0}
     for name, commands in PARTS.items():
         log, start, code = LOGS/f"{name.replace(' ', '-')}.log", time.monotonic(), 0
-        with tempfile.TemporaryDirectory() as home, tempfile.TemporaryDirectory() as folder, open(log, "w") as out:
+        with tempfile.TemporaryDirectory() as home, open(log, "w") as out:
             env = os.environ | {"CODEX_NB_HOME": home, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONHASHSEED": "0"}
             env.pop("MPLBACKEND", None) # notebooks choose for themselves
-            server, env = kernels(Path(folder), env) if name == "nbval" else (None, env)
             for c in commands: code = code or subprocess.run([str(x) for x in c], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env=env).returncode
-            if server: server.kill(); server.wait()
         text = log.read_text()
         closing = re.findall(r"^(?=.*\d+ passed)(?=.* in [\d.]+s).*$", text, re.M)[-1:] if "pytest" in str(commands) else []
         for line in closing:
