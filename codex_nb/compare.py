@@ -79,10 +79,17 @@ def open_subject(
         if (trained/"metrics.ndjson").is_file(): metrics = read_metrics(trained/"metrics.ndjson")
     return Subject(re.sub(r"^\d{4}-\d\d-\d\dT[\d-]{8}-", "", (run or path.absolute()).name), evaluation, records, summary, trained, settings, metrics)
 
-# %% ../nbs/56_compare.ipynb #a2d13cb2
+# %% ../nbs/56_compare.ipynb #2f96892c
 def _made_from(run): # corpus, tokenizer, base -> digest
     path = run/"parents.json" if run else None
     return {k: v for k, v in json.loads(path.read_bytes()).items() if k in ("corpus", "tokenizer", "base")} if path and path.is_file() else {}
+
+def _tokenizers(subjects): # by content, where all can be seen: one that came with a base has another digest than the one that was trained
+    def content(run):
+        found = sorted((run/"checkpoints").glob("step-*/manifest.json")) if run else []
+        return read_manifest(found[-1].parent).files.get("tokenizer.json") if found else None
+    files = [content(s.run) for s in subjects]
+    return [f["sha256"][:12] for f in files] if all(files) else [s.evaluation.manifest.parents.get("tokenizer", "")[:12] for s in subjects]
 
 def _said(subject): # what makes two trainings the same but for their seed
     if not subject.run: return subject.name
@@ -108,8 +115,9 @@ def setting_differences(
     def row(name, values):
         if len({json.dumps(v, sort_keys=True, default=str) for v in values}) > 1: rows.append({"setting": name} | dict(zip((s.name for s in subjects), values)))
     for n in names: row(n, [s.settings.get(n) for s in subjects])
-    for role in ("corpus", "tokenizer", "base"): row(f"trained from {role}", [_made_from(s.run).get(role, "")[:12] for s in subjects])
-    for role in ("corpus", "tokenizer", "checkpoint"): row(f"{role} judged" if role != "checkpoint" else role, [s.evaluation.manifest.parents.get(role, "")[:12] for s in subjects])
+    for role in ("corpus", "base"): row(f"trained from {role}", [_made_from(s.run).get(role, "")[:12] for s in subjects])
+    row("tokenizer", _tokenizers(subjects))
+    for role in ("corpus", "checkpoint"): row(f"{role} judged" if role != "checkpoint" else role, [s.evaluation.manifest.parents.get(role, "")[:12] for s in subjects])
     for n in ("stride", "max_documents", "split"): row(f"judged with {n}", [s.evaluation.manifest.config.get(n) for s in subjects])
     return rows
 

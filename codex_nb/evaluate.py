@@ -38,7 +38,7 @@ class EvaluateConfig(Config):
     eval_every:int = Field(500, ge=1, json_schema_extra=outside) # Steps between evaluations during training
     eval_documents:int = Field(32, ge=1, json_schema_extra=outside) # Documents in those
 
-# %% ../nbs/46_evaluate.ipynb #a03bdb9f
+# %% ../nbs/46_evaluate.ipynb #cfca918e
 def figures(
     records:Sequence[Record], # Of the documents
     resamples:int=2000, # Of the bootstrap
@@ -47,9 +47,9 @@ def figures(
     "Loss, perplexity, bits per byte, accuracies and Brier score."
     col = lambda k: np.array([getattr(r, k) for r in records], float)
     draws, notes, out = seed_for(seed, "bootstrap"), {}, {}
-    def add(name, top, bottom, shown=lambda x: x):
+    def add(name, top, bottom, shown=lambda x: x, most=math.inf): # none can be below 0
         i = bootstrap_ratio(top, bottom, draws, resamples)
-        with np.errstate(over="ignore"): ends = {k: float(shown(x)) for k, x in (("value", i.value), ("low", i.low), ("high", i.high))}
+        with np.errstate(over="ignore"): ends = {k: float(shown(x)) for k, x in (("value", i.value), ("low", max(i.low, 0.0)), ("high", min(i.high, most)))}
         out[name] = {k: x if math.isfinite(x) else None for k, x in ends.items()} # a perplexity may have no end that a float can hold
         notes.setdefault(effective_documents(bottom), i.notes)
     tokens = col("tokens")
@@ -57,9 +57,9 @@ def figures(
     add("perplexity", col("nll"), tokens, lambda x: perplexity(x, 1))
     add("bits_per_byte", col("bits"), col("bytes"))
     add("bits_per_byte_by_document", col("bits")/col("bytes").clip(1), np.ones(len(records)))
-    add("accuracy", col("correct"), tokens)
-    add("top5_accuracy", col("top5"), tokens)
-    if all(r.brier is not None for r in records): add("brier", col("brier"), tokens)
+    add("accuracy", col("correct"), tokens, most=1.0)
+    add("top5_accuracy", col("top5"), tokens, most=1.0)
+    if all(r.brier is not None for r in records): add("brier", col("brier"), tokens, most=2.0)
     return out, list(notes[min(notes)])
 
 def _slice_value(r, name): return r.group if name == "group" else r.meta.get(name)

@@ -44,7 +44,7 @@ def isolation(
         return torch.equal(a, b)
     return None
 
-# %% ../nbs/55_preflight.ipynb #db69653e
+# %% ../nbs/55_preflight.ipynb #af8806b2
 def preflight(
     cfg:RunConfig, # The run that is meant
     timed:bool=True, # Try a step, to estimate time
@@ -62,7 +62,8 @@ def preflight(
         "state_bytes": parameters*4+trained*12, "first_row": tokenizer.decode(to_batch(rows, np.array([0])).ids_BT[0].tolist())[:200]}
     seconds, activations, peak = _try_step(model, batches, cfg) if timed else (None, None, None)
     out |= {"seconds_per_step": seconds, "activation_bytes": activations, "peak_gpu_bytes": peak}
-    if not cfg.fit.minutes:
+    if cfg.fit.minutes: out |= {"minutes": cfg.fit.minutes}
+    else:
         samples = samples_to_take(cfg.fit, batches)
         steps = math.ceil(samples/batches.batch_size)
         out |= {"steps": steps, "epochs": round(samples/len(rows), 3), "order": order_digest(len(rows), cfg.seed, samples), "supervised_tokens": round(report["supervised"]*samples/len(rows)),
@@ -100,7 +101,7 @@ def _warnings(out, cfg):
     if out.get("epochs", 0) > 20: said.append(f"every row is seen {out['epochs']:.0f} times")
     return said
 
-# %% ../nbs/55_preflight.ipynb #0c1065d5
+# %% ../nbs/55_preflight.ipynb #41ea2543
 def preflight_lines(
     out:dict, # From `preflight`
 )->list[str]:
@@ -112,4 +113,5 @@ def preflight_lines(
         f"documents kept apart: {'yes, tried on this model' if out['isolated'] else 'no' if out['isolated'] is False else 'no row holds two'}",
         f"model: {out['parameters']:,} parameters" + (f", {out['trained']:,} of them trained" if out["trained"] < out["parameters"] else "") + f"; about {(out['state_bytes']+(out['activation_bytes'] or 0))/2**20:,.0f} MiB of memory for weights, gradients and moments" + (" and one micro-batch" if out["activation_bytes"] else "") + (f", peak {out['peak_gpu_bytes']/2**20:,.0f} MiB on the GPU" if out["peak_gpu_bytes"] else "")]
     if "steps" in out: lines.append(f"training: {out['steps']:,} steps, {out['epochs']} epochs, {out['supervised_tokens']:,} tokens learned from" + (f"; about {d(out['seconds'])} at {out['seconds_per_step']:.2f} s a step" if out["seconds"] else ""))
+    elif out["seconds_per_step"]: lines.append(f"training: {out['minutes']:g} min, about {max(1, round(out['minutes']*60/out['seconds_per_step'])):,} steps at {out['seconds_per_step']:.2f} s a step")
     return lines + [f"note: {w}" for w in out["warnings"]]

@@ -6,7 +6,7 @@
 __all__ = ['Question', 'read_questions', 'TaskConfig', 'examples_for', 'prompt_of', 'Answer', 'ask', 'continuation',
            'summarize_answers']
 
-# %% ../nbs/45_tasks.ipynb #b76a7b1c
+# %% ../nbs/45_tasks.ipynb #f23b9c03
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -22,6 +22,7 @@ from .config import Config, digest_of, outside
 from .documents import ROLES, BadLine, Document, Message, ReadError, check_json
 from .generate import GenerateConfig, generate_batch
 from .metrics import f1, text_scores
+from .plugins import entries, get
 from .repro import seed_for
 from .samples import data_folder
 from .scoring import score
@@ -193,7 +194,7 @@ def _choose(model, tokenizer, questions, given, which, batch_size, dtype):
         out.append((i, _answer(q, given[i], q.choices[best], {"choice": float(best == q.answer), "choice_per_byte": float(per_byte.argmin() == q.answer)}, nll=nll.tolist(), label=q.choices[q.answer])))
     return out
 
-# %% ../nbs/45_tasks.ipynb #7e7cbe54
+# %% ../nbs/45_tasks.ipynb #daec226e
 def summarize_answers(
     answers:Sequence[Answer], # From `ask`
     resamples:int=2000, # Of the bootstrap
@@ -204,7 +205,8 @@ def summarize_answers(
     for name in dict.fromkeys(m for a in answers for m in a.scores):
         x = np.array([a.scores[name] for a in answers if name in a.scores])
         i = bootstrap_ratio(x, np.ones(len(x)), seed_for(seed, "bootstrap"), resamples)
-        out[name] = {"value": i.value, "low": i.low if np.isfinite(i.low) else None, "high": i.high if np.isfinite(i.high) else None, "questions": len(x)}
+        most = get("metric", name).best if name in entries("metric") else 1.0
+        out[name] = {"value": i.value, "low": max(i.low, 0.0) if np.isfinite(i.low) else None, "high": min(i.high, most) if np.isfinite(i.high) else None, "questions": len(x)}
         for n in i.notes: said.setdefault(n.replace("document", "question"), []).append(name)
     notes = [n if len(names) == len(out) else f"{', '.join(names)}: {n}" for n, names in said.items()]
     some = [a for a in answers if a.nll]
