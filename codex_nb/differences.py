@@ -175,7 +175,7 @@ def compare_outputs(
     results = [{k: v for k, v in last_values(s.records).items() if not k.startswith("save.") and not k.endswith("tokens_per_second")} for s in (a, b)]
     return same, out | (diff_plain(*results) if a.steps == b.steps else {})
 
-# %% ../nbs/57_differences.ipynb #64194d51
+# %% ../nbs/57_differences.ipynb #526d52a4
 @dataclass(frozen=True)
 class RunDiff:
     "How two runs differ."
@@ -197,8 +197,11 @@ class RunDiff:
     def lines(self)->list[str]: # For people
         "The differences in words, causes first."
         c, out = self.causes, [f"A {self.a}", f"B {self.b}"]
-        for title, table in (("asked", c.settings), ("made from", c.inputs), ("code", c.code), ("machine", c.machine), ("environment", c.others)):
+        for title, table in (("asked", c.settings), ("made from", c.inputs), ("code", c.code), ("machine", c.machine), ("environment", {k: v for k, v in c.others.items() if not _alone(k, v)})):
             out += [f"{title}: {_row(k, v)}" for k, v in list(table.items())[:20]] + ([f"{title}: and {len(table)-20} more"] if len(table) > 20 else [])
+        for side, other in (("A", 1), ("B", 0)):
+            alone = [k.removeprefix("packages.") for k, v in c.others.items() if _alone(k, v) and v[other] is None]
+            if alone: out.append(f"environment: {len(alone)} package{'s are' if len(alone) > 1 else ' is'} in {side} alone: {', '.join(alone[:5])}{', ...' if len(alone) > 5 else ''}")
         if self.parting: out.append(f"first difference: {self.parting}")
         elif self.steps: out.append(f"{self.steps} steps: fed the same, equal losses and gradient norms, bit for bit")
         out += [f"weights: {x}" for x in self.checkpoints]
@@ -219,6 +222,8 @@ class RunDiff:
         rows = [line.partition(": ") for line in self.lines()[2:]]
         cells = "".join(f"<tr><td style='vertical-align:top;text-align:left;white-space:nowrap'>{html.escape(k)}</td><td style='text-align:left'>{html.escape(v)}</td></tr>" for k, _, v in rows)
         return f"<p>A: <code>{html.escape(self.a)}</code><br>B: <code>{html.escape(self.b)}</code></p><table>{cells or '<tr><td>nothing differs</td></tr>'}</table>"
+
+def _alone(name, pair): return name.startswith("packages.") and None in pair # installed on one side only: rarely the cause, and often many
 
 def _row(name, pair): return f"{name}: {_short(pair[0])} in A, {_short(pair[1])} in B"
 def _short(v):

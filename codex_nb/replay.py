@@ -132,7 +132,7 @@ def result_level(
     i, room = d.interval, tolerance*figure
     return Level("L4", bool(-room <= i.low and i.high <= room), f"bits per byte {figure:.4f}, replayed {i.value:+.5f} [{i.low:+.5f}, {i.high:+.5f}] over {d.documents:,} documents; the tolerance is {room:.5f} ({tolerance:.2%})")
 
-# %% ../nbs/61_replay.ipynb #e3f71499
+# %% ../nbs/61_replay.ipynb #ce5a67c9
 @dataclass(frozen=True)
 class Replay:
     "What executing a run again has shown."
@@ -199,7 +199,7 @@ def replay(
     plan = json.loads((run/"plan.json").read_bytes()) | {"stop": side.steps} if (run/"plan.json").is_file() else {}
     write_file(folder/HANDED, json_text({"parents": side.parents} | plan))
     done = launch(notebook, asked | (parameters or {}), folder, echo, _Enough(side, folder, None if whole else upto) if trains else None)
-    if done.folder is None: shutil.rmtree(folder, ignore_errors=True); raise RunError(f"{run}: cannot be executed again here: {done.error}")
+    if done.folder is None: shutil.rmtree(folder, ignore_errors=True); raise RunError(f"{run}: cannot be executed again here: {done.error}" + ("; or say with -p data PATH where it lies here" if "ReadError: data:" in str(done.error) else ""))
     diff = diff_runs(run, folder, upto)
     levels += _levels(side, folder, diff, upto, whole, trains, done, tolerance)
     earlier = sorted(p.name for p in run.glob("environment-*.json"))
