@@ -34,6 +34,15 @@ def test_notebooks_are_clean(copy):
 def test_no_stored_output_is_an_error():
     assert not [(p.name, o["ename"]) for p in NOTEBOOKS for c in cells(p) for o in c.get("outputs", []) if o["output_type"] == "error"]
 
+def tables_that_are_missing(cells):
+    "Cells that end in a table, and show none."
+    return [s for c in cells if c["cell_type"] == "code" and not c["outputs"] for s in ["".join(c["source"])] if re.search(r"(?m)^(?:pd\.DataFrame\(|\w+\.style)[^\n]*(?:\n {4}[^\n]*)*\s*\Z", s) and not re.search(r"#\|\s*(?:slow|cuda|eval:\s*false)", s)]
+
+def test_every_table_is_there():
+    cell = {"cell_type": "code", "source": ["x = 1\n", "pd.DataFrame([x,\n", "    2]).style.hide()"], "outputs": []}
+    assert tables_that_are_missing([cell]) and not tables_that_are_missing([cell | {"outputs": [{}]}])
+    assert not [(p.name, s[:60]) for p in NOTEBOOKS for s in tables_that_are_missing(cells(p))]
+
 def imports_of(tree):
     for n in ast.walk(tree):
         if isinstance(n, ast.ImportFrom): yield ".".join(filter(None, ["codex_nb" if n.level else "", n.module])), [a.name for a in n.names]
