@@ -6,7 +6,7 @@
 __all__ = ['IDLE', 'find_notebook', 'config_of', 'parse_value', 'check_parameters', 'Outcome', 'loopback', 'told', 'launch',
            'parameters_of', 'resume', 'prepare_run']
 
-# %% ../nbs/60_launch.ipynb #aa93e894
+# %% ../nbs/60_launch.ipynb #a5606be0
 import json, keyword, logging, os, re, signal, socket, sys, threading, time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ import codex_nb
 from .artifacts import MANIFEST, disk_error, json_text, write_file
 from .config import Config, ConfigError, environment_with, identity, leaves, suggest
 from .interrupts import EXIT_CODES, NOTED
-from .runs import RunError, attach, new_run_folder, run_status, seal_run
+from .runs import RunError, attach, new_run_folder, run_status, seal_run, started_in
 from .safety import find_secrets, looks_secret, redact, redact_notebook
 from .store import workspace
 
@@ -70,7 +70,7 @@ def check_parameters(
         if found := find_secrets(text): raise ConfigError(f"{name}: the value looks like a secret ({found[0].kind}); parameters are kept in the run, so give it in an environment variable")
     return cls.from_preset(parameters.get("preset"), **{k: v for k, v in parameters.items() if k != "preset"})
 
-# %% ../nbs/60_launch.ipynb #838df50d
+# %% ../nbs/60_launch.ipynb #a1d47443
 class _RunWriter:
     "A papermill writer that redacts, and writes only into a run folder that exists."
     scheme = "codex-nb-run://"
@@ -166,6 +166,7 @@ def launch(
     folder=None, # The run folder; default: a new one under `runs/`
     echo:bool=False, # Show what the notebook prints
     enough:Callable[[], bool]|None=None, # Asked several times a second; True interrupts the run as a signal would
+    cwd=None, # The folder that paths in the parameters are meant from; default: this process's
 )->Outcome: # `ConfigError` and `RunError` before anything is written
     "Execute a run notebook into a run folder."
     import papermill
@@ -181,7 +182,7 @@ def launch(
     logging.getLogger("papermill").setLevel(logging.ERROR) # it warns of names missing from the parameters cell; they have been checked
     try:
         with signals, environment_with(CODEX_NB_RUN=str(folder), PYDEVD_DISABLE_FILE_VALIDATION="1"):
-            papermill.execute_notebook(str(path), f"{_RunWriter.scheme}{path.name}", parameters, kernel_name="python3", language="python", progress_bar=False, log_output=False, extra_arguments=["--IPKernelApp.log_level=50"], stdout_file=_Echo() if echo else None)
+            papermill.execute_notebook(str(path.absolute()), f"{_RunWriter.scheme}{path.name}", parameters, kernel_name="python3", language="python", progress_bar=False, log_output=False, extra_arguments=["--IPKernelApp.log_level=50"], stdout_file=_Echo() if echo else None, cwd=cwd and str(cwd))
     except PapermillExecutionError as e: ename, error = e.ename, redact(told(e.ename, e.evalue))
     except KeyboardInterrupt: ename, error = "KeyboardInterrupt", "interrupted"
     except Exception as e: # a kernel that died of the signal, or a disk that is full
@@ -201,7 +202,7 @@ def launch(
         if code not in (74, 130, 143): seal_run(folder, "failed", error or "the notebook ended without sealing its run")
     return Outcome(folder, run_status(folder), code or (0 if run_status(folder) == "finished" else 1), error)
 
-# %% ../nbs/60_launch.ipynb #064a0d1c
+# %% ../nbs/60_launch.ipynb #8cbf5dc7
 def parameters_of(
     folder, # A run folder
 )->tuple[str, dict[str, Any]]: # Its notebook, and the parameters; `ConfigError` when this version does not know them
@@ -237,7 +238,7 @@ def resume(
     for name in changes or {}:
         if name not in paths: raise ConfigError(f"{name}: unknown parameter; {suggest(name, paths)}")
         if within(paths[name], same): raise RunError(f"{name}: belongs to what the run is, so it cannot change on the way; start a new run")
-    with environment_with(CODEX_NB_ALLOW=allow): return launch(kind, parameters | (changes or {}), folder, echo)
+    with environment_with(CODEX_NB_ALLOW=allow): return launch(kind, parameters | (changes or {}), folder, echo, cwd=started_in(folder))
 
 def prepare_run(
     notebook:str, # `train` or `finetune`

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NOT_AGAIN', 'Level', 'sealed_level', 'order_level', 'notebook_differs', 'result_level', 'Replay', 'replay']
 
-# %% ../nbs/61_replay.ipynb #9b9e8b99
+# %% ../nbs/61_replay.ipynb #80e11841
 import json, secrets, shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from .differences import RunDiff, diff_runs, first_parting, open_side
 from .engine import samples_to_take
 from .launch import find_notebook, launch, parameters_of
 from .repro import numeric_identity
-from .runs import HANDED, RunError, run_status, verify_run
+from .runs import HANDED, RunError, run_status, started_in, verify_run
 from .settings import KINDS, RunConfig
 from .store import find_stored, workspace
 from .tokens import Rows, TokenStore
@@ -132,7 +132,7 @@ def result_level(
     i, room = d.interval, tolerance*figure
     return Level("L4", bool(-room <= i.low and i.high <= room), f"bits per byte {figure:.4f}, replayed {i.value:+.5f} [{i.low:+.5f}, {i.high:+.5f}] over {d.documents:,} documents; the tolerance is {room:.5f} ({tolerance:.2%})")
 
-# %% ../nbs/61_replay.ipynb #ce5a67c9
+# %% ../nbs/61_replay.ipynb #f04da4fc
 @dataclass(frozen=True)
 class Replay:
     "What executing a run again has shown."
@@ -198,7 +198,7 @@ def replay(
     folder.mkdir(parents=True)
     plan = json.loads((run/"plan.json").read_bytes()) | {"stop": side.steps} if (run/"plan.json").is_file() else {}
     write_file(folder/HANDED, json_text({"parents": side.parents} | plan))
-    done = launch(notebook, asked | (parameters or {}), folder, echo, _Enough(side, folder, None if whole else upto) if trains else None)
+    done = launch(notebook, asked | (parameters or {}), folder, echo, _Enough(side, folder, None if whole else upto) if trains else None, started_in(run))
     if done.folder is None: shutil.rmtree(folder, ignore_errors=True); raise RunError(f"{run}: cannot be executed again here: {done.error}" + ("; or say with -p data PATH where it lies here" if "ReadError: data:" in str(done.error) else ""))
     diff = diff_runs(run, folder, upto)
     levels += _levels(side, folder, diff, upto, whole, trains, done, tolerance)

@@ -1,5 +1,5 @@
 """Bad input: one clear error, the right exit code, nothing left behind. And what papermill does by hand."""
-import json, os, signal, subprocess, sys, textwrap, time
+import json, os, shutil, signal, subprocess, sys, textwrap, time
 from pathlib import Path
 import pytest
 
@@ -125,6 +125,28 @@ def test_killed_run_is_interrupted_and_resumes(tmp_path):
     assert f"going on from step-{last:08}" in again.stdout and f"finished: {folder}" in again.stdout
     assert [json.loads(l)["step"] for l in (folder/"metrics.ndjson").read_text().splitlines() if '"train"' in l] == list(range(1, 201))
     assert "L0 holds: finished" in run("codex-nb", "verify", "killed", home=tmp_path).stdout
+
+def test_paths_are_meant_from_where_it_was_started(tmp_path):
+    "Continued and executed again by somebody who stands elsewhere."
+    home = tmp_path/"home"
+    for name in ("texts", "work", "elsewhere"): (home/name).mkdir(parents=True)
+    (home/"texts"/"tales.jsonl").write_bytes((ROOT/"data"/"sample.jsonl").read_bytes())
+    here = ["-p", "data", "../texts", *SMALL[3:], "-p", "steps", "150", "-p", "save_every", "20", "-p", "eval_every", "500", "--folder", "../runs/one"]
+    p = subprocess.Popen([BIN/"codex-nb", "run", "train", *here], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=home/"work", env=os.environ | {"CODEX_NB_HOME": str(home)})
+    end = time.monotonic()+120
+    while time.monotonic() < end and not list(home.glob("runs/one/checkpoints/step-*")): time.sleep(0.05)
+    p.send_signal(signal.SIGTERM)
+    assert p.wait(timeout=60) == 143
+    assert json.loads((home/"runs"/"one"/"config.json").read_text())["started_in"] == "../../work"
+    again = run("codex-nb", "resume", "one", home=home, cwd=home/"elsewhere")
+    assert again.returncode == 0 and "continuing" in again.stdout, again.stderr[-1500:]
+    replayed = run("codex-nb", "replay", "one", "--steps", "5", "--quiet", home=home, cwd=home/"elsewhere")
+    assert replayed.returncode == 0 and "proven: L2" in replayed.stdout, replayed.stdout[-1500:]+replayed.stderr[-1500:]
+    # given away, it names no folder that is not there
+    away = tmp_path/"away"/"deep"/"one"
+    shutil.copytree(home/"runs"/"one", away)
+    given = run("codex-nb", "replay", str(away), "--steps", "5", "--quiet", home=tmp_path/"away", cwd=tmp_path/"away")
+    assert given.returncode == 1 and "or say with -p data PATH where it lies here" in given.stderr, given.stderr[-1500:]
 
 @pytest.mark.skipif(subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode != 0, reason="no mount namespace allowed here")
 def test_full_disk_stops_with_74(tmp_path):
