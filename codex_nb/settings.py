@@ -216,10 +216,10 @@ class JudgeConfig(Settings):
         evaluate = self.evaluate.model_copy(update={"split": "all"}) if self.data and sources.get("split") != "given" else self.evaluate
         return self.model_copy(update={"evaluate": evaluate, "device": device, "dtype": resolve_dtype(self.dtype, device), "threads": self.threads or torch.get_num_threads()})
 
-# %% ../nbs/51_settings.ipynb #47ea036a
+# %% ../nbs/51_settings.ipynb #cb8408d3
 class CompareConfig(Settings):
     "What to put side by side."
-    runs:list[str] = Field([], json_schema_extra=outside) # Runs or evaluations; the first is what the others are compared with; default: the two newest judged training runs; identity is their evaluations' digests
+    runs:list[str] = Field([], json_schema_extra=outside) # Runs or evaluations; the first is what the others are compared with; default: the two newest training runs judged on the same text; identity is their evaluations' digests
     split:str = Field("validation", pattern="^(train|validation|test|all)$") # Which evaluation of a run
     seed:int = Field(0, ge=0) # Of the bootstrap
     resamples:int = Field(10_000, ge=100) # Of the bootstrap
