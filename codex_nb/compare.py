@@ -25,7 +25,7 @@ from .statistics import Difference, Interval, difference_of_seeds, paired_differ
 from .store import workspace
 from .tracking import read_metrics
 
-# %% ../nbs/56_compare.ipynb #dec7995a
+# %% ../nbs/56_compare.ipynb #b2bb9ec4
 class CompareError(ArtifactError):
     "Things that cannot be compared."
 
@@ -51,11 +51,11 @@ class Subject:
         speeds = [r["values"]["tokens_per_second"] for r in self.metrics if "tokens_per_second" in r["values"]]
         return float(np.median(speeds)) if speeds else None
 
+def _trainings(): # folders of the finished ones, the newest first
+    return (workspace()/"runs"/r["name"] for r in reversed(list_runs()) if r["status"] == "finished" and r["kind"] in KINDS and issubclass(KINDS[r["kind"]], RunConfig))
+
 def _trained_by(digest): # the run that made a checkpoint
-    for r in reversed(list_runs()):
-        folder = workspace()/"runs"/r["name"]
-        if r["kind"] in KINDS and issubclass(KINDS[r["kind"]], RunConfig) and r["status"] == "finished" and any(d == digest and role != "base" for role, d in read_manifest(folder).parents.items()): return folder
-    return None
+    return next((f for f in _trainings() if any(d == digest and role != "base" for role, d in read_manifest(f).parents.items())), None)
 
 def open_subject(
     name:str, # A run, by path or the end of its name, or the folder of an evaluation
@@ -122,18 +122,18 @@ def setting_differences(
     for n in ("stride", "max_documents", "split"): row(f"judged with {n}", [s.evaluation.manifest.config.get(n) for s in subjects])
     return rows
 
-# %% ../nbs/56_compare.ipynb #9b2e96d6
+# %% ../nbs/56_compare.ipynb #c9a9451a
 def newest_pair(
     split:str="validation", # Which evaluation
 )->list[str]: # Names of runs, the older first; empty where no two belong together
     "The two newest trainings that were judged on the same text."
     later = {}
-    for r in reversed(list_runs()):
-        evaluation = workspace()/"runs"/r["name"]/"evaluations"/split
-        if r["kind"] not in KINDS or not issubclass(KINDS[r["kind"]], RunConfig) or r["status"] != "finished" or not (evaluation/MANIFEST).is_file(): continue
+    for folder in _trainings():
+        evaluation = folder/"evaluations"/split
+        if not (evaluation/MANIFEST).is_file(): continue
         corpus = read_manifest(evaluation).parents.get("corpus")
-        if corpus in later: return [r["name"], later[corpus]]
-        later[corpus] = r["name"]
+        if corpus in later: return [folder.name, later[corpus]]
+        later[corpus] = folder.name
     return []
 
 # %% ../nbs/56_compare.ipynb #23328796

@@ -89,8 +89,8 @@ def _at(cfg, path):
     for p in path: cfg = getattr(cfg, p)
     return cfg
 
-# %% ../nbs/51_settings.ipynb #43bf1e3a
-BROUGHT = ("arch", "width", "layers", "heads", "kv_heads", "ffn", "dropout", "tie_embeddings", "tokenizer", "vocab_size") # By a base
+# %% ../nbs/51_settings.ipynb #1f70b075
+BROUGHT = ("arch", "width", "layers", "heads", "kv_heads", "ffn", "dropout", "tie_embeddings", "tokenizer", "vocab_size", "max_train_bytes", "sp_threads") # By a base
 
 class RunConfig(Settings):
     "Everything a training run is asked to do."

@@ -59,6 +59,24 @@ def test_bad_input_is_one_clear_error(name, tmp_path):
     assert done.returncode == 1 and expected in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert [p for p in left(tmp_path) if not p.startswith("store/")] == [] and not (tmp_path/"runs").exists()
 
+def test_every_setting_that_would_change_nothing_is_refused():
+    from codex_nb.config import Config, ConfigError
+    from codex_nb.settings import BROUGHT, FinetuneConfig, JudgeConfig, RunConfig
+    away = {"tokenizer": dict(tokenizer_path="x"), "checkpoint": dict(keep_best=0), "monitor": dict(monitor=False), "optim": dict(schedule="constant")} # where they mean nothing
+    seen = 0
+    for cls in (RunConfig, JudgeConfig):
+        for part, field in cls.model_fields.items():
+            if not (isinstance(field.annotation, type) and issubclass(field.annotation, Config)): continue
+            for name in field.annotation.idle:
+                value = field.annotation.model_fields[name].get_default() # a name that is no field ends here
+                with pytest.raises(ConfigError, match=f"{name}: given, and would change nothing"): cls.from_preset(None, **{name: value if value is not None else "x" if "str" in str(field.annotation.model_fields[name].annotation) else 5}, **away.get(part, {}))
+                seen += 1
+    assert seen > 15
+    for name in BROUGHT:
+        path = next(f.annotation for f in RunConfig.model_fields.values() if isinstance(f.annotation, type) and issubclass(f.annotation, Config) and name in f.annotation.model_fields)
+        value = path.model_fields[name].get_default()
+        with pytest.raises(ConfigError, match=f"{name}: given together with base"): FinetuneConfig.from_preset(None, **{name: value if value is not None else {"ffn": 8, "kv_heads": 2}[name]})
+
 def test_a_base_that_does_not_fit(tmp_path, monkeypatch):
     import shutil
     from codex_nb.corpus import CorpusConfig, open_corpus
