@@ -22,7 +22,7 @@ app = typer.Typer(name="codex-nb", no_args_is_help=True, add_completion=False, r
 for name, sub in (("data", data), ("tokenizer", tokenizer_app), ("models", models_app), ("tracking", tracking_app), ("plugins", plugins_app), ("store", store_app)): app.add_typer(sub, name=name)
 for command in (generate, chat, compare): app.command()(command)
 
-# %% ../nbs/69_cli.ipynb #4fe03ae4
+# %% ../nbs/69_cli.ipynb #107db887
 @app.command()
 def run(
     notebook:Annotated[str, typer.Argument(help="train, finetune, evaluate, compare, sweep, or the path of one of them")],
@@ -260,9 +260,9 @@ def preflight(
     "Say what a training run would train on, before it does."
     from codex_nb.config import ConfigError
     from codex_nb.preflight import preflight, preflight_lines
-    from codex_nb.settings import KINDS, RunConfig
-    given, cls = given_parameters(parameter), KINDS.get(notebook)
-    if cls is None or not issubclass(cls, RunConfig): raise ConfigError(f"notebook: {notebook!r} trains nothing; known: train, finetune")
+    from codex_nb.settings import TRAINS
+    given, cls = given_parameters(parameter), TRAINS.get(notebook)
+    if cls is None: raise ConfigError(f"notebook: {notebook!r} trains nothing; known: {', '.join(TRAINS)}")
     out = preflight(cls.from_preset(given.pop("preset", None), **given))
     print(json.dumps(out) if as_json else "\n".join(preflight_lines(out)))
 

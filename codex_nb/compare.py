@@ -7,7 +7,7 @@ __all__ = ['CompareError', 'Subject', 'open_subject', 'by_seed', 'setting_differ
            'plot_curves', 'plot_differences', 'plot_documents', 'plot_speed', 'compare_all', 'comparison_json',
            'figures_table']
 
-# %% ../nbs/56_compare.ipynb #ee5d8c71
+# %% ../nbs/56_compare.ipynb #21bf1eb8
 import json, re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,16 +16,15 @@ from pathlib import Path
 import numpy as np
 
 from .artifacts import MANIFEST, Artifact, ArtifactError, read_manifest
-from .config import leaves
 from .evaluate import read_evaluation
 from .runs import find_run, list_runs
 from .scoring import Record
-from .settings import KINDS, RunConfig
+from .settings import TRAINS
 from .statistics import Difference, Interval, difference_of_seeds, paired_difference, verdict
 from .store import workspace
 from .tracking import read_metrics
 
-# %% ../nbs/56_compare.ipynb #b2bb9ec4
+# %% ../nbs/56_compare.ipynb #c27d5755
 class CompareError(ArtifactError):
     "Things that cannot be compared."
 
@@ -37,7 +36,7 @@ class Subject:
     records:list[Record] # Of the documents
     summary:dict # From `evaluate.summarize`
     run:Path|None # The run that trained the model; None when it is not here
-    settings:dict # Leaf name -> value, of that run; empty without one
+    settings:dict # Leaf name -> value, of that run, without what a base brought; empty without one
     metrics:list[dict] # Its `metrics.ndjson`
 
     @property
@@ -52,7 +51,7 @@ class Subject:
         return float(np.median(speeds)) if speeds else None
 
 def _trainings(): # folders of the finished ones, the newest first
-    return (workspace()/"runs"/r["name"] for r in reversed(list_runs()) if r["status"] == "finished" and r["kind"] in KINDS and issubclass(KINDS[r["kind"]], RunConfig))
+    return (workspace()/"runs"/r["name"] for r in reversed(list_runs()) if r["status"] == "finished" and r["kind"] in TRAINS)
 
 def _trained_by(digest): # the run that made a checkpoint
     return next((f for f in _trainings() if any(d == digest and role != "base" for role, d in read_manifest(f).parents.items())), None)
@@ -71,16 +70,15 @@ def open_subject(
         folder = run/"evaluations"/split
     evaluation, records, summary = read_evaluation(folder)
     said = json.loads((run/"config.json").read_bytes()) if run else None
-    trained = run if said and issubclass(KINDS[said["kind"]], RunConfig) else _trained_by(evaluation.manifest.parents["checkpoint"])
+    trained = run if said and said["kind"] in TRAINS else _trained_by(evaluation.manifest.parents["checkpoint"])
     settings, metrics = {}, []
     if trained:
         said = json.loads((trained/"config.json").read_bytes())
-        cfg = KINDS[said["kind"]].read(said["config"])
-        settings = {n: cfg.value(n) for n in leaves(type(cfg))} | {"kind": said["kind"]}
+        settings = TRAINS[said["kind"]].read(said["config"]).values() | {"kind": said["kind"]}
         if (trained/"metrics.ndjson").is_file(): metrics = read_metrics(trained/"metrics.ndjson")
     return Subject(re.sub(r"^\d{4}-\d\d-\d\dT[\d-]{8}-", "", (run or path.absolute()).name), evaluation, records, summary, trained, settings, metrics)
 
-# %% ../nbs/56_compare.ipynb #2f96892c
+# %% ../nbs/56_compare.ipynb #3c3dcefa
 def _made_from(run): # corpus, tokenizer, base -> digest
     path = run/"parents.json" if run else None
     return {k: v for k, v in json.loads(path.read_bytes()).items() if k in ("corpus", "tokenizer", "base")} if path and path.is_file() else {}
@@ -115,7 +113,8 @@ def setting_differences(
     rows, names = [], list(dict.fromkeys(n for s in subjects for n in s.settings))
     def row(name, values):
         if len({json.dumps(v, sort_keys=True, default=str) for v in values}) > 1: rows.append({"setting": name} | dict(zip((s.name for s in subjects), values)))
-    for n in names: row(n, [s.settings.get(n) for s in subjects])
+    for n in names:
+        if all(n in s.settings for s in subjects if s.run): row(n, [s.settings.get(n) for s in subjects])
     for role in ("corpus", "base"): row(f"trained from {role}", [_made_from(s.run).get(role, "")[:12] for s in subjects])
     row("tokenizer", _tokenizers(subjects))
     for role in ("corpus", "checkpoint"): row(f"{role} judged" if role != "checkpoint" else role, [s.evaluation.manifest.parents.get(role, "")[:12] for s in subjects])

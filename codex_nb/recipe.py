@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['train', 'work', 'inputs_of', 'main', 'export_merged', 'finish']
 
-# %% ../nbs/53_recipe.ipynb #e2dd46dc
+# %% ../nbs/53_recipe.ipynb #782a41fb
 import json, os, shutil, socket, subprocess, sys, threading, traceback
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from .interrupts import EXIT_CODES, NOTED, Interrupted, Signals, die_with_parent
 from .library import load_model
 from .runs import Run
 from .safety import redact
-from .settings import KINDS, RunConfig
+from .settings import TRAINS, RunConfig
 from .tensors import write_tensors
 from .tokenizer import Tokenizer
 from .tokens import Rows, build_tokens
@@ -47,7 +47,7 @@ def train(
         if not isinstance(e, DiskError): run.finish("failed", f"{type(e).__name__}: {e}")
         raise
 
-# %% ../nbs/53_recipe.ipynb #727ce4ab
+# %% ../nbs/53_recipe.ipynb #66186e8f
 def _train_processes(run, model, hooks):
     if hooks: raise ConfigError("hooks: functions of this notebook cannot be called in other processes; use nproc=1")
     d, env = run.cfg.distributed, {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "CODEX_NB_RUN")}
@@ -82,8 +82,8 @@ def work(
 )->int: # Exit code
     "Train as one of the processes that torchrun started, or alone."
     folder, said = Path(config).absolute().parent, json.loads(Path(config).read_bytes())
-    cls = KINDS.get(said["kind"])
-    if cls is None or not issubclass(cls, RunConfig): raise ConfigError(f"{config}: a run of kind {said['kind']!r} trains nothing")
+    cls = TRAINS.get(said["kind"])
+    if cls is None: raise ConfigError(f"{config}: a run of kind {said['kind']!r} trains nothing")
     cfg = cls.read(said["config"])
     cfg._preset, cfg._sources = said["sources"].get("preset", ""), {k: v for k, v in said["sources"].items() if k != "preset"}
     with joined(cfg.model.device) as world:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NOT_AGAIN', 'Level', 'sealed_level', 'order_level', 'notebook_differs', 'result_level', 'Replay', 'replay']
 
-# %% ../nbs/61_replay.ipynb #80e11841
+# %% ../nbs/61_replay.ipynb #f0e26b44
 import json, secrets, shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from .engine import samples_to_take
 from .launch import find_notebook, launch, parameters_of
 from .repro import numeric_identity
 from .runs import HANDED, RunError, run_status, started_in, verify_run
-from .settings import KINDS, RunConfig
+from .settings import TRAINS
 from .store import find_stored, workspace
 from .tokens import Rows, TokenStore
 
@@ -44,16 +44,16 @@ def sealed_level(
     if not found["ok"]: return Level("L0", False, "; ".join(found["problems"][:3]) + (f"; and {len(found['problems'])-3} more" if len(found["problems"]) > 3 else ""))
     return Level("L0", True, f"{found['status']}, every file is as it was sealed" + (f"; not here: {', '.join(absent)}" if absent else ", and so is what it is made from"))
 
-# %% ../nbs/61_replay.ipynb #c4239cfa
+# %% ../nbs/61_replay.ipynb #ed3789fb
 def order_level(
     folder, # A run folder
     steps:int|None=None, # Look at so many; default: all in the record
 )->Level: # L1
     "Was each step fed what the settings say?"
     side = open_side(folder)
-    cls = KINDS.get(side.asked["kind"])
+    cls = TRAINS.get(side.asked["kind"])
     lines = [r for r in side.records if r["split"] == "train"][:steps]
-    if cls is None or not issubclass(cls, RunConfig) or not lines: return Level("L1", None, "this run trained nothing")
+    if cls is None or not lines: return Level("L1", None, "this run trained nothing")
     if not any("fed" in r["exact"] for r in lines): return Level("L1", None, "the record does not say what its steps were fed; it was written by an older version")
     try: store = find_stored("tokens", side.parents.get("tokens", ""))
     except ArtifactError as e: return Level("L1", False, f"the token store is damaged: {e}")
@@ -132,7 +132,7 @@ def result_level(
     i, room = d.interval, tolerance*figure
     return Level("L4", bool(-room <= i.low and i.high <= room), f"bits per byte {figure:.4f}, replayed {i.value:+.5f} [{i.low:+.5f}, {i.high:+.5f}] over {d.documents:,} documents; the tolerance is {room:.5f} ({tolerance:.2%})")
 
-# %% ../nbs/61_replay.ipynb #f04da4fc
+# %% ../nbs/61_replay.ipynb #19db7fb7
 @dataclass(frozen=True)
 class Replay:
     "What executing a run again has shown."
@@ -184,8 +184,8 @@ def replay(
     if run_status(run) == "running": raise RunError(f"{run}: is still running; wait until it has ended")
     kind, asked = parameters_of(run)
     if kind in ("sweep", "compare"): raise RunError(f"{run}: a run of kind {kind} holds no weights and no evaluation of its own; replay {'its trials' if kind == 'sweep' else 'the runs it compares'}, each by itself")
-    asked = {k: v for k, v in asked.items() if k not in NOT_AGAIN} | ({"sinks": "none"} if issubclass(KINDS[kind], RunConfig) else {})
-    side, trains = open_side(run), issubclass(KINDS[kind], RunConfig)
+    asked = {k: v for k, v in asked.items() if k not in NOT_AGAIN} | ({"sinks": "none"} if kind in TRAINS else {})
+    side, trains = open_side(run), kind in TRAINS
     if steps is not None and steps < 1: raise RunError(f"steps: {steps}; give at least 1")
     if trains and not side.steps: raise RunError(f"{run}: no step was recorded, so there is nothing to compare with")
     upto = min(steps or side.steps, side.steps) if trains else None

@@ -6,7 +6,7 @@
 __all__ = ['begin', 'settle_process', 'near', 'tokenizer_for', 'model_for', 'make_model', 'standing_of', 'train_here',
            'last_checkpoint', 'origin_of', 'sinks_of', 'export_run']
 
-# %% ../nbs/52_training.ipynb #4d827158
+# %% ../nbs/52_training.ipynb #4a43fa06
 import json, math, sys
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from .artifacts import Artifact, ArtifactError, json_text, problems, read_manife
 from .batches import FED, Batches, order_digest
 from .checkpoint import Standing, latest_checkpoint, load_checkpoint, model_tensors, set_weights, snapshot
 from .compute import prepare
-from .config import Config, ConfigError, env_setting, identity, leaves
+from .config import Config, ConfigError, env_setting, identity
 from .corpus import Corpus
 from .distributed import World, accumulating, spread
 from .engine import Hook, TrainState, estimate_steps, fit, is_watched, progress_hooks, samples_to_take, say
@@ -75,13 +75,13 @@ def near(
     try: return Path(path).relative_to(Path.cwd())
     except ValueError: return Path(path)
 
-# %% ../nbs/52_training.ipynb #09215975
+# %% ../nbs/52_training.ipynb #f50d3ab0
 def tokenizer_for(
     cfg:RunConfig, # What is asked
     corpus:Corpus, # What is trained on
 )->Tokenizer: # In the store
     "The tokenizer of a run: its base's, or one that is named, or one trained on its corpus."
-    if cfg.tokenizer.tokenizer_path or not (cfg.model.base or cfg.finds_base): return train_tokenizer(corpus, cfg.tokenizer)
+    if cfg.tokenizer.tokenizer_path or not cfg.has_base: return train_tokenizer(corpus, cfg.tokenizer)
     return import_tokenizer(find_base(cfg.model.base))
 
 def model_for(
@@ -89,7 +89,7 @@ def model_for(
     tokenizer:Tokenizer, # Of the rows
 )->tuple: # The model, in training mode, on its device, with an adapter if one is asked for; the base's folder, or None; `ConfigError` when base and data do not fit
     "The model that settings ask for."
-    if not cfg.model.base and not cfg.finds_base: model, base = build_model(cfg.model, tokenizer.vocab_size, tokenizer.eot, cfg.seed), None
+    if not cfg.has_base: model, base = build_model(cfg.model, tokenizer.vocab_size, tokenizer.eot, cfg.seed), None
     else:
         base = find_base(cfg.model.base)
         model = load_model(base).train()
@@ -308,14 +308,14 @@ def last_checkpoint(
     if not newest: raise ArtifactError(f"{run_folder}: no whole checkpoint in this run" + "".join(f"; {d}" for d in damaged))
     return newest
 
-# %% ../nbs/52_training.ipynb #9f8098c7
+# %% ../nbs/52_training.ipynb #195c0b55
 def origin_of(
     folder, # A run folder
 )->Origin: # With the settings by leaf name
     "What a sink is told of a run."
     said = json.loads((Path(folder)/"config.json").read_bytes())
     cfg = KINDS[said["kind"]].read(said["config"])
-    return Origin(Path(folder).absolute(), {n: cfg.value(n) for n in leaves(type(cfg))}, {"kind": said["kind"], "preset": str(said.get("sources", {}).get("preset"))})
+    return Origin(Path(folder).absolute(), cfg.values(), {"kind": said["kind"], "preset": str(said.get("sources", {}).get("preset"))})
 
 def sinks_of(
     run:Run, # Of training, for which `tracking` was asked
