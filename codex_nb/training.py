@@ -127,7 +127,7 @@ def standing_of(
         {"micro_batch": f.micro_batch, "world_size": world.size, "parallel": cfg.distributed.parallel if world.size > 1 else "one", "device": cfg.model.device, "dtype": cfg.model.dtype,
             "compile": c.compile, "attention": c.attention, "products": c.products, "recompute": c.recompute, "loss_chunk": c.loss_chunk})
 
-# %% ../nbs/52_training.ipynb #b89c0d3b
+# %% ../nbs/52_training.ipynb #ff353bd4
 def train_here(
     run:Run, # Its folder is written to, by rank 0
     model, # From `make_model`; trained in place
@@ -153,10 +153,11 @@ def train_here(
     start = _go_on(run, model, optimizer, same, ema, world)
     hands = _Hands(run, model, tokenizer, rows, corpus, same, world, cfg.distributed.parallel == "fsdp" and world.size > 1)
     noted = folder/NOTED if env_setting("CODEX_NB_RUN") else None
-    with Signals(partial(start.stop, now=True), noted, again or ("ignore" if noted else "raise")) as signals:
+    asked = [] # by a signal, which may come between any two lines: ranks act on it together
+    with Signals(partial(start.stop, now=True) if world.size == 1 else asked.append, noted, again or ("ignore" if noted else "raise")) as signals:
         hands.signals = signals
         every = [Hook(hands.log, cfg.tracking.log_every, part="logging"), Hook(hands.watch, cfg.evaluate.eval_every, part="evaluating"), Hook(hands.save, cfg.checkpoint.save_every, part="saving")]
-        agree = [Hook(partial(_agree, world))] if world.size > 1 else []
+        agree = [Hook(partial(_agree, world, asked))] if world.size > 1 else []
         if "stop" in plan: agree.append(Hook(lambda s: s.stop("where the other run ended") if s.step >= plan["stop"] else None))
         done = [Hook(hands.catch_up, when="start"), Hook(hands.close, when="end"), Hook(partial(hands.close, failed=True), when="error")]
         with _watched(run, model, start, world): state = fit(model, batches, loss, optimizer, lambda step, total: lr_at(step, total, cfg.optim), limit, start, [*hooks, *every, *agree, *(progress_hooks() if world.main else []), *done],
@@ -179,8 +180,8 @@ def _layers(model): # the repeated blocks
 
 def _parents(folder): return json.loads((folder/"parents.json").read_bytes()) if (folder/"parents.json").exists() else {}
 
-def _agree(world, state): # a signal, or an early stop, that one rank knows of
-    for reason, now in world.gather((state.stopped, state.interrupted)):
+def _agree(world, asked, state): # a signal, or an early stop, that one rank knows of: all end after the same step
+    for reason, now in world.gather((asked[0], True) if asked else (state.stopped, state.interrupted)):
         if reason: state.stop(reason, now)
 
 def _plan(run, model, batches, objective, world): # what `minutes` come to; in a replay, what they came to
@@ -247,7 +248,7 @@ class _Hands:
 
     def watch(self, state):
         self.log(state)
-        if self.world.share(state.interrupted) if self.sharded else state.interrupted: return
+        if self.world.share(self._leaving(state)) if self.sharded else self._leaving(state): return
         found, average = self._measure(state, f"step {state.step}"), ({}, None)
         if state.ema:
             state.ema.swap(self.model)
@@ -262,11 +263,13 @@ class _Hands:
         say(f"step {state.step:5} of {state.total_steps}  validation {values['bits_per_byte']:.3f} bits per byte  {state.throughput.mean:,.0f} tokens/s  | {' '.join(text.split())[:60]}")
         self._compare(state, values["loss"])
 
+    def _leaving(self, state): return state.interrupted or self.signals.name is not None
+
     def _measure(self, state, sample=None): # figures and a sampled text
         if self.sharded:
             tensors = model_tensors(self.model, self.world.main) # every rank helps to put it together
             if self.world.main: set_weights(self.spare, tensors)
-        if not self.world.main or state.interrupted: return None
+        if not self.world.main or self._leaving(state): return None
         model, found = self.spare or self.model, None
         with self.signals.free():
             records = score(model, self.tokenizer, self.watched, self.cfg.evaluate.stride, self.cfg.evaluate.eval_batch, self.cfg.model.dtype)

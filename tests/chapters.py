@@ -5,6 +5,8 @@ A server: it loads the large libraries once, and forks for every line "path TAB 
 import importlib, json, os, re, sys, traceback
 from pathlib import Path
 
+from conftest import take_out
+
 os.environ["MPLBACKEND"] = "agg" # no screen here
 
 def run(path):
@@ -25,6 +27,7 @@ def serve():
         if pid := os.fork():
             print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
             continue
+        take_out()
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for fd in (1, 2): os.dup2(out, fd)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

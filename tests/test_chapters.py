@@ -1,14 +1,16 @@
 """Every chapter holds for the compiled module as it does in the notebook."""
-import subprocess, sys
+import os, subprocess, sys
 from pathlib import Path
 import pytest
+
+from conftest import TRACED
 
 NBS = Path(__file__).resolve().parent.parent/"nbs"
 SERVER = Path(__file__).parent/"chapters.py"
 
 @pytest.fixture(scope="session")
 def server():
-    p = subprocess.Popen([sys.executable, SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=NBS)
+    p = subprocess.Popen([sys.executable, SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=NBS, env=os.environ | TRACED)
     def ask(path, log):
         p.stdin.write(f"{path}\t{log}\n"); p.stdin.flush()
         return int(p.stdout.readline())

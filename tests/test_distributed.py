@@ -12,8 +12,8 @@ def prepared(home, name, bare=SMALL, **change):
     try: return prepare_run("train", bare | change, home/"runs"/name)
     finally: del os.environ["CODEX_NB_HOME"]
 
-def job(config, n, home, restarts=0, **env):
-    words = [sys.executable, "-m", "codex_nb.recipe"] if n == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), "--max-restarts", str(restarts), "-m", "codex_nb.recipe"]
+def job(config, n, home, restarts=0, program=("-m", "codex_nb.recipe"), **env):
+    words = [sys.executable, *program] if n == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), "--max-restarts", str(restarts), *program]
     return subprocess.Popen([*words, str(config)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=os.environ | {"CODEX_NB_HOME": str(home), "OMP_NUM_THREADS": "1"} | env)
 
 def done(*args, **kw):
@@ -128,6 +128,31 @@ def test_a_signal_to_all(tmp_path):
     from codex_nb.checkpoint import latest_checkpoint
     newest, skipped = latest_checkpoint(config.parent/"checkpoints"); newest = newest and newest.path
     assert newest and not skipped and int(newest.name[5:]) == max(losses(config.parent))
+
+HURRIED = """
+import os, signal, sys
+from codex_nb.distributed import World, leave
+from codex_nb.recipe import main
+gather, steps = World.gather, []
+def gather_and_hear(self, value):
+    out = gather(self, value)
+    if isinstance(value, tuple): steps.append(value)
+    if len(steps) == 5 and isinstance(value, tuple) and self.rank == int(os.environ["HEARS"]): os.kill(os.getpid(), signal.SIGTERM)
+    return out
+World.gather = gather_and_hear
+leave(main(sys.argv[1:]))
+"""
+
+@pytest.mark.parametrize("parallel,rank", [("ddp", 1), ("fsdp", 0)] if not PROVE else [(p, r) for p in ("ddp", "fsdp") for r in (0, 1)])
+def test_a_signal_to_one_when_all_have_just_agreed(parallel, rank, tmp_path):
+    "It comes to one rank between the agreement after a step and the beginning of the next: all end together, one step later."
+    config = prepared(tmp_path, "hurried", steps=100_000, eval_every=10**6, save_every=10**6, parallel=parallel)
+    (tmp_path/"hurried.py").write_text(HURRIED)
+    p = job(config, 2, tmp_path, program=(str(tmp_path/"hurried.py"),), HEARS=str(rank))
+    try: p.communicate(timeout=60)
+    except subprocess.TimeoutExpired: os.killpg(p.pid, signal.SIGKILL); raise
+    assert p.returncode != 0 and list(losses(config.parent)) == [1, 2, 3, 4, 5, 6]
+    assert files(config.parent, 6)
 
 def test_a_rank_that_dies_ends_the_job(tmp_path):
     config = prepared(tmp_path, "dying", steps=100_000, eval_every=10**6, save_every=20)
