@@ -12,7 +12,7 @@ BIN = Path(sys.executable).parent
 # run notebooks, benchmarks and tutorials are executed once, by nbval, which also compares what they print
 PARTS = {
     "pip check": [[BIN/"python", "-m", "pip", "check"]],
-    "nbdev_test": [[BIN/"nbdev_test", "--n_workers", "2", "--timing", "--file_re", r"^\d"]],
+    "nbdev_test": [[BIN/"nbdev_test", "--n_workers", "2", "--timing", "--file_re", r"^\d\d_"]],
     "nbval": [[BIN/"python", "-m", "pytest", "--nbval", "--nbval-current-env", "--nbval-sanitize-with", "tests/nbval.cfg", "nbs", "-n", "2", "--dist", "loadfile", "-p", "no:cacheprovider", "--junitxml", LOGS/"nbval.xml"]],
     "pytest": [[BIN/"python", "-m", "coverage", "erase"], [BIN/"python", "-m", "coverage", "run", "-m", "pytest", "tests", "-n", "2", "--dist", "worksteal", "-p", "no:cacheprovider", "--durations", "10", "--junitxml", LOGS/"pytest.xml"]],
     "coverage": [[BIN/"python", "-m", "coverage", "combine", "-q"], [BIN/"python", "-m", "coverage", "report", "--fail-under", "90"]],
