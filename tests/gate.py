@@ -23,7 +23,7 @@ def results(path, notebooks):
     out = {}
     for case in ET.parse(path).iter("testcase"):
         where = case.get("classname")
-        name = f"nbs/{where.removeprefix('nbs.')}" if notebooks else f"{where.replace('.', '/')}.py::{case.get('name').partition('[')[0]}"
+        name = f"{where.removesuffix('.ipynb').replace('.', '/')}.ipynb" if notebooks else f"{where.replace('.', '/')}.py::{case.get('name').partition('[')[0]}"
         r = out.setdefault(name, {"passed": 0, "failed": 0, "skipped": 0})
         skip = case.find("skipped")
         state = "skipped" if skip is not None else "failed" if case.find("failure") is not None or case.find("error") is not None else "passed"

@@ -75,7 +75,7 @@ def test_planted_copies_are_found(home, tmp_path):
     with patch.dict(os.environ, CODEX_NB_HOME=str(home)): taken = [d.text for d in open_corpus(CorpusConfig(data="sample")).split("train")]
     words = [f"w{i}" for i in range(5000)]
     fresh = lambda n: " ".join(rng.choice(words, n))
-    n = 400 if PROVE else 60
+    n = 399 if PROVE else 60 # every third is planted
     docs = [{"id": f"{i:03}", "text": fresh(40)+(" "+" ".join(taken[i].split()[4:24]).upper()+" " if i % 3 == 0 else " ")+fresh(30), "meta": {"planted": str(i % 3 == 0)}} for i in range(n)]
     (tmp_path/"eval.jsonl").write_text("".join(json.dumps(d)+"\n" for d in docs))
     done = evaluate(home, "planted", data=str(tmp_path/"eval.jsonl"), max_documents=1000, slices=["planted"], split="all")
