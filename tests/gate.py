@@ -1,6 +1,7 @@
 """`make test`: every check, with the time of each, its log, and a summary; what was shown is kept as evidence.
 
-`make prove` is the same at full counts, and puts the evidence into the package.
+`make prove` is the same at full counts, and puts the evidence into the package. `PROVE=1 .venv/bin/python tests/gate.py --again tests/test_x.py` executes a file of tests once more, where the test itself was wrong, and
+renews its results; they say of which commit they are, and are refused when the package is no longer the one that was shown.
 """
 import datetime, json, os, platform, re, subprocess, sys, tempfile, time
 import xml.etree.ElementTree as ET
@@ -43,8 +44,25 @@ def evidence():
     return {"schema": 1, "commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", ".", ":!data/evidence.json")), "made": datetime.date.today().isoformat(), "counts": "full" if os.environ.get("PROVE") else "small",
         "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}", "modules": code_files(), "results": dict(sorted(shown.items()))}
 
+KEPT = ROOT/"data"/"evidence.json"
+
+def again(files):
+    "Renew the results of some files of tests, of the same code at the same counts."
+    kept, now = json.loads(KEPT.read_text()), evidence()
+    if differ := [k for k in ("modules", "counts", "machine") if kept[k] != now[k]]: sys.exit(f"{KEPT}: its {' and '.join(differ)} are not those of now: make prove")
+    if now["dirty"]: sys.exit("there are changes beside the commit: commit them first")
+    with tempfile.TemporaryDirectory() as home:
+        env = os.environ | {"CODEX_NB_HOME": home, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONHASHSEED": "0"}
+        done = subprocess.run([BIN/"python", "-m", "pytest", *files, "-n", "2", "--dist", "worksteal", "-p", "no:cacheprovider", "--junitxml", LOGS/"again.xml"], cwd=ROOT, env=env)
+    if done.returncode: return done.returncode
+    fresh = {k: r | {"commit": now["commit"]} for k, r in results(LOGS/"again.xml", False).items()}
+    kept["results"] = dict(sorted(({k: r for k, r in kept["results"].items() if k.partition("::")[0] not in files} | fresh).items()))
+    KEPT.write_text(json.dumps(kept, indent=0)+"\n")
+    return 0
+
 def main():
     LOGS.mkdir(exist_ok=True)
+    if "--again" in sys.argv: sys.exit(again(sys.argv[sys.argv.index("--again")+1:]))
     for old in LOGS.glob("*.xml"): old.unlink()
     began, failed, counts = time.monotonic(), [], {"passed": 0, "failed": 0, "skipped": 0}
     for name, commands in PARTS.items():
@@ -60,7 +78,7 @@ def main():
         print(f"{'ok    ' if code == 0 else 'FAILED'} {name:12} {time.monotonic()-start:6.0f} s" + ("" if code == 0 else f"   log: {log}"), flush=True)
         if code: failed.append(name); print("\n".join(text.splitlines()[-40:]), flush=True)
     total = re.findall(r"^TOTAL.*?(\d+)%", (LOGS/"coverage.log").read_text(), re.M)
-    for path in [LOGS/"evidence.json", *([ROOT/"data"/"evidence.json"] if "--keep" in sys.argv else [])]: path.write_text(json.dumps(evidence(), indent=0)+"\n")
+    for path in [LOGS/"evidence.json", *([KEPT] if "--keep" in sys.argv else [])]: path.write_text(json.dumps(evidence(), indent=0)+"\n")
     print(f"{time.monotonic()-began:.0f} s in all" + (f", coverage {total[-1]} %" if total else ""))
     print(f"{counts['passed']} passed, {max(counts['failed'], len(failed))} failed, {counts['skipped']} skipped")
     sys.exit(1 if failed else 0)
