@@ -46,14 +46,16 @@ def evidence():
 
 KEPT = ROOT/"data"/"evidence.json"
 
+def surroundings(home): # of every check; notebooks choose for themselves how they draw
+    return {k: v for k, v in os.environ.items() if k != "MPLBACKEND"} | {"CODEX_NB_HOME": home, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONHASHSEED": "0"}
+
 def again(files):
     "Renew the results of some files of tests, of the same code at the same counts."
     kept, now = json.loads(KEPT.read_text()), evidence()
     if differ := [k for k in ("modules", "counts", "machine") if kept[k] != now[k]]: sys.exit(f"{KEPT}: its {' and '.join(differ)} are not those of now: make prove")
     if now["dirty"]: sys.exit("there are changes beside the commit: commit them first")
     with tempfile.TemporaryDirectory() as home:
-        env = os.environ | {"CODEX_NB_HOME": home, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONHASHSEED": "0"}
-        done = subprocess.run([BIN/"python", "-m", "pytest", *files, "-n", "2", "--dist", "worksteal", "-p", "no:cacheprovider", "--junitxml", LOGS/"again.xml"], cwd=ROOT, env=env)
+        done = subprocess.run([BIN/"python", "-m", "pytest", *files, "-n", "2", "--dist", "worksteal", "-p", "no:cacheprovider", "--junitxml", LOGS/"again.xml"], cwd=ROOT, env=surroundings(home))
     if done.returncode: return done.returncode
     fresh = {k: r | {"commit": now["commit"]} for k, r in results(LOGS/"again.xml", False).items()}
     kept["results"] = dict(sorted(({k: r for k, r in kept["results"].items() if k.partition("::")[0] not in files} | fresh).items()))
@@ -68,9 +70,7 @@ def main():
     for name, commands in PARTS.items():
         log, start, code = LOGS/f"{name.replace(' ', '-')}.log", time.monotonic(), 0
         with tempfile.TemporaryDirectory() as home, open(log, "w") as out:
-            env = os.environ | {"CODEX_NB_HOME": home, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONHASHSEED": "0"}
-            env.pop("MPLBACKEND", None) # notebooks choose for themselves
-            for c in commands: code = code or subprocess.run([str(x) for x in c], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env=env).returncode
+            for c in commands: code = code or subprocess.run([str(x) for x in c], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env=surroundings(home)).returncode
         text = log.read_text()
         closing = re.findall(r"^(?=.*\d+ passed)(?=.* in [\d.]+s).*$", text, re.M)[-1:] if "pytest" in str(commands) else []
         for line in closing:
