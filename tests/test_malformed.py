@@ -1,15 +1,26 @@
 """What a stranger's data may hold: each case is refused with its own words and place, or read as it must be."""
-import gzip, json, os, random, subprocess, sys
+
+import gzip
+import json
+import os
+import random
+import subprocess
+import sys
+
 import pytest
 from backports import zstd
-from hypothesis import given, settings, strategies as st
-from codex_nb.corpus import CorpusConfig, open_corpus
-from codex_nb.documents import BadLine, ReadError, check_json, parse_line
-from codex_nb.readers import Rejects, read_path
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from codex_nb.data.corpus import CorpusConfig, open_corpus
+from codex_nb.data.documents import BadLine, ReadError, check_json, parse_line
+from codex_nb.data.readers import Rejects, read_path
 
 PROVE = bool(os.environ.get("PROVE"))
 FINE = b'{"text": "fine"}'
-msg = lambda *turns: json.dumps({"messages": [{"role": r, "content": c} for r, c in turns]}).encode()
+msg = lambda *turns: json.dumps(
+    {"messages": [{"role": r, "content": c} for r, c in turns]}
+).encode()
 
 # (what, the line, the reason; None where the line is good)
 LINES = [
@@ -19,22 +30,38 @@ LINES = [
     ("surrogate in UTF-8", b'{"text": "\xed\xa0\x80"}', "byte 0xed is not UTF-8 at column 11"),
     ("truncated UTF-8", b'{"text": "\xe2\x82"}', "byte 0xe2 is not UTF-8 at column 11"),
     ("UTF-16", FINE.decode().encode("utf-16"), "is not UTF-8 at column 1"),
-    ("byte order mark", b'\xef\xbb\xbf' + FINE, "a byte order mark"),
-    ("raw NUL in a string", b'{"text": "a\x00b"}', "a control character (0x00) inside a string at column 12"),
+    ("byte order mark", b"\xef\xbb\xbf" + FINE, "a byte order mark"),
+    (
+        "raw NUL in a string",
+        b'{"text": "a\x00b"}',
+        "a control character (0x00) inside a string at column 12",
+    ),
     ("NUL between", b'{"text": "a"\x00}', "expected ',' or '}'"),
     ("escaped NUL", b'{"text": "a\\u0000b"}', None),
-    ("raw tab in a string", b'{"text": "a\tb"}', "a control character (0x09) inside a string at column 12"),
+    (
+        "raw tab in a string",
+        b'{"text": "a\tb"}',
+        "a control character (0x09) inside a string at column 12",
+    ),
     ("DEL in a string", b'{"text": "a\x7fb"}', None),
     ("form feed as space", b'{"text": "a"}\x0c', "after the value at column 14"),
-    ("lone high surrogate", b'{"text": "\\ud800"}', "half of a surrogate pair, which is no character, in the string at column 10"),
+    (
+        "lone high surrogate",
+        b'{"text": "\\ud800"}',
+        "half of a surrogate pair, which is no character, in the string at column 10",
+    ),
     ("lone low surrogate", b'{"text": "a\\udc00"}', "half of a surrogate pair"),
     ("surrogates swapped", b'{"text": "\\udc00\\ud800"}', "half of a surrogate pair"),
-    ("lone surrogate in meta", b'{"text": "a", "meta": {"k": "\\udfff"}}', "half of a surrogate pair, which is no character, in the string at column 29"),
+    (
+        "lone surrogate in meta",
+        b'{"text": "a", "meta": {"k": "\\udfff"}}',
+        "half of a surrogate pair, which is no character, in the string at column 29",
+    ),
     ("a surrogate pair", b'{"text": "\\ud83d\\ude00"}', None),
     ("escaped backslash before u", b'{"text": "\\\\ud800"}', None),
-    ("two objects", FINE+FINE, "a second value on the line at column 17"),
-    ("two objects, spaced", FINE+b" "+FINE, "a second value on the line at column 18"),
-    ("words after", FINE+b" end", "'e' after the value at column 18"),
+    ("two objects", FINE + FINE, "a second value on the line at column 17"),
+    ("two objects, spaced", FINE + b" " + FINE, "a second value on the line at column 18"),
+    ("words after", FINE + b" end", "'e' after the value at column 18"),
     ("an array", b'[{"text": "a"}]', "a record is an object, this is an array"),
     ("a string", b'"a"', "a record is an object, this is a string"),
     ("a number", b"42", "a record is an object, this is a number"),
@@ -44,18 +71,38 @@ LINES = [
     ("Infinity", b'{"text": "a", "meta": {"x": Infinity}}', "'Infinity' is not a JSON value"),
     ("-Infinity", b'{"text": "a", "meta": {"x": -Infinity}}', "is not a JSON value at column 29"),
     ("undefined", b'{"text": undefined}', "'undefined' is not a JSON value"),
-    ("1e400", b'{"text": "a", "meta": {"x": 1e400}}', "a number too large for a double at column 29"),
+    (
+        "1e400",
+        b'{"text": "a", "meta": {"x": 1e400}}',
+        "a number too large for a double at column 29",
+    ),
     ("1e-400", b'{"text": "a", "meta": {"x": 1e-400}}', None),
-    ("an integer of 30 digits", b'{"text": "a", "meta": {"x": ' + b"9"*30 + b"}}", "an integer that does not fit in 64 bits at column 29"),
-    ("an integer of 5000 digits", b'{"text": "a", "meta": {"x": ' + b"9"*5000 + b"}}", "an integer that does not fit in 64 bits"),
+    (
+        "an integer of 30 digits",
+        b'{"text": "a", "meta": {"x": ' + b"9" * 30 + b"}}",
+        "an integer that does not fit in 64 bits at column 29",
+    ),
+    (
+        "an integer of 5000 digits",
+        b'{"text": "a", "meta": {"x": ' + b"9" * 5000 + b"}}",
+        "an integer that does not fit in 64 bits",
+    ),
     ("2**64-1", b'{"text": "a", "meta": {"x": 18446744073709551615}}', None),
-    ("2**64", b'{"text": "a", "meta": {"x": 18446744073709551616}}', "an integer that does not fit in 64 bits"),
+    (
+        "2**64",
+        b'{"text": "a", "meta": {"x": 18446744073709551616}}',
+        "an integer that does not fit in 64 bits",
+    ),
     ("leading zero", b'{"text": "a", "meta": {"x": 01}}', "expected ',' or '}'"),
     ("plus sign", b'{"text": "a", "meta": {"x": +1}}', "'+' is not a JSON value"),
     ("no digit after the point", b'{"text": "a", "meta": {"x": 1.}}', "expected ',' or '}'"),
-    ("single quotes", b"{'text': 'a'}", "expected a name in double quotes, found \"'\" at column 2"),
+    ("single quotes", b"{'text': 'a'}", 'expected a name in double quotes, found "\'" at column 2'),
     ("bare name", b'{text: "a"}', "expected a name in double quotes, found 't'"),
-    ("comma too many", b'{"text": "a",}', "expected a name in double quotes, found '}' at column 14"),
+    (
+        "comma too many",
+        b'{"text": "a",}',
+        "expected a name in double quotes, found '}' at column 14",
+    ),
     ("comma missing", b'{"text": "a" "id": "b"}', "expected ',' or '}', found '\"' at column 14"),
     ("colon missing", b'{"text" "a"}', "expected ':', found '\"'"),
     ("unknown escape", b'{"text": "a\\x41"}', "an escape that JSON does not know at column 12"),
@@ -65,14 +112,30 @@ LINES = [
     ("cut off in an object", b'{"text": "a"', "the line ends inside a value"),
     ("cut off after a colon", b'{"text":', "the line ends inside a value"),
     ("wrong bracket", b'{"text": "a"]', "expected ',' or '}', found ']'"),
-    ("nested 10,000 deep", b'{"text": "a", "meta": {"x": ' + b"["*10_000 + b"]"*10_000 + b"}}", "nested deeper than 64"),
-    ("nested 10,000 deep and not closed", b'{"text": "a", "meta": {"x": ' + b"["*10_000, "the line ends inside a value"),
+    (
+        "nested 10,000 deep",
+        b'{"text": "a", "meta": {"x": ' + b"[" * 10_000 + b"]" * 10_000 + b"}}",
+        "nested deeper than 64",
+    ),
+    (
+        "nested 10,000 deep and not closed",
+        b'{"text": "a", "meta": {"x": ' + b"[" * 10_000,
+        "the line ends inside a value",
+    ),
     ("a blank line", b"", "an empty line"),
     ("a line of spaces", b" \t ", "an empty line"),
     ("a repeated name", b'{"text": "a", "text": "b"}', None),
     ("a repeated name, first of the wrong type", b'{"text": 1, "text": "b"}', None),
-    ("a repeated name, last of the wrong type", b'{"text": "b", "text": 1}', "`text` must be a string, is a number"),
-    ("missing field", b"{}", "needs `text`, or `messages`, or `prompt` and `completion`; has none of them"),
+    (
+        "a repeated name, last of the wrong type",
+        b'{"text": "b", "text": 1}',
+        "`text` must be a string, is a number",
+    ),
+    (
+        "missing field",
+        b"{}",
+        "needs `text`, or `messages`, or `prompt` and `completion`; has none of them",
+    ),
     ("null", b'{"text": null}', "`text` must be a string, is null"),
     ("a number for a text", b'{"text": 7}', "`text` must be a string, is a number"),
     ("an array for a text", b'{"text": ["a"]}', "`text` must be a string, is an array"),
@@ -88,40 +151,89 @@ LINES = [
     ("empty prompt", b'{"prompt": "", "completion": "a"}', None),
     ("no messages", b'{"messages": []}', "`messages` is empty"),
     ("messages as object", b'{"messages": {}}', "`messages` must be an array, is an object"),
-    ("a message that is a string", b'{"messages": ["a"]}', "message 1 must be an object, is a string"),
-    ("a message without content", b'{"messages": [{"role": "user"}]}', "message 1 must have `role` and `content`, has role"),
-    ("a message with more", b'{"messages": [{"role": "user", "content": "a", "name": "b"}]}', "message 1 must have `role` and `content`"),
-    ("content null", b'{"messages": [{"role": "user", "content": null}]}', "message 1: `content` must be a string, is null"),
+    (
+        "a message that is a string",
+        b'{"messages": ["a"]}',
+        "message 1 must be an object, is a string",
+    ),
+    (
+        "a message without content",
+        b'{"messages": [{"role": "user"}]}',
+        "message 1 must have `role` and `content`, has role",
+    ),
+    (
+        "a message with more",
+        b'{"messages": [{"role": "user", "content": "a", "name": "b"}]}',
+        "message 1 must have `role` and `content`",
+    ),
+    (
+        "content null",
+        b'{"messages": [{"role": "user", "content": null}]}',
+        "message 1: `content` must be a string, is null",
+    ),
     ("content empty", msg(("user", "a"), ("assistant", "")), "message 2: `content` is empty"),
     ("unknown role", msg(("human", "a")), "message 1: unknown role 'human'"),
     ("assistant first", msg(("assistant", "a")), "message 1: assistant cannot begin"),
     ("two users", msg(("user", "a"), ("user", "b")), "message 2: user cannot follow user"),
-    ("system late", msg(("user", "a"), ("assistant", "b"), ("system", "c")), "message 3: system cannot follow assistant"),
+    (
+        "system late",
+        msg(("user", "a"), ("assistant", "b"), ("system", "c")),
+        "message 3: system cannot follow assistant",
+    ),
     ("system alone", msg(("system", "a")), "nothing but a system message"),
     ("a good conversation", msg(("system", "s"), ("user", "a"), ("assistant", "b")), None),
-    ("CRLF", FINE+b"\r", None),
-    ("a line of 17 MB", b'{"text": "' + b"x"*(17<<20) + b'"}', "the line is longer than 16,777,216 bytes"),
+    ("CRLF", FINE + b"\r", None),
+    (
+        "a line of 17 MB",
+        b'{"text": "' + b"x" * (17 << 20) + b'"}',
+        "the line is longer than 16,777,216 bytes",
+    ),
 ]
+
 
 @pytest.mark.parametrize("what,line,reason", LINES, ids=[l[0] for l in LINES])
 def test_a_line(tmp_path, what, line, reason):
-    (tmp_path/"a.jsonl").write_bytes(FINE + b"\n" + line + b"\n" + FINE + b"\n")
-    if reason is None: assert len(list(read_path(tmp_path/"a.jsonl"))) == 3; return
-    with pytest.raises(ReadError) as e: list(read_path(tmp_path/"a.jsonl"))
-    assert str(e.value).startswith(f"{tmp_path/'a.jsonl'}:2: ") and reason in str(e.value)
-    rejects = Rejects("quarantine", tmp_path/"rejects.ndjson")
-    assert [d.id for d in read_path(tmp_path/"a.jsonl", rejects=rejects)] == ["a.jsonl:1", "a.jsonl:3"]
-    assert [(r["file"], r["line"]) for r in map(json.loads, (tmp_path/"rejects.ndjson").read_text().splitlines())] == [("a.jsonl", 2)]
+    (tmp_path / "a.jsonl").write_bytes(FINE + b"\n" + line + b"\n" + FINE + b"\n")
+    if reason is None:
+        assert len(list(read_path(tmp_path / "a.jsonl"))) == 3
+        return
+    with pytest.raises(ReadError) as e:
+        list(read_path(tmp_path / "a.jsonl"))
+    assert str(e.value).startswith(f"{tmp_path / 'a.jsonl'}:2: ") and reason in str(e.value)
+    rejects = Rejects("quarantine", tmp_path / "rejects.ndjson")
+    assert [d.id for d in read_path(tmp_path / "a.jsonl", rejects=rejects)] == [
+        "a.jsonl:1",
+        "a.jsonl:3",
+    ]
+    assert [
+        (r["file"], r["line"])
+        for r in map(json.loads, (tmp_path / "rejects.ndjson").read_text().splitlines())
+    ] == [("a.jsonl", 2)]
 
-def test_the_table_is_long_enough(): assert len(LINES) + len(FILES) >= 60 and len({l[0]+str(l[1]) for l in LINES}) == len(LINES)
 
-def many(n=4000): return b"".join(json.dumps({"text": f"text {i} {random.Random(i).random()}"}).encode()+b"\n" for i in range(n))
+def test_the_table_is_long_enough():
+    assert len(LINES) + len(FILES) >= 60 and len({l[0] + str(l[1]) for l in LINES}) == len(LINES)
+
+
+def many(n=4000):
+    return b"".join(
+        json.dumps({"text": f"text {i} {random.Random(i).random()}"}).encode() + b"\n"
+        for i in range(n)
+    )
+
+
 def parquet(p):
-    import pyarrow as pa, pyarrow.parquet as pq
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     pq.write_table(pa.table({"text": ["a", "b"]}), p)
 
+
 def saved(p, state):
-    p.mkdir(); (p/"dataset_info.json").write_text("{}"); (p/"state.json").write_text(state)
+    p.mkdir()
+    (p / "dataset_info.json").write_text("{}")
+    (p / "state.json").write_text(state)
+
 
 # (what, file name, how it is made, the reason; None where it is good)
 FILES = [
@@ -129,111 +241,335 @@ FILES = [
     ("empty text file", "a.txt", lambda p: p.write_bytes(b""), "the file is empty"),
     ("no final newline", "a.jsonl", lambda p: p.write_bytes(FINE), None),
     ("only newlines", "a.jsonl", lambda p: p.write_bytes(b"\n\n"), ":1: an empty line"),
-    ("a type that changes late", "a.jsonl", lambda p: p.write_bytes(many()+b'{"text": 5}\n'), ":4001: `text` must be a string"),
-    ("an extra field late", "a.jsonl", lambda p: p.write_bytes(many()+b'{"text": "a", "lang": "en"}\n'), ":4001: unknown field 'lang'"),
-    ("a 100 MB line", "a.jsonl", lambda p: p.write_bytes(FINE+b'\n{"text": "'+b"x"*(100<<20)+b'"}\n'+FINE), ":2: the line is longer than"),
-    ("truncated gzip", "a.jsonl.gz", lambda p: p.write_bytes(gzip.compress(many())[:-100]), "the compressed data is damaged or cut off"),
-    ("truncated zstd", "a.jsonl.zst", lambda p: p.write_bytes(zstd.compress(many())[:-100]), "the compressed data is damaged or cut off"),
-    ("damaged gzip", "a.jsonl.gz", lambda p: p.write_bytes((lambda b: b[:2000]+bytes([b[2000]^255])+b[2001:])(gzip.compress(many()))), "damaged or cut off"),
+    (
+        "a type that changes late",
+        "a.jsonl",
+        lambda p: p.write_bytes(many() + b'{"text": 5}\n'),
+        ":4001: `text` must be a string",
+    ),
+    (
+        "an extra field late",
+        "a.jsonl",
+        lambda p: p.write_bytes(many() + b'{"text": "a", "lang": "en"}\n'),
+        ":4001: unknown field 'lang'",
+    ),
+    (
+        "a 100 MB line",
+        "a.jsonl",
+        lambda p: p.write_bytes(FINE + b'\n{"text": "' + b"x" * (100 << 20) + b'"}\n' + FINE),
+        ":2: the line is longer than",
+    ),
+    (
+        "truncated gzip",
+        "a.jsonl.gz",
+        lambda p: p.write_bytes(gzip.compress(many())[:-100]),
+        "the compressed data is damaged or cut off",
+    ),
+    (
+        "truncated zstd",
+        "a.jsonl.zst",
+        lambda p: p.write_bytes(zstd.compress(many())[:-100]),
+        "the compressed data is damaged or cut off",
+    ),
+    (
+        "damaged gzip",
+        "a.jsonl.gz",
+        lambda p: p.write_bytes(
+            (lambda b: b[:2000] + bytes([b[2000] ^ 255]) + b[2001:])(gzip.compress(many()))
+        ),
+        "damaged or cut off",
+    ),
     ("not gzip", "a.jsonl.gz", lambda p: p.write_bytes(FINE), "damaged or cut off"),
     ("not zstd", "a.jsonl.zst", lambda p: p.write_bytes(FINE), "damaged or cut off"),
-    ("a gzip bomb", "a.jsonl.gz", lambda p: p.write_bytes(gzip.compress(bytes(200<<20))), ":"),
-    ("a text bomb", "a.txt.gz", lambda p: p.write_bytes(gzip.compress(b"a\n"*(60<<20))), "expands to more than"),
-    ("gzip without its suffix", "a.jsonl", lambda p: p.write_bytes(gzip.compress(FINE)), "this looks like gzip data, which should be named .gz"),
+    ("a gzip bomb", "a.jsonl.gz", lambda p: p.write_bytes(gzip.compress(bytes(200 << 20))), ":"),
+    (
+        "a text bomb",
+        "a.txt.gz",
+        lambda p: p.write_bytes(gzip.compress(b"a\n" * (60 << 20))),
+        "expands to more than",
+    ),
+    (
+        "gzip without its suffix",
+        "a.jsonl",
+        lambda p: p.write_bytes(gzip.compress(FINE)),
+        "this looks like gzip data, which should be named .gz",
+    ),
     ("Parquet named JSON lines", "a.jsonl", parquet, "this looks like a Parquet file"),
-    ("JSON lines named Parquet", "a.parquet", lambda p: p.write_bytes(many(5)), "not a whole Parquet file"),
-    ("truncated Parquet", "a.parquet", lambda p: (parquet(p), p.write_bytes(p.read_bytes()[:-20])), "not a whole Parquet file"),
+    (
+        "JSON lines named Parquet",
+        "a.parquet",
+        lambda p: p.write_bytes(many(5)),
+        "not a whole Parquet file",
+    ),
+    (
+        "truncated Parquet",
+        "a.parquet",
+        lambda p: (parquet(p), p.write_bytes(p.read_bytes()[:-20])),
+        "not a whole Parquet file",
+    ),
     ("Parquet", "a.parquet", parquet, None),
     ("binary named text", "a.txt", lambda p: p.write_bytes(b"ab\n\x00\x01"), ":2: a NUL byte"),
-    ("Latin-1 named text", "a.txt", lambda p: p.write_bytes("ein\nCafé".encode("latin-1")), ":2: byte 0xe9 is not UTF-8"),
-    ("CSV without its column", "a.csv", lambda p: p.write_text("words,id\na,b\n"), "no column named text"),
-    ("CSV with a short row", "a.csv", lambda p: p.write_text("text,id\na,b\nc\n"), ":3: 1 cells in a row of 2 columns"),
+    (
+        "Latin-1 named text",
+        "a.txt",
+        lambda p: p.write_bytes("ein\nCafé".encode("latin-1")),
+        ":2: byte 0xe9 is not UTF-8",
+    ),
+    (
+        "CSV without its column",
+        "a.csv",
+        lambda p: p.write_text("words,id\na,b\n"),
+        "no column named text",
+    ),
+    (
+        "CSV with a short row",
+        "a.csv",
+        lambda p: p.write_text("text,id\na,b\nc\n"),
+        ":3: 1 cells in a row of 2 columns",
+    ),
     ("CSV with an open quote", "a.csv", lambda p: p.write_text('text\n"a\n'), "not CSV"),
-    ("CSV with columns of one name", "a.csv", lambda p: p.write_text("text,text\na,b\n"), "two columns have one name"),
-    ("CSV, empty cell", "a.csv", lambda p: p.write_text('text,id\n,b\n'), ":2: `text` is empty"),
+    (
+        "CSV with columns of one name",
+        "a.csv",
+        lambda p: p.write_text("text,text\na,b\n"),
+        "two columns have one name",
+    ),
+    ("CSV, empty cell", "a.csv", lambda p: p.write_text("text,id\n,b\n"), ":2: `text` is empty"),
     ("CSV", "a.csv", lambda p: p.write_text('\ufefftext,id\r\n"a ""b"", c",1\r\n'), None),
-    ("a dangling link", "a.txt", lambda p: p.symlink_to(p.with_name("nowhere")), "there is no such file or folder"),
-    ("a saved dataset, its list broken", "saved", lambda p: saved(p, "{"), "not a whole folder saved by datasets"),
-    ("a saved dataset without a list", "saved", lambda p: saved(p, "{}"), "not a whole folder saved by datasets"),
-    ("a saved dataset that points elsewhere", "saved", lambda p: saved(p, '{"_data_files": [{"filename": "../../other.arrow"}]}'), "names files outside the folder"),
-    ("a saved dataset, its file missing", "saved", lambda p: saved(p, '{"_data_files": [{"filename": "data.arrow"}]}'), "not a whole Arrow file"),
+    (
+        "a dangling link",
+        "a.txt",
+        lambda p: p.symlink_to(p.with_name("nowhere")),
+        "there is no such file or folder",
+    ),
+    (
+        "a saved dataset, its list broken",
+        "saved",
+        lambda p: saved(p, "{"),
+        "not a whole folder saved by datasets",
+    ),
+    (
+        "a saved dataset without a list",
+        "saved",
+        lambda p: saved(p, "{}"),
+        "not a whole folder saved by datasets",
+    ),
+    (
+        "a saved dataset that points elsewhere",
+        "saved",
+        lambda p: saved(p, '{"_data_files": [{"filename": "../../other.arrow"}]}'),
+        "names files outside the folder",
+    ),
+    (
+        "a saved dataset, its file missing",
+        "saved",
+        lambda p: saved(p, '{"_data_files": [{"filename": "data.arrow"}]}'),
+        "not a whole Arrow file",
+    ),
     ("a pipe", "a.jsonl", lambda p: os.mkfifo(p), "not a regular file"),
 ]
 
+
 @pytest.mark.parametrize("what,name,make,reason", FILES, ids=[f[0] for f in FILES])
 def test_a_file(tmp_path, what, name, make, reason):
-    make(tmp_path/name)
-    if reason is None: assert list(read_path(tmp_path/name)); return
-    with pytest.raises(ReadError) as e: list(read_path(tmp_path/name))
-    assert str(tmp_path/name) in str(e.value) and reason in str(e.value)
+    make(tmp_path / name)
+    if reason is None:
+        assert list(read_path(tmp_path / name))
+        return
+    with pytest.raises(ReadError) as e:
+        list(read_path(tmp_path / name))
+    assert str(tmp_path / name) in str(e.value) and reason in str(e.value)
+
 
 def test_a_file_without_permission(tmp_path):
-    (tmp_path/"a.jsonl").write_bytes(FINE); (tmp_path/"a.jsonl").chmod(0)
-    code = "import os, sys\nfrom codex_nb.documents import ReadError\nfrom codex_nb.readers import read_path\nif os.getuid() == 0: os.setuid(65534)\ntry: list(read_path(sys.argv[1]))\nexcept ReadError as e: print('ReadError', e)"
-    for p in (tmp_path, *tmp_path.parents): 
-        if p.stat().st_uid == os.getuid() and str(p).startswith("/tmp"): p.chmod(p.stat().st_mode|0o055)
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path/"a.jsonl")], capture_output=True, text=True)
+    (tmp_path / "a.jsonl").write_bytes(FINE)
+    (tmp_path / "a.jsonl").chmod(0)
+    code = "import os, sys\nfrom codex_nb.data.documents import ReadError\nfrom codex_nb.data.readers import read_path\nif os.getuid() == 0: os.setuid(65534)\ntry: list(read_path(sys.argv[1]))\nexcept ReadError as e: print('ReadError', e)"
+    for p in (tmp_path, *tmp_path.parents):
+        if p.stat().st_uid == os.getuid() and str(p).startswith("/tmp"):
+            p.chmod(p.stat().st_mode | 0o055)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "a.jsonl")], capture_output=True, text=True
+    )
     assert "ReadError" in done.stdout and "Permission denied" in done.stdout, done
 
+
 def test_stop_writes_nothing_and_quarantine_writes_the_good(tmp_path, monkeypatch):
-    monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path/"home"))
-    (tmp_path/"a.jsonl").write_bytes(many(300)+b"{bad\n"+many(600)[len(many(300)):])
-    cfg = dict(data=str(tmp_path/"a.jsonl"))
-    with pytest.raises(ReadError, match="a.jsonl:301: "): open_corpus(CorpusConfig(**cfg))
-    assert not [p for p in (tmp_path/"home"/"store"/"corpus").iterdir() if p.name[0] != "."]
+    monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path / "home"))
+    (tmp_path / "a.jsonl").write_bytes(many(300) + b"{bad\n" + many(600)[len(many(300)) :])
+    cfg = dict(data=str(tmp_path / "a.jsonl"))
+    with pytest.raises(ReadError, match="a.jsonl:301: "):
+        open_corpus(CorpusConfig(**cfg))
+    assert not [p for p in (tmp_path / "home" / "store" / "corpus").iterdir() if p.name[0] != "."]
     c = open_corpus(CorpusConfig(**cfg, on_error="quarantine"))
     assert len(c) == 600 and c.meta["rejects"] == 1
-    assert json.loads((c.path/"rejects.ndjson").read_text()) == {"file": "a.jsonl", "line": 301, "reason": "expected a name in double quotes, found 'b' at column 2"}
-    (tmp_path/"b.jsonl").write_bytes(many(600))
-    assert open_corpus(CorpusConfig(data=str(tmp_path/"b.jsonl"))).digest != c.digest # ids name the file
-    assert [d.text for d in open_corpus(CorpusConfig(data=str(tmp_path/"b.jsonl"))).split("test")] == [d.text for d in c.split("test")]
+    assert json.loads((c.path / "rejects.ndjson").read_text()) == {
+        "file": "a.jsonl",
+        "line": 301,
+        "reason": "expected a name in double quotes, found 'b' at column 2",
+    }
+    (tmp_path / "b.jsonl").write_bytes(many(600))
+    assert (
+        open_corpus(CorpusConfig(data=str(tmp_path / "b.jsonl"))).digest != c.digest
+    )  # ids name the file
+    assert [
+        d.text for d in open_corpus(CorpusConfig(data=str(tmp_path / "b.jsonl"))).split("test")
+    ] == [d.text for d in c.split("test")]
+
 
 # what any JSON text, and any spoiled one, is said to be must agree with the standard library made strict
-json_values = st.recursive(st.none() | st.booleans() | st.integers(-2**70, 2**70) | st.floats(allow_nan=False, allow_infinity=False) | st.text(), lambda c: st.lists(c) | st.dictionaries(st.text(), c), max_leaves=12)
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda c: st.lists(c) | st.dictionaries(st.text(), c),
+    max_leaves=12,
+)
+
+
 def strictly(s):
-    def refuse(c): raise ValueError(c)
+    def refuse(c):
+        raise ValueError(c)
+
     return json.loads(s, parse_constant=refuse)
 
+
 @settings(max_examples=20_000 if PROVE else 600, deadline=None)
-@given(json_values, st.booleans(), st.lists(st.tuples(st.integers(0, 200), st.sampled_from(list('{}[]",:\\0123456789.eE+- \t\n\x00/aNtu') + ["", "\\u", "NaN", "tru", "\ud800".encode("utf-8", "surrogatepass").decode("latin-1")])), max_size=3))
+@given(
+    json_values,
+    st.booleans(),
+    st.lists(
+        st.tuples(
+            st.integers(0, 200),
+            st.sampled_from(
+                list('{}[]",:\\0123456789.eE+- \t\n\x00/aNtu')
+                + [
+                    "",
+                    "\\u",
+                    "NaN",
+                    "tru",
+                    "\ud800".encode("utf-8", "surrogatepass").decode("latin-1"),
+                ]
+            ),
+        ),
+        max_size=3,
+    ),
+)
 def test_grammar_agrees_with_the_standard_library(value, ascii, spoil):
     s = json.dumps(value, ensure_ascii=ascii)
-    for i, c in spoil: s = s[:i%(len(s)+1)] + c + s[i%(len(s)+1)+(1 if i%2 else 0):]
-    try: strictly(s); ours = True
-    except ValueError: ours = False
-    try: check_json(s); said = True
-    except BadLine: said = False
+    for i, c in spoil:
+        s = s[: i % (len(s) + 1)] + c + s[i % (len(s) + 1) + (1 if i % 2 else 0) :]
+    try:
+        strictly(s)
+        ours = True
+    except ValueError:
+        ours = False
+    try:
+        check_json(s)
+        said = True
+    except BadLine:
+        said = False
     assert ours == said, s
 
+
 @settings(max_examples=20_000 if PROVE else 600, deadline=None)
-@given(st.text(max_size=40), st.dictionaries(st.text(max_size=5), json_values, max_size=3), st.lists(st.tuples(st.integers(0, 300), st.sampled_from(list('{}[]",:\\0123456789.eE+-') + ["", "\\ud800", "9"*25, "1e999"])), max_size=2))
+@given(
+    st.text(max_size=40),
+    st.dictionaries(st.text(max_size=5), json_values, max_size=3),
+    st.lists(
+        st.tuples(
+            st.integers(0, 300),
+            st.sampled_from(list('{}[]",:\\0123456789.eE+-') + ["", "\\ud800", "9" * 25, "1e999"]),
+        ),
+        max_size=2,
+    ),
+)
 def test_the_fast_way_takes_no_more_than_the_slow_one(text, meta, spoil):
-    from codex_nb.documents import _read_slowly
+    from codex_nb.data.documents import _read_slowly
+
     s = json.dumps({"text": text, "meta": meta})
-    for i, c in spoil: s = s[:i%(len(s)+1)] + c + s[i%(len(s)+1):]
+    for i, c in spoil:
+        s = s[: i % (len(s) + 1)] + c + s[i % (len(s) + 1) :]
+
     def outcome(f):
-        try: return f(s.encode())
-        except BadLine as e: return e.reason
+        try:
+            return f(s.encode())
+        except BadLine as e:
+            return e.reason
+
     assert outcome(parse_line) == outcome(_read_slowly)
 
-SHREDS = [FINE, FINE, FINE, FINE+FINE, FINE+b" ", b" "+FINE, FINE+b"\r", b"\r", b"", b" ", b"{", b"}", b'{"text": "a", "meta":', b"{}}", b'{"text": "a", "meta": {}', b"{}", b"{}"+FINE, b'{"text": "x}', b'{y"}', b'{"id":', b'"one", "text": "a"}',
-    b'{"text": ""}', b'{"text": "a", "meta": {"k": [1]}}', b'{"text": "a", "prompt": ""}', b'{"prompt": "", "completion": "c"}', msg(("user", "a"), ("assistant", "b")), b'{"text": "' + b"long"*400 + b'"}', b'{"text": "\xe9"}', b'{"text": 1, "text": "a"}',
-    b'{"text": "a", "meta": {"k": 1e400}}', b'{"text": "a", "meta": {"k": 99999999999999999999999}}', b'{"text": "a", "meta": {"k": "\\udfff"}}', b'{"text": "a", "meta": ' + b'{"k":'*70 + b"1" + b"}"*71, b'{"text": "a", "meta": {}\n}\n'+FINE*2, b'{"text": "a", "meta":\n{}}\n'+FINE*2, b'{"text": "a",\n"id": "b"}\n'+FINE*2, b"\n"+FINE*2, FINE*2+b"\n"]
+
+SHREDS = [
+    FINE,
+    FINE,
+    FINE,
+    FINE + FINE,
+    FINE + b" ",
+    b" " + FINE,
+    FINE + b"\r",
+    b"\r",
+    b"",
+    b" ",
+    b"{",
+    b"}",
+    b'{"text": "a", "meta":',
+    b"{}}",
+    b'{"text": "a", "meta": {}',
+    b"{}",
+    b"{}" + FINE,
+    b'{"text": "x}',
+    b'{y"}',
+    b'{"id":',
+    b'"one", "text": "a"}',
+    b'{"text": ""}',
+    b'{"text": "a", "meta": {"k": [1]}}',
+    b'{"text": "a", "prompt": ""}',
+    b'{"prompt": "", "completion": "c"}',
+    msg(("user", "a"), ("assistant", "b")),
+    b'{"text": "' + b"long" * 400 + b'"}',
+    b'{"text": "\xe9"}',
+    b'{"text": 1, "text": "a"}',
+    b'{"text": "a", "meta": {"k": 1e400}}',
+    b'{"text": "a", "meta": {"k": 99999999999999999999999}}',
+    b'{"text": "a", "meta": {"k": "\\udfff"}}',
+    b'{"text": "a", "meta": ' + b'{"k":' * 70 + b"1" + b"}" * 71,
+    b'{"text": "a", "meta": {}\n}\n' + FINE * 2,
+    b'{"text": "a", "meta":\n{}}\n' + FINE * 2,
+    b'{"text": "a",\n"id": "b"}\n' + FINE * 2,
+    b"\n" + FINE * 2,
+    FINE * 2 + b"\n",
+]
+
 
 @settings(max_examples=20_000 if PROVE else 1000, deadline=None)
-@given(st.lists(st.sampled_from(SHREDS), min_size=1, max_size=8), st.booleans(), st.sampled_from([1, 30, 200, 1<<18]))
+@given(
+    st.lists(st.sampled_from(SHREDS), min_size=1, max_size=8),
+    st.booleans(),
+    st.sampled_from([1, 30, 200, 1 << 18]),
+)
 def test_many_lines_at_once_are_read_as_each_alone(tmp_path_factory, shreds, last, portion):
-    import codex_nb.readers as readers
-    path = tmp_path_factory.getbasetemp()/"shreds.jsonl"
-    path.write_bytes(b"\n".join(shreds)+b"\n"*last)
+    import codex_nb.data.readers as readers
+
+    path = tmp_path_factory.getbasetemp() / "shreds.jsonl"
+    path.write_bytes(b"\n".join(shreds) + b"\n" * last)
     lines, want = path.read_bytes().split(b"\n"), []
-    if not lines[-1]: lines.pop()
+    if not lines[-1]:
+        lines.pop()
     for n, line in enumerate(lines, 1):
-        try: d = parse_line(line); want.append((d.id or f"shreds.jsonl:{n}", d.whole))
-        except BadLine as e: want.append((n, e.reason))
-    if not lines: return
+        try:
+            d = parse_line(line)
+            want.append((d.id or f"shreds.jsonl:{n}", d.full_text))
+        except BadLine as e:
+            want.append((n, e.reason))
+    if not lines:
+        return
     with pytest.MonkeyPatch.context() as m:
         m.setattr(readers, "_PORTION", portion)
         rejects = Rejects("quarantine")
-        got = [(d.id, d.whole) for d in read_path(path, rejects=rejects)]
-    assert got == [w for w in want if isinstance(w[0], str)] and [(r.line, r.reason) for r in rejects.first] == [w for w in want if isinstance(w[0], int)]
+        got = [(d.id, d.full_text) for d in read_path(path, rejects=rejects)]
+    assert got == [w for w in want if isinstance(w[0], str)] and [
+        (r.line, r.reason) for r in rejects.first
+    ] == [w for w in want if isinstance(w[0], int)]

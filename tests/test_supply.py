@@ -1,115 +1,229 @@
 """What this package is made of is known, licensed, locked and linted; and a release comes out whole or not at all."""
-import json, re, shutil, subprocess, sys
+
+import json
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
-import pytest, yaml
+
+import pytest
+import yaml
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT/"tools"))
+sys.path.insert(0, str(ROOT / "tools"))
 BIN = Path(sys.executable).parent
+
 
 def test_the_lock_is_as_pyproject_and_the_environment():
     import lock
+
     assert lock.wrong() == [] and len(lock.locked()) > 100 and "://" not in lock.LOCK.read_text()
+
 
 def test_the_check_of_the_lock_sees_it():
     import lock
-    one = [(Requirement("a==1.0"), ["0"*64])]
-    def said(needs=(), pins=one, installed=lambda n: "1.0"): return lock.wrong(pins, [Requirement(n) for n in needs], installed)
+
+    one = [(Requirement("a==1.0"), ["0" * 64])]
+
+    def said(needs=(), pins=one, installed=lambda n: "1.0"):
+        return lock.wrong(pins, [Requirement(n) for n in needs], installed)
+
     assert said() == [] == said(["a>=0.5", "torch>=2"])
     assert said(["a>=2"]) == ["a>=2: the lock has 1.0"]
     assert said(["b"]) == ["b: not in the lock"]
     assert said(["torch>=9"]) == [f"torch>=9: the lock has {lock.TORCH}"]
     assert said(installed=lambda n: "1.1") == ["a: 1.1 is installed, the lock has 1.0"]
     assert said(pins=[(Requirement("a==1.0"), [])]) == ["a: not one version with hashes"]
-    assert said(pins=[(Requirement("nvidia-cublas==1.0"), ["0"*64])]) == ["nvidia-cublas: torch and its CUDA parts are not locked"]
+    assert said(pins=[(Requirement("nvidia-cublas==1.0"), ["0" * 64])]) == [
+        "nvidia-cublas: torch and its CUDA parts are not locked"
+    ]
+
 
 def test_bill_of_materials_and_licences():
     import sbom
     from cyclonedx.schema import SchemaVersion
     from cyclonedx.validation.json import JsonStrictValidator
+
     rows = sbom.parts()
     text = sbom.make(rows)
-    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None and text == sbom.make(rows)
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None and text == sbom.make(
+        rows
+    )
     found = {c["name"]: c for c in json.loads(text)["components"]}
-    assert len(found) > 200 and found["safetensors"]["scope"] == "required" and found["safetensors"]["hashes"] and found["peft"]["scope"] == "optional" and found["nbdev"]["scope"] == "excluded"
+    assert (
+        len(found) > 200
+        and found["safetensors"]["scope"] == "required"
+        and found["safetensors"]["hashes"]
+        and found["peft"]["scope"] == "optional"
+        and found["nbdev"]["scope"] == "excluded"
+    )
     assert not sbom.doubts(rows)
-    assert sbom.doubts([("x", "1", "required", [], "GPL-3.0"), ("y", "1", "excluded", [], "GPL-3.0"), ("z", "1", "optional", [], "?")]) == ["x 1: GPL-3.0", "z 1: ?"]
+    assert sbom.doubts(
+        [
+            ("x", "1", "required", [], "GPL-3.0"),
+            ("y", "1", "excluded", [], "GPL-3.0"),
+            ("z", "1", "optional", [], "?"),
+        ]
+    ) == ["x 1: GPL-3.0", "z 1: ?"]
     assert {n for n, *_, l in rows if l == "?"} == set()
 
+
 def test_linters_find_nothing():
-    for words in (["ruff", "check", "--quiet"], ["bandit", "-q", "-r", "codex_nb", "tools", "-c", "pyproject.toml"]):
-        done = subprocess.run([BIN/words[0], *words[1:]], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout+done.stderr
+    for words in (
+        ["ruff", "check", "--quiet"],
+        ["bandit", "-q", "-r", "codex_nb", "tools", "-c", "pyproject.toml"],
+    ):
+        done = subprocess.run(
+            [BIN / words[0], *words[1:]], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
 
 def test_linters_see_it(tmp_path):
-    (tmp_path/"a.py").write_text("import os, subprocess\nsubprocess.run('x'+input(), shell=True)\n")
-    for words in (["ruff", "check", "--config", ROOT/"pyproject.toml", tmp_path], ["bandit", "-q", "-c", ROOT/"pyproject.toml", tmp_path/"a.py"]):
-        done = subprocess.run([BIN/words[0], *words[1:]], capture_output=True, text=True)
+    (tmp_path / "a.py").write_text(
+        "import os, subprocess\nsubprocess.run('x'+input(), shell=True)\n"
+    )
+    for words in (
+        ["ruff", "check", "--config", ROOT / "pyproject.toml", tmp_path],
+        ["bandit", "-q", "-c", ROOT / "pyproject.toml", tmp_path / "a.py"],
+    ):
+        done = subprocess.run([BIN / words[0], *words[1:]], capture_output=True, text=True)
         assert done.returncode == 1 and re.search("S602|B602", done.stdout), done.stdout
 
+
 def secrets_in(lines):
-    from codex_nb.safety import find_secrets
-    return [(f.kind, l) for l in lines for f in find_secrets(l, {}) if not re.search(r"tiger|correct-horse-battery|\{w\[:12\]\}|\bme:", l[f.start:f.end])] # examples in lessons and tests
+    from codex_nb.core.safety import find_secrets
+
+    return [
+        (f.kind, l)
+        for l in lines
+        for f in find_secrets(l, {})
+        if not re.search(r"tiger|correct-horse-battery|\{w\[:12\]\}|\bme:", l[f.start : f.end])
+    ]  # examples in lessons and tests
+
 
 def test_no_secrets_in_history():
-    if subprocess.run(["git", "rev-parse", "--is-inside-work-tree"], cwd=ROOT, capture_output=True).returncode: pytest.skip("no repository here")
-    text = subprocess.run(["git", "log", "-p", "--all", "--no-color", "--format="], cwd=ROOT, capture_output=True, text=True, errors="replace", check=True).stdout
-    added = {l[1:] for l in text.splitlines() if l.startswith("+") and not l.startswith("+++") and '"image/png"' not in l}
+    if subprocess.run(
+        ["git", "rev-parse", "--is-inside-work-tree"], cwd=ROOT, capture_output=True
+    ).returncode:
+        pytest.skip("no repository here")
+    text = subprocess.run(
+        ["git", "log", "-p", "--all", "--no-color", "--format="],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=True,
+    ).stdout
+    added = {
+        l[1:]
+        for l in text.splitlines()
+        if l.startswith("+") and not l.startswith("+++") and '"image/png"' not in l
+    }
     assert len(added) > 1000 and secrets_in(added) == []
     assert secrets_in(["key = " + "AKIA" + "ABCDEFGHIJKLMNOP"])
 
+
 def test_hooks_and_workflows_name_what_is_there():
-    hooks = yaml.safe_load((ROOT/".pre-commit-config.yaml").read_text())["repos"]
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     assert [r["repo"] for r in hooks] == ["local"]
-    for h in hooks[0]["hooks"]: assert (BIN/Path(h["entry"].split()[0]).name).exists(), h["entry"]
-    targets = set(re.findall(r"^([a-z]+):", (ROOT/"Makefile").read_text(), re.M))
+    for h in hooks[0]["hooks"]:
+        assert (BIN / Path(h["entry"].split()[0]).name).exists(), h["entry"]
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
     seen = set()
-    for p in sorted((ROOT/".github"/"workflows").glob("*.yml")):
+    for p in sorted((ROOT / ".github" / "workflows").glob("*.yml")):
         flow = yaml.safe_load(p.read_text())
-        assert flow["permissions"] == {"contents": "read"}, p.name # more is given to single jobs
+        assert flow["permissions"] == {"contents": "read"}, p.name  # more is given to single jobs
         for job in flow["jobs"].values():
             for step in job["steps"]:
-                for line in re.findall(r"^make (.*)$", step.get("run", ""), re.M): seen |= set(line.split())
-                if "uses" in step: assert re.search(r"@v\d+$", step["uses"]), step["uses"]
+                for line in re.findall(r"^make (.*)$", step.get("run", ""), re.M):
+                    seen |= set(line.split())
+                if "uses" in step:
+                    assert re.search(r"@v\d+$", step["uses"]), step["uses"]
     assert seen <= targets and {"test", "docs", "build", "sbom"} <= seen
+
 
 @pytest.fixture
 def clone(tmp_path):
-    subprocess.run(["git", "clone", "--quiet", "--no-tags", ROOT, tmp_path/"clone"], check=True) # one that was never released
-    subprocess.run(["git", "checkout", "--quiet", "-B", "main"], cwd=tmp_path/"clone", check=True)
-    for k, v in (("user.name", "a"), ("user.email", "a@localhost")): subprocess.run(["git", "config", k, v], cwd=tmp_path/"clone", check=True)
-    return tmp_path/"clone"
+    subprocess.run(
+        ["git", "clone", "--quiet", "--no-tags", ROOT, tmp_path / "clone"], check=True
+    )  # one that was never released
+    subprocess.run(["git", "checkout", "--quiet", "-B", "main"], cwd=tmp_path / "clone", check=True)
+    for k, v in (("user.name", "a"), ("user.email", "a@localhost")):
+        subprocess.run(["git", "config", k, v], cwd=tmp_path / "clone", check=True)
+    return tmp_path / "clone"
 
-def release(clone, *words): return subprocess.run([sys.executable, "tools/release.py", *words], cwd=clone, capture_output=True, text=True)
-def git(clone, *words): return subprocess.run(["git", *words], cwd=clone, capture_output=True, text=True, check=True).stdout.strip()
+
+def release(clone, *words):
+    return subprocess.run(
+        [sys.executable, "tools/release.py", *words], cwd=clone, capture_output=True, text=True
+    )
+
+
+def git(clone, *words):
+    return subprocess.run(
+        ["git", *words], cwd=clone, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
 
 def test_a_release_is_whole_or_nothing(clone):
-    shutil.copytree(ROOT/"tools", clone/"tools", dirs_exist_ok=True) # as they are here, be they committed or not
-    (clone/"CHANGELOG.md").write_text("# Changes\n\n## 9.0.0, not yet released\n\n- All new.\n")
-    git(clone, "add", "-A"); git(clone, "commit", "--quiet", "-m", "ready")
+    shutil.copytree(
+        ROOT / "tools", clone / "tools", dirs_exist_ok=True
+    )  # as they are here, be they committed or not
+    (clone / "CHANGELOG.md").write_text("# Changes\n\n## 9.0.0, not yet released\n\n- All new.\n")
+    git(clone, "add", "-A")
+    git(clone, "commit", "--quiet", "-m", "ready")
     before = git(clone, "rev-parse", "HEAD")
     assert "must be three numbers" in release(clone, "9").stderr
     assert "no section '## 9.9.9'" in release(clone, "9.9.9").stderr
     assert "is not after" in release(clone, "0.0.1").stderr
-    (clone/"README.md").write_text("changed")
+    (clone / "README.md").write_text("changed")
     assert "not committed" in release(clone, "9.0.0").stderr
     git(clone, "checkout", "--", "README.md")
     failed = release(clone, "9.0.0", "--check", "false")
     assert failed.returncode == 1 and "not released: false failed with 1" in failed.stderr
-    assert git(clone, "status", "--porcelain") == "" and git(clone, "rev-parse", "HEAD") == before and git(clone, "tag") == ""
+    assert (
+        git(clone, "status", "--porcelain") == ""
+        and git(clone, "rev-parse", "HEAD") == before
+        and git(clone, "tag") == ""
+    )
     done = release(clone, "9.0.0", "--check", "true")
     assert done.returncode == 0, done.stderr
     assert git(clone, "tag") == "v9.0.0" and git(clone, "status", "--porcelain") == ""
-    assert '__version__ = "9.0.0"' in (clone/"codex_nb"/"__init__.py").read_text() and "version: 9.0.0" in (clone/"CITATION.cff").read_text() and re.search(r"## 9.0.0, \d{4}-", (clone/"CHANGELOG.md").read_text())
-    sums = dict(reversed(l.split()) for l in (clone/"dist"/"SHA256SUMS").read_text().splitlines())
-    assert {"codex_nb-9.0.0.tar.gz", "codex_nb-9.0.0-py3-none-any.whl"} == sums.keys() and all(h in git(clone, "tag", "-n9", "v9.0.0") for h in sums.values())
+    assert (
+        '__version__ = "9.0.0"' in (clone / "codex_nb" / "__init__.py").read_text()
+        and "version: 9.0.0" in (clone / "CITATION.cff").read_text()
+        and re.search(r"## 9.0.0, \d{4}-", (clone / "CHANGELOG.md").read_text())
+    )
+    sums = dict(
+        reversed(l.split()) for l in (clone / "dist" / "SHA256SUMS").read_text().splitlines()
+    )
+    assert {"codex_nb-9.0.0.tar.gz", "codex_nb-9.0.0-py3-none-any.whl"} == sums.keys() and all(
+        h in git(clone, "tag", "-n9", "v9.0.0") for h in sums.values()
+    )
     assert "v9.0.0 is tagged already" in release(clone, "9.0.0").stderr
+
 
 def test_what_is_known_of_faults_is_told():
     from vulnerabilities import told
-    assert told("", "x\nno route") == (["not checked: the database of known faults cannot be reached from here: no route"], 0)
-    found = [{"name": "a", "version": "1", "vulns": []}, {"name": "b", "version": "2", "vulns": [{"id": "X-1", "fix_versions": ["3"]}]}, {"name": "c", "skip_reason": "not found"}]
+
+    assert told("", "x\nno route") == (
+        ["not checked: the database of known faults cannot be reached from here: no route"],
+        0,
+    )
+    found = [
+        {"name": "a", "version": "1", "vulns": []},
+        {"name": "b", "version": "2", "vulns": [{"id": "X-1", "fix_versions": ["3"]}]},
+        {"name": "c", "skip_reason": "not found"},
+    ]
     lines, code = told(json.dumps({"dependencies": found}), "")
-    assert code == 1 and lines == ["b 2: X-1, mended in 3", "2 of 3 packages compared with the database of known faults, 1 faults; nothing is known of the other 1 where pip looks here"]
-    assert told(json.dumps({"dependencies": found[:1]}), "") == (["1 of 1 packages compared with the database of known faults, 0 faults"], 0)
+    assert code == 1 and lines == [
+        "b 2: X-1, mended in 3",
+        "2 of 3 packages compared with the database of known faults, 1 faults; nothing is known of the other 1 where pip looks here",
+    ]
+    assert told(json.dumps({"dependencies": found[:1]}), "") == (
+        ["1 of 1 packages compared with the database of known faults, 0 faults"],
+        0,
+    )

@@ -1,143 +1,242 @@
 """Tokenizers in every combination, packing that keeps documents apart, the physical limit, the store's upkeep, memory."""
+
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
-import json, math, os, random, shutil, subprocess, sys
 from pathlib import Path
-import numpy as np, pytest, torch
-from hypothesis import HealthCheck, given, settings, strategies as st
-from codex_nb.artifacts import MANIFEST
-from codex_nb.batches import Batches, order_digest, to_batch
-from codex_nb.config import ConfigError
-from codex_nb.corpus import CorpusConfig, build_corpus, open_corpus, split_of
-from codex_nb.documents import Document
-from codex_nb.model import ModelConfig, build_model, logits_of
-from codex_nb.samples import MarkovSource
-from codex_nb.statistics import bootstrap_ratio
-from codex_nb.store import collect, store_folder, stored
-from codex_nb.tokens import IGNORE, Rows, best_fit, build_tokens
-from codex_nb.vocabulary import TokenizerConfig, train_tokenizer
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from codex_nb.core.artifacts import MANIFEST
+from codex_nb.core.config import ConfigError
+from codex_nb.core.store import collect, store_folder, stored
+from codex_nb.data.batches import BatchSampler, order_digest, to_batch
+from codex_nb.data.builtin_datasets import MarkovSource
+from codex_nb.data.corpus import CorpusConfig, build_corpus, open_corpus, split_of
+from codex_nb.data.documents import Document
+from codex_nb.data.tokenizer_training import TokenizerConfig, train_tokenizer
+from codex_nb.data.tokens import IGNORE, PackedDataset, best_fit, build_tokens
+from codex_nb.eval.statistics import bootstrap_ratio
+from codex_nb.model.causal_lm import ModelConfig, build_model, logits_of
 
 PROVE = bool(os.environ.get("PROVE"))
 KINDS = ["bpe", "sp-unigram", "sp-bpe", "bytes", "chars"]
+
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory):
     os.environ["CODEX_NB_HOME"] = str(tmp_path_factory.mktemp("home"))
     return open_corpus(CorpusConfig(data="sample"))
 
-def files(folder): return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != MANIFEST}
+
+def files(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != MANIFEST}
+
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("limit", [100_000, 1<<26])
+@pytest.mark.parametrize("limit", [100_000, 1 << 26])
 def test_streaming_and_dry_run(sample, kind, limit):
     cfg = TokenizerConfig(tokenizer=kind, vocab_size=390, max_train_bytes=limit)
     before = {a["digest"] for a in stored()}
     plans = [train_tokenizer(sample, cfg, streaming=s, dry_run=True) for s in (True, False)]
-    assert {a["digest"] for a in stored()} == before and plans[0]["train_bytes"] == plans[1]["train_bytes"] <= limit
+    assert {a["digest"] for a in stored()} == before and plans[0]["train_bytes"] == plans[1][
+        "train_bytes"
+    ] <= limit
     streamed = train_tokenizer(sample, cfg, streaming=True)
     held = files(streamed.path)
     shutil.rmtree(streamed.path)
     eager = train_tokenizer(sample, cfg, streaming=False)
     assert files(eager.path) == held and eager.digest == streamed.digest
-    with pytest.raises(ConfigError): train_tokenizer(sample, TokenizerConfig(tokenizer="sp-bpe", vocab_size=90_000), dry_run=False)
+    with pytest.raises(ConfigError):
+        train_tokenizer(
+            sample, TokenizerConfig(tokenizer="sp-bpe", vocab_size=90_000), dry_run=False
+        )
+
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_both_forms_agree_on_every_character(sample, kind):
     tok = train_tokenizer(sample, TokenizerConfig(tokenizer=kind, vocab_size=390))
     points = [c for c in range(0x110000) if not 0xD800 <= c < 0xE000]
-    if not PROVE: points = random.Random(kind).sample(points, 6000) + list(range(0x500))
+    if not PROVE:
+        points = random.Random(kind).sample(points, 6000) + list(range(0x500))
     for i in range(0, len(points), 2000):
-        some = [f"a{chr(c)}b {chr(c)}{chr(c)} 1{chr(c)}" for c in points[i:i+2000]]
+        some = [f"a{chr(c)}b {chr(c)}{chr(c)} 1{chr(c)}" for c in points[i : i + 2000]]
         slow = [e.ids for e in tok.fast.encode_batch_fast(some, add_special_tokens=False)]
         assert [a.tolist() for a in tok.arrays(some)] == slow
         assert [tok.decode(ids) for ids in slow] == some
 
-def words(rng, n): return " ".join(rng.choice("ada mends the old clock by a harbour in rain".split()) for _ in range(n))
+
+def words(rng, n):
+    return " ".join(
+        rng.choice("ada mends the old clock by a harbour in rain".split()) for _ in range(n)
+    )
+
 
 @pytest.fixture(scope="module")
 def tales(sample):
     rng = random.Random(1)
-    return build_corpus([Document(str(i), words(rng, rng.randint(1, 40))+str(i)) for i in range(300)], CorpusConfig(data="tales"))
+    return build_corpus(
+        [Document(str(i), words(rng, rng.randint(1, 40)) + str(i)) for i in range(300)],
+        CorpusConfig(data="tales"),
+    )
+
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
 @pytest.mark.parametrize("packing", ["stream", "best-fit"])
 def test_documents_do_not_see_each_other(tales, arch, packing):
     tok = train_tokenizer(tales, TokenizerConfig(vocab_size=300))
     store = build_tokens(tales, tok)
-    model = build_model(ModelConfig(arch=arch, width=32, layers=2, heads=2, seq_len=64, device="cpu"), tok.vocab_size, tok.eot, 0, "cpu").eval()
+    model = build_model(
+        ModelConfig(arch=arch, width=32, layers=2, heads=2, seq_len=64, device="cpu"),
+        tok.vocab_size,
+        tok.eot,
+        0,
+        "cpu",
+    ).eval()
     for keep in (True, False):
         seen = 0
-        rows = Rows(store, 64, packing, keep_apart=keep)
+        rows = PackedDataset(store, 64, packing, isolate_documents=keep)
         for r in range(len(rows)):
             b, of = to_batch(rows, np.array([r])), torch.from_numpy(rows.documents(np.array([r])))
             docs = [d for d in of.unique().tolist() if d >= 0]
-            if len(docs) < 2: continue
+            if len(docs) < 2:
+                continue
             for one, other in zip(docs, docs[1:]):
                 ids = b.ids_BT.clone()
-                ids[of == one] = (ids[of == one]+7) % tok.vocab_size
+                ids[of == one] = (ids[of == one] + 7) % tok.vocab_size
                 changed = b._replace(ids_BT=ids)
-                with torch.no_grad(): x, y = (logits_of(model, v)[0][of[0] == other] for v in (b, changed))
+                with torch.no_grad():
+                    x, y = (logits_of(model, v)[0][of[0] == other] for v in (b, changed))
                 assert torch.equal(x, y) == keep
                 seen += 1
-            if seen > (400 if PROVE else 30): break
+            if seen > (400 if PROVE else 30):
+                break
         assert seen > 20
+
 
 @settings(max_examples=2000 if PROVE else 100, deadline=None)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=200), st.integers(50, 80))
 def test_best_fit_fills_no_row_too_full(sizes, room):
     row = best_fit(np.array(sizes), room)
     filled = np.bincount(row, sizes)
-    assert filled.max() <= room and (filled > 0).all() and len(filled) <= 1.7*math.ceil(sum(sizes)/room)+1
+    assert (
+        filled.max() <= room
+        and (filled > 0).all()
+        and len(filled) <= 1.7 * math.ceil(sum(sizes) / room) + 1
+    )
 
-@settings(max_examples=500 if PROVE else 25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+@settings(
+    max_examples=500 if PROVE else 25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(st.integers(1, 90), st.sampled_from(["stream", "best-fit", "pad"]), st.booleans())
 def test_every_prediction_is_made_once(tales, seq_len, packing, keep):
     tok = train_tokenizer(tales, TokenizerConfig(vocab_size=300))
     store = build_tokens(tales, tok)
-    rows = Rows(store, seq_len, packing, keep)
-    (ids, targets, _), documents = rows.take(np.arange(len(rows))), rows.documents(np.arange(len(rows)))
-    want = np.sort(np.asarray(store.ids[1:len(store.ids)-rows.tail], np.int64))
+    rows = PackedDataset(store, seq_len, packing, keep)
+    (ids, targets, _), documents = (
+        rows.gather(np.arange(len(rows))),
+        rows.documents(np.arange(len(rows))),
+    )
+    want = np.sort(np.asarray(store.ids[1 : len(store.ids) - rows.tail], np.int64))
     assert (np.sort(targets[targets != IGNORE]) == want).all()
-    assert ((targets != IGNORE) == (documents >= 0)).all() and ids.shape == targets.shape == (len(rows), seq_len)
+    assert ((targets != IGNORE) == (documents >= 0)).all() and ids.shape == targets.shape == (
+        len(rows),
+        seq_len,
+    )
     if packing == "best-fit":
         for d, n in enumerate(np.diff(store.offsets)):
-            if n <= seq_len: assert len(set(np.argwhere(documents == d)[:, 0])) == 1
+            if n <= seq_len:
+                assert len(set(np.argwhere(documents == d)[:, 0])) == 1
     assert rows.report()["supervised"] == (targets != IGNORE).sum()
+
 
 def test_nothing_to_learn_from_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
-    corpus = build_corpus([Document(str(i), prompt=f"question {i}", completion="x") for i in range(60)], CorpusConfig(data="asked"))
+    corpus = build_corpus(
+        [Document(str(i), prompt=f"question {i}", completion="x") for i in range(60)],
+        CorpusConfig(data="asked"),
+    )
     store = build_tokens(corpus, train_tokenizer(corpus, TokenizerConfig(tokenizer="bytes")))
-    assert Rows(store, 8).report()["tokens_left_out"] > 0 and (Rows(store, 4).take(np.arange(len(Rows(store, 4))))[1] != IGNORE).any(1).all()
-    store.supervised = 0 # as a mask that is all zero would have it
+    assert (
+        PackedDataset(store, 8).report()["tokens_left_out"] > 0
+        and (PackedDataset(store, 4).gather(np.arange(len(PackedDataset(store, 4))))[1] != IGNORE)
+        .any(1)
+        .all()
+    )
+    store.supervised = 0  # as a mask that is all zero would have it
     for packing in ("stream", "best-fit", "pad"):
-        with pytest.raises(ConfigError, match="no token of this corpus would be learned from"): Rows(store, 8, packing)
+        with pytest.raises(ConfigError, match="no token of this corpus would be learned from"):
+            PackedDataset(store, 8, packing)
+
 
 @settings(max_examples=1000 if PROVE else 50, deadline=None)
-@given(st.lists(st.tuples(st.text(min_size=1, max_size=8), st.integers(0, 6)), min_size=1), st.text(max_size=5))
+@given(
+    st.lists(st.tuples(st.text(min_size=1, max_size=8), st.integers(0, 6)), min_size=1),
+    st.text(max_size=5),
+)
 def test_a_group_stays_together(docs, salt):
     cfg = CorpusConfig(data="x", salt=salt, validation_fraction=0.3, test_fraction=0.3)
     side = {}
-    for text, g in docs: assert side.setdefault(g, split_of(Document("d", text, group=str(g)), cfg)) == split_of(Document("e", text+"!", group=str(g)), cfg)
+    for text, g in docs:
+        assert side.setdefault(g, split_of(Document("d", text, group=str(g)), cfg)) == split_of(
+            Document("e", text + "!", group=str(g)), cfg
+        )
+
 
 def test_the_order_is_the_same_for_any_world(tales):
-    rows = Rows(build_tokens(tales, train_tokenizer(tales, TokenizerConfig(vocab_size=300))), 16)
-    def order(world, micro): return [sorted(i for r in range(world) for b in Batches(rows, 8, 3, micro, r, world).step(p) for i in b.sample_ids_B.tolist()) for p in range(0, 400, 8)]
+    rows = PackedDataset(
+        build_tokens(tales, train_tokenizer(tales, TokenizerConfig(vocab_size=300))), 16
+    )
+
+    def order(world, micro):
+        return [
+            sorted(
+                i
+                for r in range(world)
+                for b in BatchSampler(rows, 8, 3, micro, r, world).step(p)
+                for i in b.sample_ids_B.tolist()
+            )
+            for p in range(0, 400, 8)
+        ]
+
     assert len({str(order(w, m)) for w in (1, 2, 4, 8) for m in (None, 1, 2, 3)}) == 1
     assert order_digest(len(rows), 3, 400) != order_digest(len(rows), 4, 400)
 
-def below(records, bits): # bits per symbol above the source, with its interval
-    top = np.array([r.nll/math.log(2) for r in records])-np.array(bits)
+
+def below(records, bits):  # bits per symbol above the source, with its interval
+    top = np.array([r.nll / math.log(2) for r in records]) - np.array(bits)
     return bootstrap_ratio(top, np.array([float(r.bytes) for r in records]))
+
 
 def test_no_model_beats_the_source(tmp_path, monkeypatch):
     monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
-    from codex_nb.scoring import score
-    from codex_nb.recipe import begin, train
-    from codex_nb.settings import RunConfig
-    cfg = RunConfig.from_preset("smoke", data="markov", tokenizer="bytes", steps=600 if PROVE else 150, eval_every=1000, save_every=1000)
+    from codex_nb.eval.scoring import score
+    from codex_nb.run.recipe import begin, train
+    from codex_nb.run.settings import RunConfig
+
+    cfg = RunConfig.from_preset(
+        "smoke",
+        data="markov",
+        tokenizer="bytes",
+        steps=600 if PROVE else 150,
+        eval_every=1000,
+        save_every=1000,
+    )
     corpus = open_corpus(cfg.corpus)
     tok = train_tokenizer(corpus, cfg.tokenizer)
-    rows = Rows(build_tokens(corpus, tok), cfg.model.seq_len)
+    rows = PackedDataset(build_tokens(corpus, tok), cfg.model.seq_len)
     model = build_model(cfg.model, tok.vocab_size, tok.eot, cfg.seed, "cpu")
     train(begin("train", cfg), model, tok, rows, corpus)
     docs = list(corpus.split("validation"))
@@ -145,38 +244,44 @@ def test_no_model_beats_the_source(tmp_path, monkeypatch):
     above = below(records, [source.bits(d.text) for d in docs])
     assert above.high >= 0, f"the model is below the limit: {above}"
     assert above.value < (0.01 if PROVE else 0.03), f"the model has not learned the source: {above}"
-    leaked = [replace(r, nll=r.nll*0.97) for r in records]
-    assert below(leaked, [source.bits(d.text) for d in docs]).high < 0, "the limit would not notice three per cent"
+    leaked = [replace(r, nll=r.nll * 0.97) for r in records]
+    assert below(leaked, [source.bits(d.text) for d in docs]).high < 0, (
+        "the limit would not notice three per cent"
+    )
+
 
 def test_upkeep_takes_nothing_from_a_run_that_can_go_on(tmp_path, monkeypatch):
     monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
-    from codex_nb.recipe import begin
-    from codex_nb.settings import RunConfig
-    from codex_nb.runs import in_use
+    from codex_nb.run.recipe import begin
+    from codex_nb.run.run_folder import in_use
+    from codex_nb.run.settings import RunConfig
+
     cfg = RunConfig.from_preset("smoke")
     corpora = [open_corpus(CorpusConfig(data="sample", salt=s)) for s in "abc"]
-    monkeypatch.setenv("CODEX_NB_RUN", str(tmp_path/"elsewhere"/"run"))
+    monkeypatch.setenv("CODEX_NB_RUN", str(tmp_path / "elsewhere" / "run"))
     run = begin("train", cfg, corpus=corpora[0])
     monkeypatch.delenv("CODEX_NB_RUN")
     done = begin("train", cfg, corpus=corpora[1])
     done.finish()
-    for p in store_folder("corpus").glob(f"*/{MANIFEST}"): os.utime(p, (0, 0))
+    for p in store_folder("corpus").glob(f"*/{MANIFEST}"):
+        os.utime(p, (0, 0))
     assert in_use() == {corpora[0].digest}
     assert {g["digest"] for g in collect(days=1, keep=in_use())} == {c.digest for c in corpora[1:]}
     assert [a["digest"] for a in stored()] == [corpora[0].digest]
     run.finish()
     assert in_use() == set()
 
+
 MEMORY = """
 import sys
 from memory import peak
-from codex_nb.corpus import CorpusConfig, open_corpus
-from codex_nb.vocabulary import TokenizerConfig, train_tokenizer
-from codex_nb.tokens import build_tokens
+from codex_nb.data.corpus import CorpusConfig, open_corpus
+from codex_nb.data.tokenizer_training import TokenizerConfig, train_tokenizer
+from codex_nb.data.tokens import build_tokens
 import pyarrow, pyarrow.parquet, pyarrow.ipc, tiktoken
 base = peak()
 if sys.argv[2] == "check":
-    from codex_nb.check import check_data
+    from codex_nb.data.data_report import check_data
     c = check_data(CorpusConfig(data=sys.argv[1]), near_limit=20_000)
     sys.exit(print(c["documents"], 0, round(peak()-base)))
 c = open_corpus(CorpusConfig(data=sys.argv[1]))
@@ -185,30 +290,56 @@ if sys.argv[2] == "tokens": build_tokens(c, train_tokenizer(c, TokenizerConfig(v
 print(len(c), round(read), round(peak()-base))
 """
 
+
 def heap(folder, kind, megabytes):
     block = " ".join(str(random.Random(1).random()) for _ in range(50))
-    rows = ({"text": f"{i} {block}"} for i in range(megabytes*1_000_000//(len(block)+8)))
-    path = folder/f"data.{kind}"
+    rows = ({"text": f"{i} {block}"} for i in range(megabytes * 1_000_000 // (len(block) + 8)))
+    path = folder / f"data.{kind}"
     if kind == "jsonl":
-        with open(path, "w") as f: f.writelines(json.dumps(r)+"\n" for r in rows)
+        with open(path, "w") as f:
+            f.writelines(json.dumps(r) + "\n" for r in rows)
     elif kind == "csv":
-        with open(path, "w") as f: f.write("text\n"); f.writelines(r["text"]+"\n" for r in rows)
+        with open(path, "w") as f:
+            f.write("text\n")
+            f.writelines(r["text"] + "\n" for r in rows)
     elif kind == "txt":
-        with open(path, "w") as f: f.writelines(r["text"]+"\n" for r in rows)
+        with open(path, "w") as f:
+            f.writelines(r["text"] + "\n" for r in rows)
     elif kind == "parquet":
-        import pyarrow as pa, pyarrow.parquet as pq
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         with pq.ParquetWriter(path, pa.schema([("text", pa.string())])) as w:
-            while some := [r["text"] for r, _ in zip(rows, range(5000))]: w.write_table(pa.table({"text": some}))
+            while some := [r["text"] for r, _ in zip(rows, range(5000))]:
+                w.write_table(pa.table({"text": some}))
     elif kind == "folder":
         path.mkdir()
-        for i, r in enumerate(rows): (path/f"{i}.txt").write_text(r["text"]*40) if i % 40 == 0 else None
+        for i, r in enumerate(rows):
+            (path / f"{i}.txt").write_text(r["text"] * 40) if i % 40 == 0 else None
     return path
 
-@pytest.mark.parametrize("kind,then", [("jsonl", "tokens"), ("jsonl", "check"), ("csv", ""), ("txt", ""), ("parquet", ""), ("folder", "")])
+
+@pytest.mark.parametrize(
+    "kind,then",
+    [
+        ("jsonl", "tokens"),
+        ("jsonl", "check"),
+        ("csv", ""),
+        ("txt", ""),
+        ("parquet", ""),
+        ("folder", ""),
+    ],
+)
 def test_memory_does_not_grow_with_the_input(tmp_path, kind, then):
     size, bound = (1000, 1000) if PROVE else (60, 220)
     path = heap(tmp_path, kind, size)
-    done = subprocess.run([sys.executable, "-c", MEMORY, str(path), then], capture_output=True, text=True, env=os.environ | {"CODEX_NB_HOME": str(tmp_path/"home")}, cwd=Path(__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(path), then],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"CODEX_NB_HOME": str(tmp_path / "home")},
+        cwd=Path(__file__).parent,
+    )
     assert done.returncode == 0, done.stderr
     n, read, all_ = map(int, done.stdout.split())
     print(f"{kind}: {n} documents of {size} MB, {read} MiB to read, {all_} MiB in all")
