@@ -23,7 +23,7 @@ def run(path):
     module = importlib.import_module(f"codex_nb.{name}")
     space = {"__name__": "__main__"}
     for i, s in enumerate(source):
-        if re.search(r"^#\|\s*export\b", s, re.M):
+        if re.search(r"^#\|\s*exports?\b", s, re.M):
             space.update({k: v for k, v in vars(module).items() if not k.startswith("__")})
         elif not re.search(r"^#\|\s*(default_exp|eval:\s*false|slow|cuda)\b", s, re.M):
             exec(compile(s, f"{path}[{i}]", "exec"), space)
