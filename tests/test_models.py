@@ -12,11 +12,11 @@ CODE = textwrap.dedent("""
     from pathlib import Path
     from codex_nb.core.config import ConfigError
     from codex_nb.model.model_registry import find_model, import_model, load_model, verify_model
-    from codex_nb.model.causal_lm import ModelConfig, build_model, count_parameters, no_bars
+    from codex_nb.model.causal_lm import ModelConfig, build_model, count_parameters, hide_progress_bars
     try: socket.create_connection(("192.0.2.1", 80), timeout=2); sys.exit("there is a network")
     except OSError: pass
     model = build_model(ModelConfig(width=32, layers=1, heads=2, seq_len=16), 64, 0, 0)
-    with no_bars(): model.save_pretrained("made")
+    with hide_progress_bars(): model.save_pretrained("made")
     import_model("made", "small")
     assert verify_model(find_model("small")) == []
     assert count_parameters(load_model(find_model("small"))) == count_parameters(model)
@@ -118,7 +118,7 @@ def test_every_setting_that_would_change_nothing_is_refused():
                 value = field.annotation.model_fields[
                     name
                 ].get_default()  # a name that is no field ends here
-                with pytest.raises(ConfigError, match=f"{name}: given, and would change nothing"):
+                with pytest.raises(ConfigError, match=f"{name}: given, but has no effect"):
                     cls.from_preset(
                         None,
                         **{
@@ -154,13 +154,13 @@ def test_a_base_that_does_not_fit(tmp_path, monkeypatch):
 
     from codex_nb.data.corpus import CorpusConfig, open_corpus
     from codex_nb.data.tokenizer_training import TokenizerConfig, train_tokenizer
-    from codex_nb.model.causal_lm import ModelConfig, build_model, no_bars
+    from codex_nb.model.causal_lm import ModelConfig, build_model, hide_progress_bars
 
     monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
     tokenizer = train_tokenizer(
         open_corpus(CorpusConfig(data="sample")), TokenizerConfig(vocab_size=512)
     )
-    with no_bars():
+    with hide_progress_bars():
         build_model(
             ModelConfig(width=32, layers=1, heads=2, seq_len=64),
             tokenizer.vocab_size,
