@@ -177,7 +177,7 @@ def test_nothing_to_learn_from_is_refused(tmp_path, monkeypatch):
     )
     store.supervised = 0  # as a mask that is all zero would have it
     for packing in ("stream", "best-fit", "pad"):
-        with pytest.raises(ConfigError, match="no token of this corpus would be learned from"):
+        with pytest.raises(ConfigError, match="no token of this corpus is a training target"):
             PackedDataset(store, 8, packing)
 
 
