@@ -17,7 +17,7 @@ import yaml
 from pydantic import Field
 
 from .config import Config, ConfigError, digest_of, suggest
-from .safety import RULES, Rule, find, merged
+from .safety import RULES, Rule, find, merge_findings
 
 # %% ../../nbs/core/07_policy.ipynb #df75b21a
 IBAN_LENGTHS = dict(
@@ -277,7 +277,7 @@ class Policy:
         ]
         actions = {a for a, _ in found}
         hardest = next((a for a in ("stop", "drop", "redact") if a in actions), "pass")
-        taken = merged([f for _, f in found])
+        taken = merge_findings([f for _, f in found])
         counts = Counter(
             f"{hardest} {f.kind}"
             for f in (taken if hardest == "redact" else [f for a, f in found if a == hardest])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..core import plugins
 from ..core.policy import PERSONAL, load_policy
-from ..core.safety import RULES, find, merged
+from ..core.safety import RULES, find, merge_findings
 from .corpus import SPLITS, CorpusConfig, continues_document, split_of
 from .documents import ReadError
 from .duplicates import ExactDuplicates, NearDuplicates
@@ -91,7 +91,7 @@ def check_data(
                     judged[f"documents: {verdict.action}"] += 1
             if tokenizer:
                 tokens += len(tokenizer.array(text))
-            for f in merged(find(text, [*RULES, *PERSONAL])):
+            for f in merge_findings(find(text, [*RULES, *PERSONAL])):
                 (personal if f.kind in persons else secrets)[f.kind] += 1
                 if len(places) < shown:
                     places.append(
