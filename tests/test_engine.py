@@ -20,7 +20,7 @@ class BatchSampler:
     rows, batch_size, micro_batch = PackedDataset(), 4, 2
 
     def step(self, position, end=None):
-        from codex_nb.data.batches import Batch
+        from codex_nb.core.types import Batch
 
         ids = torch.randint(1, 64, (2, 17), generator=torch.Generator().manual_seed(position))
         return [Batch(ids[:, :-1], ids[:, 1:], torch.arange(16).expand(2, 16), torch.arange(2))] * 2

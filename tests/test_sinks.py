@@ -57,12 +57,7 @@ def trained(name, sinks, hooks=(), wait=30.0, stub=None):
     )
     corpus = open_corpus(cfg.corpus)
     tokenizer = train_tokenizer(corpus, cfg.tokenizer)
-    rows = PackedDataset(
-        build_tokens(corpus, tokenizer),
-        cfg.model.seq_len,
-        cfg.rows.packing,
-        cfg.rows.isolate_documents,
-    )
+    rows = PackedDataset.from_config(build_tokens(corpus, tokenizer), cfg.model.seq_len, cfg.rows)
     run, made = (
         begin(
             "train",

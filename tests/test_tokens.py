@@ -19,12 +19,13 @@ from hypothesis import strategies as st
 from codex_nb.core.artifacts import MANIFEST
 from codex_nb.core.config import ConfigError
 from codex_nb.core.store import collect, store_folder, stored
+from codex_nb.core.types import IGNORE
 from codex_nb.data.batches import BatchSampler, order_digest, to_batch
 from codex_nb.data.builtin_datasets import MarkovSource
 from codex_nb.data.corpus import CorpusConfig, build_corpus, open_corpus, split_of
 from codex_nb.data.documents import Document
 from codex_nb.data.tokenizer_training import TokenizerConfig, train_tokenizer
-from codex_nb.data.tokens import IGNORE, PackedDataset, best_fit, build_tokens
+from codex_nb.data.tokens import PackedDataset, best_fit, build_tokens
 from codex_nb.eval.statistics import bootstrap_ratio
 from codex_nb.model.causal_lm import ModelConfig, build_model, logits_of
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.artifacts import MANIFEST, ArtifactError, json_text, read_manifest, write_file
-from ..core.config import diff_plain
+from ..core.config import diff_dicts
 from ..core.repro import numeric_identity
 from ..core.store import find_stored, workspace
 from ..data.batches import BatchSampler, batch_fingerprint, order_digest
@@ -90,9 +90,7 @@ def order_level(
             f"the token store ({side.parents.get('tokens', '?')[:12]}) is not here; replay makes it again",
         )
     cfg = cls.from_dict(side.asked["config"])
-    rows = PackedDataset(
-        TokenStore(store), cfg.model.seq_len, cfg.rows.packing, cfg.rows.isolate_documents
-    )
+    rows = PackedDataset.from_config(TokenStore(store), cfg.model.seq_len, cfg.rows)
     batches = BatchSampler(rows, cfg.fit.batch_size, cfg.seed, cfg.fit.micro_batch)
     planned = (
         json.loads((Path(folder) / "plan.json").read_bytes())["steps"]
@@ -201,7 +199,7 @@ def _machine(
 ):  # what differs between two machines; nothing is known of one that has not said
     path = folder / "environment.json"
     return (
-        diff_plain(*map(numeric_identity, (before.environment, json.loads(path.read_bytes()))))
+        diff_dicts(*map(numeric_identity, (before.environment, json.loads(path.read_bytes()))))
         if before.environment and path.is_file()
         else {}
     )

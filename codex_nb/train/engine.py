@@ -21,8 +21,8 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from ..data.batches import Batch, BatchSampler, batch_fingerprint
-from ..model.loss import IGNORE
+from ..core.types import IGNORE, Batch
+from ..data.batches import BatchSampler, batch_fingerprint
 from ..tracking.timers import StepClock, Throughput
 from .distributed import World, full_tensor
 from .optim import EMA, guarded_step
