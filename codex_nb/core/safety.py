@@ -217,6 +217,9 @@ def redact_json(
     environ: Mapping[str, str] | None = None,  # Default: this process's environment
 ) -> Any:  # The same shape, tuples as lists; strings redacted
     "Replace the secrets in nested JSON."
+    if environ is None:
+        # Once for everything inside: a notebook holds thousands of strings.
+        environ = {name: v for name, v in os.environ.items() if looks_secret(name)}
     if isinstance(value, str):
         return redact(value, environ)
     if isinstance(value, (list, tuple)):
