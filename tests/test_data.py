@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import codex_nb
+import codex_nb.data.readers as readers
 from codex_nb.core.safety import RULES, find_secrets
 from codex_nb.data.batches import permute, sample_order
 from codex_nb.data.corpus import CorpusConfig, open_corpus, split_by_position, split_of
@@ -151,6 +152,22 @@ def test_position_split_joins_to_the_whole(text, v, t):
     assert "".join(p.text for _, p in pieces) == text and [s for s, _ in pieces] == sorted(
         (s for s, _ in pieces), key=["train", "validation", "test"].index
     )
+
+
+@many
+@given(st.text(st.sampled_from("a\né☂👩"), min_size=1, max_size=200), st.integers(8, 40))
+def test_pieces_of_a_long_text_file_join_to_it(tmp_path_factory, text, limit):
+    path = tmp_path_factory.getbasetemp() / "long.txt"
+    path.write_bytes(text.encode())
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(readers, "MAX_LINE", limit)
+        pieces = list(readers.read_text(path))
+    assert "".join(d.text for d in pieces) == text
+    assert all(0 < len(d.text.encode()) <= limit for d in pieces)
+    if len(pieces) > 1:
+        assert [(d.id, d.group) for d in pieces] == [
+            (f"long.txt#{n}", "long.txt") for n in range(1, len(pieces) + 1)
+        ]
 
 
 def test_reading_streams(tmp_path):

@@ -48,25 +48,25 @@ LINES = [
     (
         "lone high surrogate",
         b'{"text": "\\ud800"}',
-        "half of a surrogate pair, which is no character, in the string at column 10",
+        "an unpaired surrogate in the string at column 10",
     ),
-    ("lone low surrogate", b'{"text": "a\\udc00"}', "half of a surrogate pair"),
-    ("surrogates swapped", b'{"text": "\\udc00\\ud800"}', "half of a surrogate pair"),
+    ("lone low surrogate", b'{"text": "a\\udc00"}', "an unpaired surrogate"),
+    ("surrogates swapped", b'{"text": "\\udc00\\ud800"}', "an unpaired surrogate"),
     (
         "lone surrogate in meta",
         b'{"text": "a", "meta": {"k": "\\udfff"}}',
-        "half of a surrogate pair, which is no character, in the string at column 29",
+        "an unpaired surrogate in the string at column 29",
     ),
     ("a surrogate pair", b'{"text": "\\ud83d\\ude00"}', None),
     ("escaped backslash before u", b'{"text": "\\\\ud800"}', None),
     ("two objects", FINE + FINE, "a second value on the line at column 17"),
     ("two objects, spaced", FINE + b" " + FINE, "a second value on the line at column 18"),
     ("words after", FINE + b" end", "'e' after the value at column 18"),
-    ("an array", b'[{"text": "a"}]', "a record is an object, this is an array"),
-    ("a string", b'"a"', "a record is an object, this is a string"),
-    ("a number", b"42", "a record is an object, this is a number"),
-    ("null", b"null", "a record is an object, this is null"),
-    ("true", b"true", "a record is an object, this is a boolean"),
+    ("an array", b'[{"text": "a"}]', "a record must be an object, is an array"),
+    ("a string", b'"a"', "a record must be an object, is a string"),
+    ("a number", b"42", "a record must be an object, is a number"),
+    ("null", b"null", "a record must be an object, is null"),
+    ("true", b"true", "a record must be an object, is a boolean"),
     ("NaN", b'{"text": "a", "meta": {"x": NaN}}', "'NaN' is not a JSON value at column 29"),
     ("Infinity", b'{"text": "a", "meta": {"x": Infinity}}', "'Infinity' is not a JSON value"),
     ("-Infinity", b'{"text": "a", "meta": {"x": -Infinity}}', "is not a JSON value at column 29"),
@@ -105,10 +105,10 @@ LINES = [
     ),
     ("comma missing", b'{"text": "a" "id": "b"}', "expected ',' or '}', found '\"' at column 14"),
     ("colon missing", b'{"text" "a"}', "expected ':', found '\"'"),
-    ("unknown escape", b'{"text": "a\\x41"}', "an escape that JSON does not know at column 12"),
-    ("short escape", b'{"text": "a\\u12"}', "an escape that JSON does not know"),
+    ("unknown escape", b'{"text": "a\\x41"}', "an escape that JSON does not define at column 12"),
+    ("short escape", b'{"text": "a\\u12"}', "an escape that JSON does not define"),
     ("a comment", b'{"text": "a"} // yes', "'/' after the value"),
-    ("cut off in a string", b'{"text": "a', "a string that does not end, begun at column 10"),
+    ("cut off in a string", b'{"text": "a', "an unterminated string that starts at column 10"),
     ("cut off in an object", b'{"text": "a"', "the line ends inside a value"),
     ("cut off after a colon", b'{"text":', "the line ends inside a value"),
     ("wrong bracket", b'{"text": "a"]', "expected ',' or '}', found ']'"),
@@ -173,7 +173,7 @@ LINES = [
     ),
     ("content empty", msg(("user", "a"), ("assistant", "")), "message 2: `content` is empty"),
     ("unknown role", msg(("human", "a")), "message 1: unknown role 'human'"),
-    ("assistant first", msg(("assistant", "a")), "message 1: assistant cannot begin"),
+    ("assistant first", msg(("assistant", "a")), "message 1: assistant cannot come first"),
     ("two users", msg(("user", "a"), ("user", "b")), "message 2: user cannot follow user"),
     (
         "system late",
@@ -299,13 +299,13 @@ FILES = [
         "JSON lines named Parquet",
         "a.parquet",
         lambda p: p.write_bytes(many(5)),
-        "not a whole Parquet file",
+        "not a complete Parquet file",
     ),
     (
         "truncated Parquet",
         "a.parquet",
         lambda p: (parquet(p), p.write_bytes(p.read_bytes()[:-20])),
-        "not a whole Parquet file",
+        "not a complete Parquet file",
     ),
     ("Parquet", "a.parquet", parquet, None),
     ("binary named text", "a.txt", lambda p: p.write_bytes(b"ab\n\x00\x01"), ":2: a NUL byte"),
@@ -346,13 +346,13 @@ FILES = [
         "a saved dataset, its list broken",
         "saved",
         lambda p: saved(p, "{"),
-        "not a whole folder saved by datasets",
+        "not a complete folder saved by datasets",
     ),
     (
         "a saved dataset without a list",
         "saved",
         lambda p: saved(p, "{}"),
-        "not a whole folder saved by datasets",
+        "not a complete folder saved by datasets",
     ),
     (
         "a saved dataset that points elsewhere",
@@ -364,7 +364,7 @@ FILES = [
         "a saved dataset, its file missing",
         "saved",
         lambda p: saved(p, '{"_data_files": [{"filename": "data.arrow"}]}'),
-        "not a whole Arrow file",
+        "not a complete Arrow file",
     ),
     ("a pipe", "a.jsonl", lambda p: os.mkfifo(p), "not a regular file"),
 ]
@@ -567,7 +567,7 @@ def test_many_lines_at_once_are_read_as_each_alone(tmp_path_factory, shreds, las
     if not lines:
         return
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(readers, "_PORTION", portion)
+        m.setattr(readers, "_CHUNK_BYTES", portion)
         rejects = Rejects("quarantine")
         got = [(d.id, d.full_text) for d in read_path(path, rejects=rejects)]
     assert got == [w for w in want if isinstance(w[0], str)] and [
