@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from codex_nb.core.artifacts import MANIFEST
 from codex_nb.core.config import ConfigError
-from codex_nb.core.store import collect, store_folder, stored
+from codex_nb.core.store import remove_unused, store_folder, stored_artifacts
 from codex_nb.core.types import IGNORE
 from codex_nb.data.batches import BatchSampler, order_digest, to_batch
 from codex_nb.data.builtin_datasets import MarkovSource
@@ -47,9 +47,9 @@ def files(folder):
 @pytest.mark.parametrize("limit", [100_000, 1 << 26])
 def test_streaming_and_dry_run(sample, kind, limit):
     cfg = TokenizerConfig(tokenizer=kind, vocab_size=390, max_train_bytes=limit)
-    before = {a["digest"] for a in stored()}
+    before = {a["digest"] for a in stored_artifacts()}
     plans = [train_tokenizer(sample, cfg, streaming=s, dry_run=True) for s in (True, False)]
-    assert {a["digest"] for a in stored()} == before and plans[0]["train_bytes"] == plans[1][
+    assert {a["digest"] for a in stored_artifacts()} == before and plans[0]["train_bytes"] == plans[1][
         "train_bytes"
     ] <= limit
     streamed = train_tokenizer(sample, cfg, streaming=True)
@@ -267,8 +267,8 @@ def test_upkeep_takes_nothing_from_a_run_that_can_go_on(tmp_path, monkeypatch):
     for p in store_folder("corpus").glob(f"*/{MANIFEST}"):
         os.utime(p, (0, 0))
     assert in_use() == {corpora[0].digest}
-    assert {g["digest"] for g in collect(days=1, keep=in_use())} == {c.digest for c in corpora[1:]}
-    assert [a["digest"] for a in stored()] == [corpora[0].digest]
+    assert {g["digest"] for g in remove_unused(days=1, keep=in_use())} == {c.digest for c in corpora[1:]}
+    assert [a["digest"] for a in stored_artifacts()] == [corpora[0].digest]
     run.finish()
     assert in_use() == set()
 

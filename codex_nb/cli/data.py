@@ -218,7 +218,7 @@ def _model_line(m):
 @models_app.command("list")
 def models_list(as_json: Json = False) -> None:
     "List the models in their places, with sizes and digests."
-    from codex_nb.model.model_registry import list_models, model_places
+    from codex_nb.model.model_registry import list_models, model_search_path
 
     found = list_models()
     if as_json:
@@ -226,7 +226,7 @@ def models_list(as_json: Json = False) -> None:
     for m in found:
         print(_model_line(m))
     if not found:
-        print(f"no models in {', '.join(str(p.parent) for p in model_places('x')[1:])}")
+        print(f"no models in {', '.join(str(p.parent) for p in model_search_path('x')[1:])}")
 
 
 @models_app.command("verify")
@@ -259,9 +259,9 @@ def models_import(
 @store_app.command("list")
 def store_list(as_json: Json = False) -> None:
     "List the artifacts in the store, least recently used first."
-    from codex_nb.core.store import stored, workspace
+    from codex_nb.core.store import stored_artifacts, workspace
 
-    found = stored()
+    found = stored_artifacts()
     if as_json:
         return print(json.dumps(found))
     for a in found:
@@ -288,10 +288,10 @@ def store_gc(
     as_json: Json = False,
 ) -> None:
     "Remove what is no longer used; never what a living run is made from."
-    from codex_nb.core.store import collect
+    from codex_nb.core.store import remove_unused
     from codex_nb.run.run_folder import in_use
 
-    gone = collect(days, max_bytes, in_use(), dry_run)
+    gone = remove_unused(days, max_bytes, in_use(), dry_run)
     if as_json:
         return print(json.dumps(gone))
     for a in gone:
@@ -309,9 +309,9 @@ def plugins_list(
     "List what is registered and installed."
     if context.invoked_subcommand:
         return
-    from codex_nb.core.plugins import survey
+    from codex_nb.core.plugins import list_plugins
 
-    found = survey()
+    found = list_plugins()
     if as_json:
         print(json.dumps([vars(x) for x in found]))
     else:
@@ -329,13 +329,13 @@ def plugins_check(
     name: Annotated[str, typer.Argument(help="A plug-in, or KIND:NAME")],
 ) -> None:
     "Try a plug-in out by the contract of its kind."
-    from codex_nb.core.plugins import PluginError, check, survey
+    from codex_nb.core.plugins import PluginError, check, list_plugins
 
     kind, _, short = name.rpartition(":")
     kinds = sorted(
         {
             x.kind
-            for x in survey()
+            for x in list_plugins()
             if x.name == short and x.kind != "contract" and kind in ("", x.kind)
         }
     )
