@@ -49,9 +49,9 @@ def test_streaming_and_dry_run(sample, kind, limit):
     cfg = TokenizerConfig(tokenizer=kind, vocab_size=390, max_train_bytes=limit)
     before = {a["digest"] for a in stored_artifacts()}
     plans = [train_tokenizer(sample, cfg, streaming=s, dry_run=True) for s in (True, False)]
-    assert {a["digest"] for a in stored_artifacts()} == before and plans[0]["train_bytes"] == plans[1][
-        "train_bytes"
-    ] <= limit
+    assert {a["digest"] for a in stored_artifacts()} == before and plans[0]["train_bytes"] == plans[
+        1
+    ]["train_bytes"] <= limit
     streamed = train_tokenizer(sample, cfg, streaming=True)
     held = files(streamed.path)
     shutil.rmtree(streamed.path)
@@ -74,6 +74,14 @@ def test_both_forms_agree_on_every_character(sample, kind):
         slow = [e.ids for e in tok.fast.encode_batch_fast(some, add_special_tokens=False)]
         assert [a.tolist() for a in tok.arrays(some)] == slow
         assert [tok.decode(ids) for ids in slow] == some
+
+
+@pytest.mark.parametrize("module", ["core.types", "data.tokens", "data.tokenizer_training"])
+def test_settings_are_imported_without_the_heavy_libraries(module):
+    heavy = ["torch", "transformers", "pandas", "matplotlib"]
+    code = f"import sys, codex_nb.{module}; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def words(rng, n):
@@ -267,7 +275,9 @@ def test_upkeep_takes_nothing_from_a_run_that_can_go_on(tmp_path, monkeypatch):
     for p in store_folder("corpus").glob(f"*/{MANIFEST}"):
         os.utime(p, (0, 0))
     assert in_use() == {corpora[0].digest}
-    assert {g["digest"] for g in remove_unused(days=1, keep=in_use())} == {c.digest for c in corpora[1:]}
+    assert {g["digest"] for g in remove_unused(days=1, keep=in_use())} == {
+        c.digest for c in corpora[1:]
+    }
     assert [a["digest"] for a in stored_artifacts()] == [corpora[0].digest]
     run.finish()
     assert in_use() == set()
