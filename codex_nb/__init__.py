@@ -1,1 +1,65 @@
+"""Train, fine-tune and evaluate causal language models, offline and reproducibly.
+
+    import codex_nb as cx
+
+Names are loaded when they are first used, so this import is fast and needs neither torch nor
+transformers. Each name is documented in its module; `help(cx.RunConfig)` shows it.
+"""
+
+from importlib import import_module
+from typing import Any
+
 __version__ = "0.1.0"
+
+# Module -> the names that are taken from it
+_EXPORTS = {
+    "data.readers": ["read_path"],
+    "data.corpus": ["Corpus", "CorpusConfig", "open_corpus"],
+    "data.documents": ["Document", "Message"],
+    "data.tokenizer": ["Tokenizer"],
+    "data.tokenizer_training": ["TokenizerConfig", "train_tokenizer"],
+    "data.tokens": ["PackedDataset", "TokenStore", "build_tokens"],
+    "model.causal_lm": ["build_model", "count_parameters", "flops_per_token"],
+    "model.model_config": ["ModelConfig"],
+    "model.adapters": ["adapter_report"],
+    "model.model_registry": ["load_model"],
+    "tracking.metrics_log": ["plot_metrics", "read_metrics", "read_samples"],
+    "tracking.system_monitor": ["plot_system"],
+    "train.checkpoint": ["require_checkpoint"],
+    "train.engine": ["Hook", "TrainState", "fit"],
+    "eval.evaluate": ["summary_lines", "summary_table"],
+    "eval.generate": ["generate", "reply"],
+    "eval.scoring": ["sample_documents", "score"],
+    "eval.statistics": ["bootstrap_ratio", "paired_difference"],
+    "run.settings": ["CompareConfig", "FinetuneConfig", "JudgeConfig", "RunConfig", "SweepConfig"],
+    "run.run_record": ["RunRecord"],
+    "run.run_folder": ["Run", "find_run", "list_runs", "new_run_folder", "verify_run"],
+    "run.bases": ["find_base"],
+    "run.training_inputs": [
+        "dataset_for",
+        "model_for",
+        "prepare_data",
+        "prepare_training",
+        "start_run",
+        "tokenizer_for",
+    ],
+    "run.trainer": ["Trainer"],
+    "run.recipe": ["export_merged", "finish", "train_model"],
+    "run.judging": ["judge", "judge_task", "train_and_judge"],
+    "experiments.replay": ["replay"],
+}
+_MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
+
+__all__ = [*sorted(_MODULE_OF)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'codex_nb' has no attribute {name!r}")
+    value = getattr(import_module(f"codex_nb.{_MODULE_OF[name]}"), name)
+    globals()[name] = value  # found at once from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

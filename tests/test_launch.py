@@ -190,8 +190,8 @@ def test_a_run_that_fails_leaves_what_it_had(tmp_path):
         import sys, codex_nb.run.recipe as r
         from pathlib import Path
         from codex_nb.experiments.launch import launch
-        nb = Path("nbs/train.ipynb").read_text().replace("state = train(run, model, tokenizer, rows, corpus)",
-            "import torch\\\\nfrom codex_nb.train.engine import Hook\\\\ndef spoil(s):\\\\n    if s.step == 2: next(s.model.parameters()).data.fill_(float('inf'))\\\\nstate = train(run, model, tokenizer, rows, corpus, hooks=(Hook(spoil),))")
+        nb = Path("nbs/train.ipynb").read_text().replace("state = cx.train_model(run, corpus, tokenizer, dataset, model)",
+            "import torch\\\\nfrom codex_nb.train.engine import Hook\\\\ndef spoil(s):\\\\n    if s.step == 2: next(s.model.parameters()).data.fill_(float('inf'))\\\\nstate = cx.train_model(run, corpus, tokenizer, dataset, model, hooks=(Hook(spoil),))")
         p = Path(sys.argv[1])/"train.ipynb"; p.write_text(nb)
         o = launch(str(p), {"steps": 5, "width": 32, "seq_len": 32, "batch_size": 2, "max_new_tokens": 4})
         print(o.code, o.status, o.folder); print(o.error)

@@ -12,7 +12,8 @@ CODE = textwrap.dedent("""
     import os, sys
     from codex_nb.data.corpus import open_corpus
     from codex_nb.train.engine import Hook
-    from codex_nb.run.recipe import begin, finish, make_model, train
+    from codex_nb.run.recipe import finish, train_model
+    from codex_nb.run.training_inputs import model_for, start_run
     from codex_nb.run.settings import RunConfig
     from codex_nb.data.tokenizer_training import train_tokenizer
     from codex_nb.data.tokens import PackedDataset, build_tokens
@@ -22,11 +23,11 @@ CODE = textwrap.dedent("""
     corpus = open_corpus(cfg.corpus)
     tokenizer = train_tokenizer(corpus, cfg.tokenizer)
     rows = PackedDataset(build_tokens(corpus, tokenizer), cfg.model.seq_len)
-    run = begin("train", cfg)
-    model = make_model(run, tokenizer)
+    run = start_run("train", cfg)
+    model = model_for(run.cfg, tokenizer)
     def end(state):
         if state.step == stop: os._exit(9) if hard else state.stop("asked to")
-    state = train(run, model, tokenizer, rows, corpus, hooks=(Hook(end),))
+    state = train_model(run, corpus, tokenizer, rows, model, hooks=(Hook(end),))
     if state.step == 20: finish(run)
 """)
 
@@ -149,7 +150,9 @@ def run_once(bench, folder, given, cuts):
 
     from codex_nb.core.repro import seed_everything
     from codex_nb.run.settings import RunConfig
-    from codex_nb.run.trainer import begin, last_checkpoint, make_model, train_in_process
+    from codex_nb.run.trainer import Trainer
+    from codex_nb.run.training_inputs import model_for, start_run
+    from codex_nb.train.checkpoint import require_checkpoint
     from codex_nb.train.engine import Hook
     from codex_nb.train.interrupts import Interrupted
 
@@ -173,8 +176,8 @@ def run_once(bench, folder, given, cuts):
     )
     for cut in [*cuts, None]:
         seed_everything(1234)  # whatever was drawn before must not matter
-        run = begin("train", cfg, folder, corpus=corpus, tokenizer=tokenizer, tokens=rows.store)
-        model, calls = make_model(run, tokenizer), [0]
+        run = start_run("train", cfg, folder, corpus=corpus, tokenizer=tokenizer, tokens=rows.store)
+        model, calls = model_for(run.cfg, tokenizer), [0]
 
         def arm(state):  # SIGTERM in the second micro-batch of a step
             if isinstance(cut, str) and state.step == int(float(cut)):
@@ -190,13 +193,13 @@ def run_once(bench, folder, given, cuts):
                 os.kill(os.getpid(), signal.SIGTERM)
 
         try:
-            train_in_process(run, model, tokenizer, rows, corpus, (Hook(arm),))
+            Trainer(run, corpus, tokenizer, rows, model, (Hook(arm),)).fit()
         except Interrupted:
             assert cut is not None
         else:
             assert cut is None
         run.lock.release()
-    files = last_checkpoint(folder).manifest.files
+    files = require_checkpoint(folder).manifest.files
     exact = [
         (r["split"], r["step"], r["exact"])
         for l in (folder / "metrics.ndjson").read_text().splitlines()

@@ -20,18 +20,14 @@ from codex_nb.core.store import workspace
 from codex_nb.data.corpus import open_corpus
 from codex_nb.data.tokenizer_training import train_tokenizer
 from codex_nb.data.tokens import PackedDataset, build_tokens
-from codex_nb.run.run_folder import trainer as training
+from codex_nb.run import callbacks
+from codex_nb.run.callbacks import export_run, run_info_of
 from codex_nb.run.settings import RunConfig
-from codex_nb.run.trainer import (
-    begin,
-    export_run,
-    last_checkpoint,
-    make_model,
-    run_info_of,
-    train_in_process,
-)
+from codex_nb.run.trainer import Trainer
+from codex_nb.run.training_inputs import model_for, start_run
 from codex_nb.tracking.metrics_log import read_metrics
 from codex_nb.tracking.sinks import Sinks, mlflow_experiment, sink_names
+from codex_nb.train.checkpoint import require_checkpoint
 from codex_nb.train.engine import Hook
 
 STEPS = 24
@@ -59,7 +55,7 @@ def trained(name, sinks, hooks=(), wait=30.0, stub=None):
     tokenizer = train_tokenizer(corpus, cfg.tokenizer)
     rows = PackedDataset.from_config(build_tokens(corpus, tokenizer), cfg.model.seq_len, cfg.rows)
     run, made = (
-        begin(
+        start_run(
             "train",
             cfg,
             workspace() / "runs" / name,
@@ -69,19 +65,19 @@ def trained(name, sinks, hooks=(), wait=30.0, stub=None):
         ),
         [],
     )
-    before = training.sinks_of
-    training.sinks_of = lambda run: (
+    before = callbacks.sinks_of
+    callbacks.sinks_of = lambda run: (
         made.append(
             Sinks(run_info_of(run.folder), sink_names(cfg.tracking.sinks), every=0, wait=wait)
         )
         or made[-1]
     )
     try:
-        train_in_process(run, make_model(run, tokenizer), tokenizer, rows, corpus, hooks)
+        Trainer(run, corpus, tokenizer, rows, model_for(run.cfg, tokenizer), hooks).fit()
     finally:
-        training.sinks_of = before
+        callbacks.sinks_of = before
         run.lock.release()
-    weights = {n: f["sha256"] for n, f in last_checkpoint(run.folder).manifest.files.items()}
+    weights = {n: f["sha256"] for n, f in require_checkpoint(run.folder).manifest.files.items()}
     return (
         run.folder,
         [

@@ -232,7 +232,8 @@ def below(records, bits):  # bits per symbol above the source, with its interval
 def test_no_model_beats_the_source(tmp_path, monkeypatch):
     monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
     from codex_nb.eval.scoring import score
-    from codex_nb.run.recipe import begin, train
+    from codex_nb.run.recipe import train_model
+    from codex_nb.run.training_inputs import start_run
     from codex_nb.run.settings import RunConfig
 
     cfg = RunConfig.from_preset(
@@ -247,7 +248,7 @@ def test_no_model_beats_the_source(tmp_path, monkeypatch):
     tok = train_tokenizer(corpus, cfg.tokenizer)
     rows = PackedDataset(build_tokens(corpus, tok), cfg.model.seq_len)
     model = build_model(cfg.model, tok.vocab_size, tok.eot, cfg.seed, "cpu")
-    train(begin("train", cfg), model, tok, rows, corpus)
+    train_model(start_run("train", cfg), corpus, tok, rows, model)
     docs = list(corpus.split("validation"))
     source, records = MarkovSource(), score(model, tok, docs)
     above = below(records, [source.bits(d.text) for d in docs])
@@ -261,16 +262,16 @@ def test_no_model_beats_the_source(tmp_path, monkeypatch):
 
 def test_upkeep_takes_nothing_from_a_run_that_can_go_on(tmp_path, monkeypatch):
     monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
-    from codex_nb.run.recipe import begin
+    from codex_nb.run.training_inputs import start_run
     from codex_nb.run.run_folder import in_use
     from codex_nb.run.settings import RunConfig
 
     cfg = RunConfig.from_preset("smoke")
     corpora = [open_corpus(CorpusConfig(data="sample", salt=s)) for s in "abc"]
     monkeypatch.setenv("CODEX_NB_RUN", str(tmp_path / "elsewhere" / "run"))
-    run = begin("train", cfg, corpus=corpora[0])
+    run = start_run("train", cfg, corpus=corpora[0])
     monkeypatch.delenv("CODEX_NB_RUN")
-    done = begin("train", cfg, corpus=corpora[1])
+    done = start_run("train", cfg, corpus=corpora[1])
     done.finish()
     for p in store_folder("corpus").glob(f"*/{MANIFEST}"):
         os.utime(p, (0, 0))
