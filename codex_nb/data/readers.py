@@ -225,36 +225,39 @@ def _decode_chunk(chunk: bytes) -> Sequence[Document]:
     return docs if len(docs) == len(ends) else ()
 
 
-def _documents_of_chunk(chunk: bytes, is_single: bool, source: _Source) -> Iterator[Document]:
-    "Parse the lines of a chunk; lines that are not plain texts go through `parse_line`."
-    first = source.line + 1
-    count = 1 if is_single else chunk.count(b"\n")
-    decoded = () if is_single else _decode_chunk(chunk)
-    lines = [chunk] if is_single else None
-    for n, doc in enumerate(decoded or repeat(None, count), first):
-        if (
-            doc is None
-            or not doc.text
-            or doc.meta
-            or not (doc.messages is doc.prompt is doc.completion is UNSET)
-        ):
-            lines = lines or chunk.split(b"\n")  # only now: most chunks never need it
-            source.line = n
-            try:
-                doc = parse_line(lines[n - first])
-            except BadLine as e:
-                source.reject(e.reason + (_format_hint(lines[0]) if n == 1 else ""))
-                continue
-        if not doc.id:
-            doc.id = f"{source.name}:{n}"
-        yield doc
-    source.line = first + count - 1
+def _parse_or_reject(line: bytes, n: int, source: _Source) -> Document | None:
+    "Parse line number `n`; None when it is refused."
+    source.line = n
+    try:
+        return parse_line(line)
+    except BadLine as e:
+        source.reject(e.reason + (_format_hint(line) if n == 1 else ""))
+        return None
 
 
 def _read_jsonl(path: Path, rejects: Rejects, name: str) -> Iterator[Document]:
     with _reading(path, rejects, name) as source, open_bytes(path) as f:
         for chunk, is_single in _chunks(f, source):
-            yield from _documents_of_chunk(chunk, is_single, source)
+            first = source.line + 1
+            decoded = () if is_single else _decode_chunk(chunk)
+            count = len(decoded) or (1 if is_single else chunk.count(b"\n"))
+            lines = [chunk] if is_single else None
+            for n, doc in enumerate(decoded or repeat(None, count), first):
+                # Only plain texts are complete when msgspec accepts them.
+                if (
+                    doc is None
+                    or not doc.text
+                    or doc.meta
+                    or not (doc.messages is doc.prompt is doc.completion is UNSET)
+                ):
+                    lines = lines or chunk.split(b"\n")
+                    doc = _parse_or_reject(lines[n - first], n, source)
+                    if doc is None:
+                        continue
+                if not doc.id:
+                    doc.id = f"{name}:{n}"
+                yield doc
+            source.line = first + count - 1
         if not source.line:
             raise ReadError(f"{path}: the file is empty")
 
