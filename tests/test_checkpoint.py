@@ -182,16 +182,16 @@ LOOP = textwrap.dedent("""
     sys.path.insert(0, sys.argv[1])
     import test_checkpoint as t
     from pathlib import Path
-    from codex_nb.train.async_checkpoint import Saver
+    from codex_nb.train.async_checkpoint import AsyncCheckpointer
     t.torch.set_num_threads(1)
     folder = Path(sys.argv[2])
     model, optimizer, tok = t.make(folder.parent/"tokenizer")
     def published(a): print(a.path.name, flush=True); t.prune(folder, t.CheckpointConfig(keep_last=2))
     def train():
-        saver, step = Saver(after=published), max([int(p.name[5:]) for p in t.checkpoints(folder)], default=0)
+        saver, step = AsyncCheckpointer(after=published), max([int(p.name[5:]) for p in t.checkpoints(folder)], default=0)
         while True:
             step += 1
-            saver.save(folder/f"step-{step:08}", lambda room: t.snapshot(model, optimizer, tok, t.standing(step), room=room), {})
+            saver.save(folder/f"step-{step:08}", lambda buffers: t.snapshot(model, optimizer, tok, t.standing(step), buffers=buffers), {})
     for line in sys.stdin: # each in a process of its own
         pid = os.fork()
         if pid == 0: train()
