@@ -34,7 +34,7 @@ class Entry:
 
 _registered: dict[tuple[str, str], Entry] = {}
 
-# %% ../../nbs/core/04_plugins.ipynb #5b797427
+# %% ../../nbs/core/04_plugins.ipynb #f4229683
 def register(
     kind: str,  # e.g. `schedule`
     name: str,  # Unique within its kind
@@ -75,7 +75,7 @@ def entries(
             out[point.name] = new
     return dict(sorted(out.items()))
 
-# %% ../../nbs/core/04_plugins.ipynb #eea13a7c
+# %% ../../nbs/core/04_plugins.ipynb #e2266ccb
 def _source_of(point: metadata.EntryPoint) -> str:
     return point.dist.name if point.dist else "unknown"
 
@@ -96,7 +96,7 @@ def _preferred_sources() -> dict[tuple[str, str], str]:  # (kind, name) -> distr
         out[kind, name] = source
     return out
 
-# %% ../../nbs/core/04_plugins.ipynb #7545eb60
+# %% ../../nbs/core/04_plugins.ipynb #fc091e6e
 def known(
     kind: str,  # e.g. `schedule`
     name: str,  # Its name
@@ -143,7 +143,7 @@ class PluginStatus:
     # Why it fails, or which distributions offer the same name
     error: str = ""
 
-# %% ../../nbs/core/04_plugins.ipynb #42e76043
+# %% ../../nbs/core/04_plugins.ipynb #a338e2bd
 def list_plugins() -> list[PluginStatus]:  # By kind, name and source
     "Everything registered or installed, each loaded once."
     found = list(_registered.values())
@@ -178,7 +178,7 @@ def _plugin_status(entry: Entry, other_sources: list[str]) -> PluginStatus:
         version = ""
     return PluginStatus(entry.kind, entry.name, entry.source, version, state, error)
 
-# %% ../../nbs/core/04_plugins.ipynb #797ac759
+# %% ../../nbs/core/04_plugins.ipynb #090cbdc5
 def check(
     kind: str,  # e.g. `metric`
     name: str,  # Its name
