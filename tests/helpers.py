@@ -1,0 +1,120 @@
+"""What tests share: commands in processes, small settings, and how to read what a run has left."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import warm
+
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+NBS, LIB = ROOT / "nbs", ROOT / "codex_nb"
+PROGRAMS = TESTS / "programs"
+BIN = Path(sys.executable).parent
+PROVE = bool(os.environ.get("PROVE"))
+
+
+def counts(small, full):
+    "How often: `full` in `make prove`."
+    return full if PROVE else small
+
+
+def environment(home, **more):
+    "The environment of a command, with the workspace `home`."
+    return os.environ | {"CODEX_NB_HOME": str(home), "OMP_NUM_THREADS": "1"} | more
+
+
+def command(*words, home, cwd=ROOT, fresh=PROVE, input=None, **env):
+    """Run a command of this environment to its end.
+
+    It is forked from a process that has imported the large libraries. With `fresh`, in
+    `make prove`, and where `PYTHONPATH` is given, it is a real one.
+    """
+    argv, env = [BIN / words[0], *map(str, words[1:])], environment(home, **env)
+    if fresh or env.get("PYTHONPATH") != os.environ.get("PYTHONPATH"):
+        return subprocess.run(argv, capture_output=True, text=True, cwd=cwd, env=env, input=input)
+    return warm.run(argv, cwd, env, input)
+
+
+def codex(*words, home, **more):
+    "Run `codex-nb WORDS`."
+    return command("codex-nb", *words, home=home, **more)
+
+
+def program(name, *words, home, **more):
+    "Run a program of tests/programs."
+    return command("python", PROGRAMS / name, *words, home=home, **more)
+
+
+def start(*words, home, cwd=ROOT, session=False, **env):
+    "Start a real process, and return it."
+    return subprocess.Popen(
+        [BIN / words[0], *map(str, words[1:])],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=cwd,
+        env=environment(home, **env),
+        start_new_session=session,
+    )
+
+
+def flags(settings):
+    "Settings as words of a command line."
+    return [
+        word
+        for name, value in settings.items()
+        for word in ("-p", f"{name}={value if isinstance(value, str) else json.dumps(value)}")
+    ]
+
+
+def wait_until(condition, seconds=120, pause=0.02):
+    "Wait for a condition to hold; fail when it never does."
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "it never came"
+        time.sleep(pause)
+    return found
+
+
+def read_lines(path):
+    "The records of a file of JSON lines; none where there is no file."
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def train_records(folder):
+    "What a run recorded of its training steps."
+    return [r for r in read_lines(folder / "metrics.ndjson") if r["split"] == "train"]
+
+
+def train_steps(folder):
+    return [r["step"] for r in train_records(folder)]
+
+
+def train_losses(folder):
+    "Step -> exact loss."
+    return {r["step"]: float.fromhex(r["exact"]["loss"]) for r in train_records(folder)}
+
+
+def checkpoint_files(folder, step):
+    "File of a checkpoint -> its digest."
+    manifest = folder / "checkpoints" / f"step-{step:08}" / "manifest.json"
+    return {name: f["sha256"] for name, f in json.loads(manifest.read_text())["files"].items()}
+
+
+def run_record(folder):
+    "A run's `config.json`."
+    return json.loads((folder / "config.json").read_text())
+
+
+def files_below(folder):
+    "Every file that is not hidden."
+    return sorted(
+        p.relative_to(folder).as_posix()
+        for p in Path(folder).rglob("*")
+        if p.is_file() and not p.name.startswith(".")
+    )
