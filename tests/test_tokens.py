@@ -1,4 +1,4 @@
-"""Tokenizers in every combination, packing that keeps documents apart, the physical limit, the store's upkeep, memory."""
+"""Tokenizers of every kind, isolated documents, the entropy limit, upkeep of the store, memory."""
 
 import json
 import math

@@ -29,7 +29,7 @@ from ..core.config import ConfigError
 from ..core.plugins import get
 from ..core.repro import seed_for
 from ..core.tensors import tensor_table
-from ..data.batches import Batch
+from ..core.types import Batch
 from .model_config import ModelConfig
 
 # %% ../../nbs/model/21_causal_lm.ipynb #14ef83ff
