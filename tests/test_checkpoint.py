@@ -309,7 +309,7 @@ class Histories(RuleBasedStateMachine):
     def teardown(self):
         shutil.rmtree(self.folder)
 
-    def whole(self):
+    def undamaged(self):
         return {p for p in checkpoints(self.folder) if not problems(p)}
 
     @rule(loss=st.floats(0.1, 9))
@@ -327,7 +327,7 @@ class Histories(RuleBasedStateMachine):
     @rule(i=st.integers(0, 99), cut=st.booleans())
     def corrupt(self, i, cut):
         there = checkpoints(self.folder)
-        if len(self.full_text()) < 2:
+        if len(self.undamaged()) < 2:
             return  # leave one to stand on
         f = there[i % len(there)] / ("manifest.json" if cut else "model.safetensors")
         if f.exists():
@@ -340,7 +340,7 @@ class Histories(RuleBasedStateMachine):
         i=st.integers(0, 99),
     )
     def prune(self, keep_last, keep_best, keep_every, i):
-        before, there = self.full_text(), checkpoints(self.folder)
+        before, there = self.undamaged(), checkpoints(self.folder)
         resumed_from = there[i % len(there)].name if there else None
         cfg = CheckpointConfig(keep_last=keep_last, keep_best=keep_best, keep_every=keep_every)
         said = plan(self.folder, cfg, {resumed_from} if resumed_from else ())
@@ -349,14 +349,14 @@ class Histories(RuleBasedStateMachine):
         after = checkpoints(self.folder)
         assert after == [v.path for v in made if v.keep]
         if before:
-            assert max(before) in self.full_text()
+            assert max(before) in self.undamaged()
         if resumed_from:
             assert self.folder / resumed_from in after
 
     @invariant()
     def one_is_whole(self):
         if self.step:
-            assert self.full_text()
+            assert self.undamaged()
 
 
 def test_histories():
