@@ -232,7 +232,7 @@ def test_broken_in_the_middle(name, seen, breaks, mended, alone, capfd):
     said = capfd.readouterr().err
     assert (
         list(sinks.broken) == [name]
-        and said.count(f"{name} is left out from here on") == 1
+        and said.count(f"{name} is disabled for this run") == 1
         and f"codex-nb export {run.name} --to {name}" in said
     ), (sinks.broken, said)
     assert (in_csv if name != "csv" else in_tensorboard)(folder) == list(
@@ -288,7 +288,7 @@ def test_one_that_never_answers(alone, capfd):
     took = time.monotonic() - began
     asleep.set()
     assert took < 30 and (record, weights) == alone[1:3]
-    assert "asleep is left out from here on: it was still busy" in capfd.readouterr().err
+    assert "asleep is disabled for this run: it was still busy" in capfd.readouterr().err
 
 
 def test_a_run_that_only_judged():
@@ -319,5 +319,5 @@ def test_a_record_that_cannot_be_read(alone, capfd):
         f.write(b"no record\n")
     assert (
         list(export_run(folder, "csv")) == ["csv"]
-        and "csv is left out from here on: JSONDecodeError" in capfd.readouterr().err
+        and "csv is disabled for this run: JSONDecodeError" in capfd.readouterr().err
     )
