@@ -122,7 +122,7 @@ def summarize(
         **_counts(records),
     }
     if all(r.bins is not None for r in records):
-        total = sum((r.calibration for r in records), Calibration.none())
+        total = sum((r.calibration for r in records), Calibration.empty())
         out["calibration"] = {"error": total.error, "bins": total.rows()}
     if overlaps is not None:
         clean = [r for r, o in zip(records, overlaps) if not o.found]
