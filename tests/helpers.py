@@ -2,12 +2,16 @@
 
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import warm
+from filelock import FileLock
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
@@ -49,18 +53,35 @@ def program(name, *words, home, **more):
     return command("python", PROGRAMS / name, *words, home=home, **more)
 
 
-def start(*words, home, cwd=ROOT, session=False, **env):
-    "Start a real process, and return it."
+def start(*words, home, cwd=ROOT, session=False, fresh=True, **env):
+    "Start a process, and return it: a real one, unless `fresh` is false."
+    argv, env = [BIN / words[0], *map(str, words[1:])], environment(home, **env)
+    if not fresh:
+        return Started(argv, cwd, env)
     return subprocess.Popen(
-        [BIN / words[0], *map(str, words[1:])],
+        argv,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=cwd,
-        env=environment(home, **env),
+        env=env,
         start_new_session=session,
     )
+
+
+class Started(warm.Warm):
+    "A forked process with its outputs."
+
+    def __init__(self, argv, cwd, env):
+        self.files = [tempfile.TemporaryFile("w+") for _ in range(2)]
+        super().__init__(argv, cwd, env, None, *self.files)
+
+    def communicate(self, timeout=600):
+        self.wait(timeout)
+        for f in self.files:
+            f.seek(0)
+        return tuple(f.read() for f in self.files)
 
 
 def flags(settings):
@@ -118,3 +139,25 @@ def files_below(folder):
         for p in Path(folder).rglob("*")
         if p.is_file() and not p.name.startswith(".")
     )
+
+
+def free_port():
+    "A port of the loopback interface that is free at this moment."
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def shared_folder(tmp_path_factory, name, make):
+    "A folder that is made once for all workers of pytest-xdist; not to be written to."
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    folder, done = root / name, root / f"{name}.done"
+    with FileLock(root / f"{name}.lock"):
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder

@@ -1,4 +1,8 @@
-"""Several processes: the same samples, the same losses to rounding, resumed with another number, ended by one that dies."""
+"""Several processes: the same samples, losses equal to rounding, another number when resumed.
+
+`make test` forks the ranks itself; torchrun starts them where its own behaviour counts (signals, a
+rank that dies, restarts), and everywhere in `make prove`.
+"""
 
 import json
 import os
@@ -7,11 +11,26 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+import psutil
 import pytest
+import warm
+from helpers import (
+    PROGRAMS,
+    PROVE,
+    checkpoint_files,
+    command,
+    counts,
+    environment,
+    flags,
+    free_port,
+    read_lines,
+    shared_folder,
+    start,
+    train_losses,
+    wait_until,
+)
 
-PROVE = bool(os.environ.get("PROVE"))
 SMALL = dict(
     steps=12,
     width=32,
@@ -29,419 +48,316 @@ SMALL = dict(
     products="torch",
     sinks="none",
 )
+LONG = dict(steps=100_000, eval_every=10**6, save_every=10**6)
+ALLOW = "world_size,parallel,threads"
+RECIPE = ("-m", "codex_nb.run.recipe")
 
 
 def prepared(home, name, bare=SMALL, **change):
+    "The `config.json` of a run that has not begun."
     from codex_nb.experiments.launch import prepare_run
 
-    os.environ["CODEX_NB_HOME"] = str(home)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CODEX_NB_HOME", str(home))
         return prepare_run("train", bare | change, home / "runs" / name)
-    finally:
-        del os.environ["CODEX_NB_HOME"]
 
 
-def job(config, n, home, restarts=0, program=("-m", "codex_nb.run.recipe"), **env):
-    words = (
-        [sys.executable, *program]
-        if n == 1
-        else [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(n),
-            "--max-restarts",
-            str(restarts),
-            *program,
-        ]
-    )
-    return subprocess.Popen(
-        [*words, str(config)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env=os.environ | {"CODEX_NB_HOME": str(home), "OMP_NUM_THREADS": "1"} | env,
+def torchrun(config, n, home, program=RECIPE, **env):
+    "A job of `n` ranks, started."
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
+    return start(
+        "python", *words, "--max-restarts", "0", *program, config, home=home, session=True, **env
     )
 
 
-def done(*args, **kw):
-    p = job(*args, **kw)
-    out, err = p.communicate(timeout=240)
-    assert p.returncode == 0, err[-3000:]
-    return out
+def forked_ranks(config, n, home, **env):
+    "Exit codes and outputs of `n` forked ranks; when one fails the others are ended."
+    port, ranks, files = free_port(), [], []
+    for rank in range(n):
+        files.append([open(home / f"rank-{rank}.{kind}", "w+") for kind in ("out", "err")])
+        more = dict(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(n),
+            LOCAL_WORLD_SIZE=str(n),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+        argv = [sys.executable, *RECIPE, config]
+        ranks.append(warm.Warm(argv, home, environment(home, **env | more), None, *files[rank]))
+    end = time.monotonic() + 240
+    while None in [r.poll() for r in ranks] and not any(r.returncode for r in ranks):
+        assert time.monotonic() < end, "the ranks did not end"
+        time.sleep(0.02)
+    for r in ranks:
+        r.kill()
+        r.wait()
+    texts = [[(f.seek(0), f.read())[1] for f in pair] for pair in files]
+    return [r.returncode for r in ranks], texts
 
 
-def losses(folder):
-    return {
-        r["step"]: float.fromhex(r["exact"]["loss"])
-        for l in (folder / "metrics.ndjson").read_text().splitlines()
-        if (r := json.loads(l))["split"] == "train"
-    }
+def train_on(n, config, home, **env):
+    "Train on `n` processes to the end; what was printed."
+    if n == 1:
+        done = command("python", *RECIPE, config, home=home, **env)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+    if PROVE:
+        job = torchrun(config, n, home, **env)
+        out, err = job.communicate(timeout=240)
+        assert job.returncode == 0, err[-3000:]
+        return out
+    codes, texts = forked_ranks(config, n, home, **env)
+    assert not any(codes), (codes, [err[-2000:] for _, err in texts])
+    return "".join(out for out, _ in texts)
 
 
-def order(folder):
-    return json.loads(sorted(folder.glob("checkpoints/*/state.json"))[-1].read_text())["data"][
-        "order"
-    ]
+def sample_order(folder):
+    last = sorted(folder.glob("checkpoints/*/state.json"))[-1]
+    return json.loads(last.read_text())["data"]["order"]
 
 
-def close(a, b):
-    assert a.keys() == b.keys() and max(abs(a[s] - b[s]) / abs(b[s]) for s in b) < 1e-4, (a, b)
+def assert_close(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    worst = max(abs(ours[s] - theirs[s]) / abs(theirs[s]) for s in theirs)
+    assert worst < 1e-4, (ours, theirs)
 
 
-@pytest.fixture(scope="module")
-def one(tmp_path_factory):
-    home = tmp_path_factory.mktemp("one")
-    config = prepared(home, "one")
-    done(config, 1, home)
-    return config.parent
-
-
-@pytest.mark.parametrize(
-    "n,parallel", [(2, "ddp"), (2, "fsdp")] + ([(4, "ddp"), (4, "fsdp")] if PROVE else [])
-)
-def test_as_one(n, parallel, tmp_path, one):
-    config = prepared(tmp_path, "several", parallel=parallel)
-    done(config, n, tmp_path)
-    assert order(config.parent) == order(one)
-    close(losses(config.parent), losses(one))
-    from codex_nb.run.run_folder import verify_run
-
-    assert verify_run(config.parent)["ok"] and verify_run(config.parent)["status"] == "finished"
-
-
-def cut_back(folder, step):  # as if it had been stopped there
+def cut_back(folder, step):
+    "Make a finished run look as if it had been stopped at `step`."
     (folder / "manifest.json").unlink()
     for p in folder.glob("checkpoints/step-*"):
         if int(p.name[5:]) > step:
             shutil.rmtree(p)
 
 
-def test_2_then_1_then_4(tmp_path, one):
-    config, allow = (
-        prepared(tmp_path, "changing"),
-        dict(CODEX_NB_ALLOW="world_size,parallel,threads"),
-    )
-    done(config, 2, tmp_path)
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory):
+    "The run folder of the same training on one process."
+
+    def make(home):
+        train_on(1, prepared(home, "one"), home)
+
+    return shared_folder(tmp_path_factory, "one-process", make) / "runs" / "one"
+
+
+@pytest.mark.parametrize(
+    "n,parallel", [(2, "ddp"), (2, "fsdp")] + ([(4, "ddp"), (4, "fsdp")] if PROVE else [])
+)
+def test_ranks_take_the_same_samples_to_the_same_losses(n, parallel, tmp_path, alone):
+    from codex_nb.run.run_folder import verify_run
+
+    config = prepared(tmp_path, "several", parallel=parallel)
+    train_on(n, config, tmp_path)
+    assert sample_order(config.parent) == sample_order(alone)
+    assert_close(train_losses(config.parent), train_losses(alone))
+    verified = verify_run(config.parent)
+    assert verified["ok"] and verified["status"] == "finished"
+
+
+def test_resume_on_1_and_on_4_processes_after_2(tmp_path, alone):
+    config = prepared(tmp_path, "changing")
+    train_on(2, config, tmp_path)
     cut_back(config.parent, 6)
-    refused = job(config, 1, tmp_path)
-    _, said = refused.communicate(timeout=120)
-    assert refused.returncode == 1 and "world_size was 2, now 1" in said and "--allow" in said, said
-    (config.parent / "manifest.json").unlink()  # sealed as failed by the refusal
-    out = done(config, 1, tmp_path, **allow)
+    refused = command("python", *RECIPE, config, home=tmp_path)
+    assert refused.returncode == 1 and "--allow" in refused.stderr, refused.stderr
+    assert "world_size was 2, now 1" in refused.stderr
+    (config.parent / "manifest.json").unlink(missing_ok=True)
+    out = train_on(1, config, tmp_path, CODEX_NB_ALLOW=ALLOW)
     assert "going on from step-00000006" in out and "no longer bit for bit: " in out
-    close(losses(config.parent), losses(one))
+    assert_close(train_losses(config.parent), train_losses(alone))
     cut_back(config.parent, 6)
-    assert "going on from step-00000006" in done(config, 4, tmp_path, **allow)
-    close(losses(config.parent), losses(one))
+    out = train_on(4, config, tmp_path, CODEX_NB_ALLOW=ALLOW)
+    assert "going on from step-00000006" in out
+    assert_close(train_losses(config.parent), train_losses(alone))
 
 
-def files(folder, step):
-    return {
-        n: f["sha256"]
-        for n, f in json.loads(
-            (folder / "checkpoints" / f"step-{step:08}" / "manifest.json").read_text()
-        )["files"].items()
-    }
+def test_sharded_checkpoint_is_resumed_by_2_then_4_then_1(tmp_path, alone):
+    "Each rank writes its shards of optimizer and average; other numbers of ranks read them."
+    from codex_nb.run.run_folder import verify_run
 
-
-def test_shares_2_then_4_then_1(tmp_path, one):
-    "Each rank writes its share of the optimizer and of the average; other numbers of ranks go on from them."
-    config, allow = (
-        prepared(tmp_path, "shares", parallel="fsdp", ema=0.9),
-        dict(CODEX_NB_ALLOW="world_size,parallel,threads"),
-    )
-    done(config, 2, tmp_path)
+    config = prepared(tmp_path, "shards", parallel="fsdp", ema=0.9)
+    train_on(2, config, tmp_path)
     folder = config.parent
-    here = files(folder, 12)
-    assert {
+    first = checkpoint_files(folder, 12)
+    shards = {
         f"{part}/shard-0000{r}-of-00002.safetensors"
         for part in ("optimizer", "ema")
         for r in (1, 2)
-    } <= here.keys() and "model.safetensors" in here
-    watched = [
-        r
-        for l in (folder / "metrics.ndjson").read_text().splitlines()
-        if (r := json.loads(l))["split"] == "validation_ema"
-    ]
-    assert [r["step"] for r in watched] == [6, 12]
-    close(losses(folder), losses(one))
+    }
+    assert shards <= first.keys() and "model.safetensors" in first
+    averaged = [r for r in read_lines(folder / "metrics.ndjson") if r["split"] == "validation_ema"]
+    assert [r["step"] for r in averaged] == [6, 12]
+    assert_close(train_losses(folder), train_losses(alone))
     cut_back(folder, 6)
-    assert "going on from step-00000006" in done(config, 2, tmp_path)
-    assert files(folder, 12) == here  # as many ranks: bit for bit
+    assert "going on from step-00000006" in train_on(2, config, tmp_path)
+    assert checkpoint_files(folder, 12) == first  # as many ranks: bit for bit
     for n in (4, 1):
         cut_back(folder, 6)
-        said = done(config, n, tmp_path, **allow)
-        assert "going on from step-00000006" in said and f"world_size was 2, now {n}" in said
-        close(losses(folder), losses(one))
-    from codex_nb.run.run_folder import verify_run
-
+        out = train_on(n, config, tmp_path, CODEX_NB_ALLOW=ALLOW)
+        assert "going on from step-00000006" in out and f"world_size was 2, now {n}" in out
+        assert_close(train_losses(folder), train_losses(alone))
     assert verify_run(folder)["ok"]
 
 
-def test_a_share_that_is_lost(tmp_path):
+def test_checkpoint_without_one_of_its_shards_is_passed_over(tmp_path):
     config = prepared(tmp_path, "lost", parallel="fsdp")
-    done(config, 2, tmp_path)
-    (
-        config.parent
-        / "checkpoints"
-        / "step-00000012"
-        / "optimizer"
-        / "shard-00002-of-00002.safetensors"
-    ).unlink()
+    train_on(2, config, tmp_path)
+    optimizer = config.parent / "checkpoints" / "step-00000012" / "optimizer"
+    (optimizer / "shard-00002-of-00002.safetensors").unlink()
     cut_back(config.parent, 12)
-    out = done(config, 2, tmp_path)
-    assert (
-        "passed over a damaged checkpoint" in out
-        and "shard-00002-of-00002.safetensors: missing" in out
-        and "going on from step-00000006" in out
-    )
+    out = train_on(2, config, tmp_path)
+    assert "passed over a damaged checkpoint" in out
+    assert "shard-00002-of-00002.safetensors: missing" in out
+    assert "going on from step-00000006" in out
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"] if PROVE else ["fsdp"])
-def test_an_adapter(parallel, tmp_path, one):
-    base = str(one / "checkpoints" / "step-00000012")
-    given = {k: v for k, v in SMALL.items() if k not in ("width",)} | dict(
+def test_adapter_on_two_processes_is_that_of_one_and_resumes_bitwise(parallel, tmp_path, alone):
+    base = str(alone / "checkpoints" / "step-00000012")
+    given = {k: v for k, v in SMALL.items() if k != "width"} | dict(
         base=base, adapter="lora", rank=2, data="chat", packing="best-fit"
     )
     folders = []
     for name, n, how in (("alone", 1, "ddp"), ("two", 2, parallel)):
         config = prepared(tmp_path, name, bare=given, parallel=how)
-        done(config, n, tmp_path)
+        train_on(n, config, tmp_path)
         folders.append(config.parent)
-    close(losses(folders[1]), losses(folders[0]))
-    assert files(folders[1], 12)["tokenizer.json"] == files(one, 12)["tokenizer.json"], (
-        "another tokenizer than the base's"
-    )
-    here = files(folders[1], 12)
+    assert_close(train_losses(folders[1]), train_losses(folders[0]))
+    first = checkpoint_files(folders[1], 12)
+    of_base = checkpoint_files(alone, 12)
+    assert first["tokenizer.json"] == of_base["tokenizer.json"]
     cut_back(folders[1], 6)
-    done(config, 2, tmp_path)
-    assert files(folders[1], 12) == here
+    train_on(2, config, tmp_path)
+    assert checkpoint_files(folders[1], 12) == first
 
 
 @pytest.mark.skipif(not PROVE, reason="two compilations; in `make prove`")
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_compiled(parallel, tmp_path, one):
+def test_compiled_model_on_two_processes(parallel, tmp_path, alone):
     config = prepared(tmp_path, "compiled", compile="on", micro_batch=4, parallel=parallel)
-    done(config, 2, tmp_path)
-    close(losses(config.parent), losses(one))
+    train_on(2, config, tmp_path)
+    assert_close(train_losses(config.parent), train_losses(alone))
 
 
-def test_a_signal_to_all(tmp_path):
-    config = prepared(tmp_path, "stopped", steps=100_000, eval_every=10**6, save_every=10**6)
-    p = job(config, 2, tmp_path)
-    end = time.monotonic() + 120
-    while (
-        time.monotonic() < end
-        and p.poll() is None
-        and not (config.parent / "metrics.ndjson").exists()
-    ):
-        time.sleep(0.05)
-    time.sleep(0.7)
-    p.send_signal(signal.SIGTERM)
-    p.communicate(timeout=60)
-    assert p.returncode != 0
+def test_signal_to_torchrun_saves_the_last_step(tmp_path):
     from codex_nb.train.checkpoint import latest_checkpoint
 
+    config = prepared(tmp_path, "stopped", **LONG)
+    job = torchrun(config, 2, tmp_path)
+    log = config.parent / "metrics.ndjson"
+    wait_until(lambda: job.poll() is not None or log.exists())
+    time.sleep(0.7)
+    job.send_signal(signal.SIGTERM)
+    job.communicate(timeout=60)
+    assert job.returncode != 0
     newest, skipped = latest_checkpoint(config.parent / "checkpoints")
-    newest = newest and newest.path
-    assert newest and not skipped and int(newest.name[5:]) == max(losses(config.parent))
-
-
-HURRIED = """
-import os, signal, sys
-from codex_nb.train.distributed import World, exit_process
-from codex_nb.run.recipe import main
-gather, steps = World.gather, []
-def gather_and_hear(self, value):
-    out = gather(self, value)
-    if isinstance(value, tuple): steps.append(value)
-    if len(steps) == 5 and isinstance(value, tuple) and self.rank == int(os.environ["HEARS"]): os.kill(os.getpid(), signal.SIGTERM)
-    return out
-World.gather = gather_and_hear
-exit_process(main(sys.argv[1:]))
-"""
+    assert newest and not skipped
+    assert int(newest.path.name[5:]) == max(train_losses(config.parent))
 
 
 @pytest.mark.parametrize(
     "parallel,rank",
-    [("ddp", 1), ("fsdp", 0)] if not PROVE else [(p, r) for p in ("ddp", "fsdp") for r in (0, 1)],
+    [(p, r) for p in ("ddp", "fsdp") for r in (0, 1)] if PROVE else [("ddp", 1), ("fsdp", 0)],
 )
-def test_a_signal_to_one_when_all_have_just_agreed(parallel, rank, tmp_path):
-    "It comes to one rank between the agreement after a step and the beginning of the next: all end together, one step later."
-    config = prepared(
-        tmp_path, "hurried", steps=100_000, eval_every=10**6, save_every=10**6, parallel=parallel
-    )
-    (tmp_path / "hurried.py").write_text(HURRIED)
-    p = job(config, 2, tmp_path, program=(str(tmp_path / "hurried.py"),), HEARS=str(rank))
+def test_signal_to_one_rank_right_after_an_agreement(parallel, rank, tmp_path):
+    "Between the agreement after a step and the next step: all ranks end together, a step later."
+    config = prepared(tmp_path, "hurried", parallel=parallel, **LONG)
+    program = [PROGRAMS / "signal_after_agreement.py"]
+    job = torchrun(config, 2, tmp_path, program, SIGNALLED_RANK=str(rank))
     try:
-        p.communicate(timeout=60)
+        job.communicate(timeout=90)
     except subprocess.TimeoutExpired:
-        os.killpg(p.pid, signal.SIGKILL)
+        os.killpg(job.pid, signal.SIGKILL)
         raise
-    assert p.returncode != 0 and list(losses(config.parent)) == [1, 2, 3, 4, 5, 6]
-    assert files(config.parent, 6)
+    assert job.returncode != 0
+    assert list(train_losses(config.parent)) == [1, 2, 3, 4, 5, 6]
+    assert checkpoint_files(config.parent, 6)
 
 
-def test_a_rank_that_dies_ends_the_job(tmp_path):
-    config = prepared(tmp_path, "dying", steps=100_000, eval_every=10**6, save_every=20)
-    p = job(config, 2, tmp_path)
-    end = time.monotonic() + 120
-    while (
-        time.monotonic() < end
-        and p.poll() is None
-        and not list(config.parent.glob("checkpoints/step-*"))
-    ):
-        time.sleep(0.05)
-    import psutil
+def ranks_of(process, rank=None):
+    "The ranks that a process has started; with `rank`, those of that number."
+    children = psutil.Process(process.pid).children(recursive=True)
+    found = [(c.environ().get("RANK"), c) for c in children]
+    return [c for r, c in found if r is not None and rank in (None, r)]
 
-    ranks = [
-        c for c in psutil.Process(p.pid).children(recursive=True) if c.environ().get("RANK") == "1"
-    ]
-    ranks[0].kill()
+
+def test_rank_that_dies_ends_the_job(tmp_path):
+    config = prepared(tmp_path, "dying", **LONG | dict(save_every=20))
+    job = torchrun(config, 2, tmp_path)
+    saved = config.parent / "checkpoints"
+    wait_until(lambda: job.poll() is not None or list(saved.glob("step-*")))
+    ranks_of(job, "1")[0].kill()
     began = time.monotonic()
-    out, err = p.communicate(timeout=60)
-    assert p.returncode != 0 and time.monotonic() - began < 40
+    _, err = job.communicate(timeout=60)
+    assert job.returncode != 0 and time.monotonic() - began < 40
     assert "rank" in err and "SIGKILL" in err, err[-2000:]
 
 
-def test_from_the_notebook_with_a_restart(tmp_path):
-    "`nproc 2` in a launched notebook; one process is killed once, and the job goes on from its last checkpoint."
-    from test_launch import ROOT
+def launched(folder, home, **settings):
+    "A notebook that trains on two processes, started."
+    given = flags(SMALL | dict(nproc=2) | settings)
+    return start("codex-nb", "run", "train", "--folder", folder, *given, home=home)
 
+
+def test_job_of_a_notebook_restarts_from_its_last_checkpoint(tmp_path):
+    "One of its two processes is killed once."
     folder = tmp_path / "runs" / "two"
-    words = [
-        Path(sys.executable).parent / "codex-nb",
-        "run",
-        "train",
-        "--folder",
-        str(folder),
-        *(
-            w
-            for k, v in (
-                SMALL
-                | dict(
-                    steps=400,
-                    eval_every=1000,
-                    save_every=20,
-                    nproc=2,
-                    restarts=1,
-                    max_documents=4,
-                    resamples=100,
-                )
-            ).items()
-            for w in ("-p", f"{k}={json.dumps(v) if not isinstance(v, str) else v}")
-        ),
-    ]
-    p = subprocess.Popen(
-        words,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"CODEX_NB_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
+    job = launched(
+        *(folder, tmp_path),
+        **dict(steps=counts(200, 400), eval_every=1000, save_every=20, restarts=1),
+        **dict(max_documents=4, resamples=100),
     )
-    import psutil
-
-    end = time.monotonic() + 120
-    while (
-        time.monotonic() < end and p.poll() is None and not list(folder.glob("checkpoints/step-*"))
-    ):
-        time.sleep(0.02)
-    ranks = [
-        c for c in psutil.Process(p.pid).children(recursive=True) if c.environ().get("RANK") == "1"
-    ]
-    for c in ranks:
-        c.kill()
-    out, err = p.communicate(timeout=240)
-    assert p.returncode == 0, err[-3000:] + out[-2000:]
-    assert list(losses(folder)) == list(range(1, 401)) and (
-        not ranks or "going on from step-" in out
-    )
+    wait_until(lambda: job.poll() is not None or list(folder.glob("checkpoints/step-*")))
+    ranks = ranks_of(job, "1") if job.poll() is None else []
+    for r in ranks:
+        r.kill()
+    out, err = job.communicate(timeout=240)
+    assert job.returncode == 0, err[-3000:] + out[-2000:]
+    assert list(train_losses(folder)) == list(range(1, counts(201, 401)))
+    assert not ranks or "going on from step-" in out
 
 
-JOIN = """
-import sys, time
-from codex_nb.train.distributed import init_distributed
-time.sleep(float(sys.argv[1]))
-with init_distributed(seconds=20) as world: print("met", world.all_gather(world.rank))
-"""
-
-
-def test_restarted_ranks_do_not_call_those_before(tmp_path):
+def test_restarted_ranks_do_not_meet_those_before(tmp_path):
     "All attempts use the table that torchrun keeps; one process comes late."
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    for attempt in range(12 if PROVE else 4):
-        env = os.environ | {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(store.port),
-            "WORLD_SIZE": "2",
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-            "TORCHELASTIC_RESTART_COUNT": str(attempt),
-            "TORCHELASTIC_MAX_RESTARTS": "1",
-        }
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, "-c", JOIN, str(rank)],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env=env | {"RANK": str(rank)},
-            )
-            for rank in (0, 1)
-        ]
-        said = [p.communicate(timeout=120) for p in ranks]
-        assert [out for out, _ in said] == ["met [0, 1]\n"] * 2, said
-    over = subprocess.run(
-        [sys.executable, "-c", JOIN, "0"],
-        capture_output=True,
-        text=True,
-        env=env | {"RANK": "0", "GROUP_WORLD_SIZE": "2"},
+    shared = dict(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(store.port),
+        WORLD_SIZE="2",
+        TORCHELASTIC_USE_AGENT_STORE="True",
+        TORCHELASTIC_MAX_RESTARTS="1",
     )
-    assert over.returncode and "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in over.stderr
+
+    def joining(attempt, rank, delay, **more):
+        env = shared | dict(TORCHELASTIC_RESTART_COUNT=str(attempt), RANK=str(rank)) | more
+        out, err = (open(tmp_path / f"{attempt}-{rank}.{k}", "w+") for k in ("out", "err"))
+        argv = [sys.executable, PROGRAMS / "join_ranks.py", str(delay)]
+        return warm.Warm(argv, tmp_path, environment(tmp_path, **env), None, out, err), out, err
+
+    for attempt in range(counts(4, 12)):
+        ranks = [joining(attempt, rank, delay=rank) for rank in (0, 1)]
+        for process, _, err in ranks:
+            process.wait(120)
+            err.seek(0)
+        texts = [(out.seek(0), out.read())[1] for _, out, _ in ranks]
+        assert texts == ["met [0, 1]\n"] * 2, [err.read() for _, _, err in ranks]
+    over, _, err = joining(attempt, 0, 0, GROUP_WORLD_SIZE="2")
+    assert over.wait(120)
+    err.seek(0)
+    assert "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in err.read()
 
 
-def test_none_outlives_the_notebook(tmp_path):
-    import psutil
-    from test_launch import ROOT
-
+def test_no_rank_outlives_a_killed_launcher(tmp_path):
     folder = tmp_path / "runs" / "two"
-    words = [
-        Path(sys.executable).parent / "codex-nb",
-        "run",
-        "train",
-        "--folder",
-        str(folder),
-        *(
-            w
-            for k, v in (
-                SMALL | dict(steps=100_000, eval_every=10**6, save_every=20, nproc=2)
-            ).items()
-            for w in ("-p", f"{k}={json.dumps(v) if not isinstance(v, str) else v}")
-        ),
-    ]
-    p = subprocess.Popen(
-        words,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"CODEX_NB_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
-    )
-    end = time.monotonic() + 120
-    while (
-        time.monotonic() < end and p.poll() is None and not list(folder.glob("checkpoints/step-*"))
-    ):
-        time.sleep(0.02)
-    below = psutil.Process(p.pid).children(recursive=True)
-    assert len([c for c in below if "RANK" in c.environ()]) == 2
-    p.kill()
-    p.wait()
+    job = launched(folder, tmp_path, **LONG | dict(save_every=20))
+    wait_until(lambda: job.poll() is not None or list(folder.glob("checkpoints/step-*")))
+    below = psutil.Process(job.pid).children(recursive=True)
+    assert len(ranks_of(job)) == 2
+    job.kill()
+    job.wait()
     _, alive = psutil.wait_procs(below, timeout=10)
     assert not [c for c in alive if c.status() != psutil.STATUS_ZOMBIE]
 
@@ -449,95 +365,54 @@ def test_none_outlives_the_notebook(tmp_path):
 IP = shutil.which("ip") or "/sbin/ip"
 
 
-def _namespaces():
+def namespaces_allowed():
     try:
-        return (
-            subprocess.run([IP, "netns", "add", "codex-nb-probe"], capture_output=True).returncode
-            == 0
-            and subprocess.run(
-                [IP, "netns", "del", "codex-nb-probe"], capture_output=True
-            ).returncode
-            == 0
-        )
+        for action in ("add", "del"):
+            words = [IP, "netns", action, "codex-nb-probe"]
+            if subprocess.run(words, capture_output=True).returncode:
+                return False
     except OSError:
         return False
+    return True
 
 
 @pytest.mark.skipif(
-    not _namespaces(), reason="no network namespaces allowed here, or iproute2 is missing"
+    not namespaces_allowed(), reason="no network namespaces allowed here, or iproute2 is missing"
 )
-def test_two_hosts(tmp_path, one):
+def test_two_hosts_train_as_one(tmp_path, alone):
     "Two network namespaces joined by a cable: each is a host with one process."
     names, tag = [f"cnb{os.getpid()}{x}" for x in "ab"], os.getpid() % 1000
+    devices, addresses = [f"v{x}{tag}" for x in "ab"], ["10.99.7.1", "10.99.7.2"]
 
     def ip(*words):
         subprocess.run([IP, *words], check=True, capture_output=True)
 
-    config = prepared(tmp_path, "hosts")
-    for n in names:
-        ip("netns", "add", n)
-    try:
-        ip(
-            "link",
-            "add",
-            f"va{tag}",
-            "netns",
-            names[0],
-            "type",
-            "veth",
-            "peer",
-            "name",
-            f"vb{tag}",
-            "netns",
-            names[1],
+    def host(i):
+        words = [IP, "netns", "exec", names[i], sys.executable, "-m", "torch.distributed.run"]
+        words += ["--nnodes", "2", "--node-rank", str(i), "--nproc-per-node", "1"]
+        words += ["--master-addr", addresses[0], "--master-port", "29577", *RECIPE, str(config)]
+        return subprocess.Popen(
+            words,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(tmp_path, GLOO_SOCKET_IFNAME=devices[i]),
         )
-        for n, dev, address in (
-            (names[0], f"va{tag}", "10.99.7.1/24"),
-            (names[1], f"vb{tag}", "10.99.7.2/24"),
-        ):
-            ip("-n", n, "addr", "add", address, "dev", dev)
-            for d in (dev, "lo"):
-                ip("-n", n, "link", "set", d, "up")
 
-        def host(i, dev):
-            return subprocess.Popen(
-                [
-                    IP,
-                    "netns",
-                    "exec",
-                    names[i],
-                    sys.executable,
-                    "-m",
-                    "torch.distributed.run",
-                    "--nnodes",
-                    "2",
-                    "--node-rank",
-                    str(i),
-                    "--nproc-per-node",
-                    "1",
-                    "--master-addr",
-                    "10.99.7.1",
-                    "--master-port",
-                    "29577",
-                    "-m",
-                    "codex_nb.run.recipe",
-                    str(config),
-                ],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env=os.environ
-                | {
-                    "CODEX_NB_HOME": str(tmp_path),
-                    "OMP_NUM_THREADS": "1",
-                    "GLOO_SOCKET_IFNAME": dev,
-                },
-            )
-
-        hosts = [host(0, f"va{tag}"), host(1, f"vb{tag}")]
-        said = [p.communicate(timeout=180)[1] for p in hosts]
-        assert [p.returncode for p in hosts] == [0, 0], said
-        close(losses(config.parent), losses(one))
+    config = prepared(tmp_path, "hosts")
+    for name in names:
+        ip("netns", "add", name)
+    try:
+        cable = [devices[0], "netns", names[0], "type", "veth"]
+        ip("link", "add", *cable, "peer", "name", devices[1], "netns", names[1])
+        for name, device, address in zip(names, devices, addresses):
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", device)
+            for d in (device, "lo"):
+                ip("-n", name, "link", "set", d, "up")
+        hosts = [host(0), host(1)]
+        errors = [p.communicate(timeout=180)[1] for p in hosts]
+        assert [p.returncode for p in hosts] == [0, 0], errors
+        assert_close(train_losses(config.parent), train_losses(alone))
     finally:
-        for n in names:
-            subprocess.run([IP, "netns", "del", n], capture_output=True)
+        for name in names:
+            subprocess.run([IP, "netns", "del", name], capture_output=True)

@@ -1,77 +1,63 @@
-"""Judging: the same figure however it is made, evaluations that are stopped and go on, planted copies, comparisons that are fair."""
+"""Judging: the same figure however it is computed, evaluations that resume, fair comparisons."""
 
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
-import time
 import zlib
-from unittest.mock import patch
 
 import numpy as np
 import pytest
-from test_launch import BIN, ROOT
-from test_launch import run as command
+from helpers import (
+    PROVE,
+    checkpoint_files,
+    codex,
+    counts,
+    flags,
+    read_lines,
+    shared_folder,
+    start,
+    wait_until,
+)
 
-PROVE = bool(os.environ.get("PROVE"))
 
-
-def trained(home, name, **given):
+def train(home, name, **given):
     from codex_nb.run.judging import train_and_judge
     from codex_nb.run.settings import RunConfig
 
-    with patch.dict(os.environ, CODEX_NB_HOME=str(home)):
-        train_and_judge(
-            RunConfig.from_preset(
-                "smoke",
-                **(
-                    dict(
-                        steps=40,
-                        eval_every=100,
-                        width=32,
-                        seq_len=64,
-                        save_every=100,
-                        resamples=200,
-                        dtype="fp32",
-                    )
-                    | given
-                ),
-            ),
-            home / "runs" / name,
-        )
+    settings = dict(steps=40, eval_every=100, width=32, seq_len=64, save_every=100)
+    settings |= dict(resamples=200, dtype="fp32") | given
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CODEX_NB_HOME", str(home))
+        train_and_judge(RunConfig.from_preset("smoke", **settings), home / "runs" / name)
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    home = tmp_path_factory.mktemp("home")
-    trained(home, "a-0")
-    trained(home, "a-1", seed=1)
-    trained(home, "b-0", steps=10)
-    trained(home, "b-1", steps=10, seed=1)
-    return home
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    "Two settings, each trained with two seeds."
+
+    def make(home):
+        train(home, "a-0")
+        train(home, "a-1", seed=1)
+        train(home, "b-0", steps=10)
+        train(home, "b-1", steps=10, seed=1)
+
+    return shared_folder(tmp_path_factory, "four-runs", make)
+
+
+@pytest.fixture
+def home(trained, tmp_path):
+    "A workspace with the trained runs, to write to."
+    shutil.copytree(trained, tmp_path / "home")
+    return tmp_path / "home"
 
 
 def evaluate(home, name, **given):
-    words = [
-        w
-        for k, v in (
-            dict(checkpoint="a-0", split="train", max_documents=60, resamples=200, max_new_tokens=4)
-            | given
-        ).items()
-        for w in ("-p", f"{k}={v if isinstance(v, str) else json.dumps(v)}")
-    ]
-    return command(
-        "codex-nb",
-        "run",
-        "evaluate",
-        "--quiet",
-        "--folder",
-        str(home / "runs" / name),
-        *words,
-        home=home,
-    )
+    settings = dict(checkpoint="a-0", split="train", max_documents=60, resamples=200)
+    settings |= dict(max_new_tokens=4) | given
+    settings = {name: value for name, value in settings.items() if value is not None}
+    folder = home / "runs" / name
+    return codex("run", "evaluate", "--quiet", "--folder", folder, *flags(settings), home=home)
 
 
 def summary(home, name, part="train"):
@@ -79,155 +65,111 @@ def summary(home, name, part="train"):
 
 
 def records(home, name, part="train"):
-    return [
-        json.loads(l)
-        for l in (home / "runs" / name / "evaluations" / part / "records.ndjson")
-        .read_text()
-        .splitlines()
-    ]
+    return read_lines(home / "runs" / name / "evaluations" / part / "records.ndjson")
 
 
-def test_the_same_figure_however_it_is_made(home):
+def test_batch_size_processes_and_dtype_do_not_change_the_figure(home):
     "Batch 1, 3, 16; 1 and 2 processes: 1e-6. bf16: 2e-3."
+    some = [(16, 1, "fp32"), (3, 2, "fp32")]
+    all_of_them = [(b, n, d) for b in (1, 3, 16) for n in (1, 2) for d in ("fp32", "bf16")]
     made = {}
-    for batch, nproc, dtype in (
-        ((16, 1, "fp32"), (3, 2, "fp32"))
-        if not PROVE
-        else [(b, n, d) for b in (1, 3, 16) for n in (1, 2) for d in ("fp32", "bf16")]
-    ):
+    for batch, nproc, dtype in counts(some, all_of_them):
         name = f"e-{batch}-{nproc}-{dtype}"
         done = evaluate(home, name, eval_batch=batch, nproc=nproc, dtype=dtype, ngram=0)
         assert done.returncode == 0, done.stderr
         made[batch, nproc, dtype] = np.array([r["nll"] for r in records(home, name)])
     first = made[16, 1, "fp32"]
-    for (b, n, d), nll in made.items():
+    for (batch, nproc, dtype), nll in made.items():
         off = (abs(nll - first) / first).max()
-        print(f"batch {b} processes {n} {d}: {off:.1e}")
-        assert len(nll) == 60 and off < (1e-6 if d == "fp32" else 2e-3), (b, n, d, off)
-
-
-def wait_for(check, seconds=120):
-    end = time.monotonic() + seconds
-    while not check():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.02)
+        print(f"batch {batch} processes {nproc} {dtype}: {off:.1e}")
+        assert len(nll) == 60 and off < (1e-6 if dtype == "fp32" else 2e-3)
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL] if PROVE else [signal.SIGTERM])
-def test_stopped_and_gone_on(home, how):
+def test_stopped_evaluation_resumes_without_scoring_again(home, how):
     name = f"stopped-{how.name}"
     folder = home / "runs" / name
-    words = [
-        w
-        for k, v in dict(
-            checkpoint="a-0",
-            split="train",
-            max_documents=240,
-            eval_batch=1,
-            stride=4,
-            resamples=200,
-            max_new_tokens=4,
-            ngram=0,
-        ).items()
-        for w in ("-p", f"{k}={v}")
-    ]
-    p = subprocess.Popen(
-        [BIN / "codex-nb", "run", "evaluate", "--quiet", "--folder", str(folder), *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"CODEX_NB_HOME": str(home), "OMP_NUM_THREADS": "1"},
-    )
+    settings = dict(checkpoint="a-0", split="train", max_documents=240, eval_batch=1, stride=4)
+    settings |= dict(resamples=200, max_new_tokens=4, ngram=0)
+    words = ["run", "evaluate", "--quiet", "--folder", folder, *flags(settings)]
+    p = start("codex-nb", *words, home=home)
     part = folder / "scoring" / "part-0-of-1.ndjson"
-    wait_for(lambda: part.exists() and part.read_bytes().count(b"\n") > 60 or p.poll() is not None)
+
+    def written():
+        return part.exists() and part.read_bytes().count(b"\n") > 60
+
+    wait_until(lambda: written() or p.poll() is not None)
     p.send_signal(how)
     _, err = p.communicate(timeout=60)
     assert p.returncode == (-9 if how == signal.SIGKILL else 143), err
     before = part.read_bytes()
     assert 60 < before.count(b"\n") < 241
+    # a record that scoring would not make
     lines = before.splitlines(keepends=True)
-    i, mark = json.loads(lines[1].partition(b" ")[2])
-    mark["nll"] += 1000  # a record that scoring would not make
-    said = json.dumps([i, mark]).encode()
-    part.write_bytes(b"".join([lines[0], b"%08x %b\n" % (zlib.crc32(said), said), *lines[2:]]))
-    done = command("codex-nb", "resume", name, "--quiet", home=home)
+    i, marked = json.loads(lines[1].partition(b" ")[2])
+    marked["nll"] += 1000
+    text = json.dumps([i, marked]).encode()
+    lines[1] = b"%08x %b\n" % (zlib.crc32(text), text)
+    part.write_bytes(b"".join(lines))
+    done = codex("resume", name, "--quiet", home=home)
     assert done.returncode == 0, done.stderr
     assert len(records(home, name)) == 240 and not (folder / "scoring").exists()
-    assert command("codex-nb", "verify", name, home=home).returncode == 0
-    assert records(home, name)[i]["nll"] == mark["nll"]  # not made again
+    assert codex("verify", name, home=home).returncode == 0
+    assert records(home, name)[i]["nll"] == marked["nll"]  # not made again
 
 
-def test_planted_copies_are_found(home, tmp_path):
+def test_planted_copies_of_training_text_are_found(home, tmp_path, monkeypatch):
     from codex_nb.data.corpus import CorpusConfig, open_corpus
 
+    monkeypatch.setenv("CODEX_NB_HOME", str(home))
     rng = np.random.default_rng(0)
-    with patch.dict(os.environ, CODEX_NB_HOME=str(home)):
-        taken = [d.text for d in open_corpus(CorpusConfig(data="sample")).split("train")]
-    words = [f"w{i}" for i in range(5000)]
-    fresh = lambda n: " ".join(rng.choice(words, n))
-    n = 399 if PROVE else 60  # every third is planted
-    docs = [
-        {
-            "id": f"{i:03}",
-            "text": fresh(40)
-            + (" " + " ".join(taken[i].split()[4:24]).upper() + " " if i % 3 == 0 else " ")
-            + fresh(30),
-            "meta": {"planted": str(i % 3 == 0)},
-        }
-        for i in range(n)
-    ]
-    (tmp_path / "eval.jsonl").write_text("".join(json.dumps(d) + "\n" for d in docs))
-    done = evaluate(
-        home,
-        "planted",
-        data=str(tmp_path / "eval.jsonl"),
-        max_documents=1000,
-        slices=["planted"],
-        split="all",
-    )
+    train_texts = [d.text for d in open_corpus(CorpusConfig(data="sample")).split("train")]
+    vocabulary = [f"w{i}" for i in range(5000)]
+    documents = []
+    n = counts(60, 399)
+    for i in range(n):  # every third is planted
+        planted = i % 3 == 0
+        copy = " ".join(train_texts[i].split()[4:24]).upper()
+        before, after = (" ".join(rng.choice(vocabulary, k)) for k in (40, 30))
+        text = f"{before} {copy} {after}" if planted else f"{before} {after}"
+        documents.append({"id": f"{i:03}", "text": text, "meta": {"planted": str(planted)}})
+    data = tmp_path / "eval.jsonl"
+    data.write_text("".join(json.dumps(d) + "\n" for d in documents))
+    given = dict(data=str(data), max_documents=1000, slices=["planted"], split="all")
+    done = evaluate(home, "planted", **given)
     assert done.returncode == 0, done.stderr
     s, rows = summary(home, "planted", "all"), records(home, "planted", "all")
     assert len(rows) == n
     planted = {r["id"] for r in rows if r["meta"]["planted"] == "True"}
     assert {r["id"] for r in rows if r["overlap"]["found"]} == planted and len(planted) == n / 3
-    assert s["contamination"]["contaminated"] == len(planted) and s["contamination"]["clean"][
-        "documents"
-    ] == len(rows) - len(planted)
-    assert s["slices"]["planted"]["False"]["metrics"] == s["contamination"]["clean"]["metrics"]
+    found = s["contamination"]
+    assert found["contaminated"] == len(planted)
+    assert found["clean"]["documents"] == len(rows) - len(planted)
+    assert s["slices"]["planted"]["False"]["metrics"] == found["clean"]["metrics"]
     print(f"found {len(planted)} of {len(planted)}")
 
 
-def test_compared(home):
-    done = command("codex-nb", "compare", "b-0", "b-1", "a-0", "a-1", "--json", home=home)
+def test_compare_pairs_seeds_and_refuses_damaged_records(home):
+    done = codex("compare", "b-0", "b-1", "a-0", "a-1", "--json", home=home)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     (c,) = found["comparisons"]
-    assert (
-        c["shown"]
-        and c["seeds"] == [2, 2]
-        and c["bits_per_byte"]["high"] < 0
-        and "2 of 2 seeds" in c["verdict"]
-    )
+    assert c["shown"] and c["seeds"] == [2, 2] and "2 of 2 seeds" in c["verdict"]
+    assert c["bits_per_byte"]["high"] < 0
     assert {r["setting"] for r in found["settings"]} == {"seed", "steps", "checkpoint"}
-    same = json.loads(command("codex-nb", "compare", "a-0", "a-0", "--json", home=home).stdout)[
-        "comparisons"
-    ][0]
-    assert (
-        not same["shown"] and same["verdict"].startswith("no difference shown") and same["p"] == 1
-    )
-    shutil.copytree(home / "runs" / "a-0", home / "runs" / "hurt-0")
-    with open(
-        home / "runs" / "hurt-0" / "evaluations" / "validation" / "records.ndjson", "r+b"
-    ) as f:
+    same = json.loads(codex("compare", "a-0", "a-0", "--json", home=home).stdout)
+    (c,) = same["comparisons"]
+    assert not c["shown"] and c["verdict"].startswith("no difference shown") and c["p"] == 1
+    evaluation = home / "runs" / "a-0" / "evaluations" / "validation"
+    with open(evaluation / "records.ndjson", "r+b") as f:
         f.seek(200)
         f.write(b"9")
-    done = command("codex-nb", "compare", "b-0", "hurt-0", home=home)
+    done = codex("compare", "b-0", "a-0", home=home)
     assert done.returncode == 1 and "the content has changed" in done.stderr
 
 
 BAD = {
-    "no such checkpoint": (dict(checkpoint="nowhere"), "nowhere: no such run here"),
+    "no such checkpoint": (dict(checkpoint="nowhere"), "nowhere: no such run in"),
     "no such data": (dict(data="/nowhere/at/all"), "there is no such file or folder"),
     "no such slice": (dict(slices=["season"]), "slices: no document has 'season'"),
     "no such task": (dict(task="riddles"), "no built-in task of that name"),
@@ -243,27 +185,39 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD if PROVE else list(BAD)[::4])
 def test_bad_input_is_one_clear_error(home, name):
-    given, said = BAD[name]
-    done = evaluate(
-        home,
-        f"bad-{name.replace(' ', '-')}",
-        **(dict(max_documents=4) | (dict(max_questions=5) if "task" in given else {}) | given),
-    )
-    assert done.returncode == 1 and said in done.stderr, done.stderr
+    given, message = BAD[name]
+    small = dict(max_documents=4) | (dict(max_questions=5) if "task" in given else {})
+    run = f"bad-{name.replace(' ', '-')}"
+    done = evaluate(home, run, **(small | given))
+    assert done.returncode == 1 and message in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
-    folder = home / "runs" / f"bad-{name.replace(' ', '-')}"
+    folder = home / "runs" / run
     assert not list(folder.glob("evaluations/*/summary.json")) or "task" in given
 
 
-def test_a_task_from_the_command_line(home):
-    done = evaluate(
-        home, "asked", task="questions", max_questions=24, task_metrics=["exact_match", "word_f1"]
-    )
+def test_task_scores_are_the_means_of_its_records(home):
+    given = dict(task="questions", max_questions=24, task_metrics=["exact_match", "word_f1"])
+    done = evaluate(home, "asked", **given)
     assert done.returncode == 0, done.stderr
     s, rows = summary(home, "asked", "task-questions"), records(home, "asked", "task-questions")
     assert len(rows) == 24 and s["questions_in_task"] == 360
-    for m, v in s["metrics"].items():
-        if m != "f1_macro":
-            assert math.isclose(
-                v["value"], np.mean([r["scores"][m] for r in rows if m in r["scores"]])
-            )
+    for metric, v in s["metrics"].items():
+        if metric != "f1_macro":
+            scores = [r["scores"][metric] for r in rows if metric in r["scores"]]
+            assert math.isclose(v["value"], np.mean(scores))
+
+
+def test_evaluate_judges_the_newest_training_be_it_a_fine_tuning(home):
+    "Without a checkpoint named, a fine-tuning that ended last is judged, no older training."
+    folder = home / "runs" / "tuned"
+    settings = dict(base="a-0", steps=2, eval_every=100, save_every=100, batch_size=4)
+    settings |= dict(eval_documents=2, max_documents=4, max_new_tokens=4, resamples=100)
+    words = ["run", "finetune", "--quiet", "--folder", folder, *flags(settings)]
+    done = codex(*words, home=home)
+    assert done.returncode == 0, done.stderr
+    done = evaluate(home, "newest", checkpoint=None, split="validation", max_documents=4)
+    assert done.returncode == 0, done.stderr
+    parents = json.loads((home / "runs" / "newest" / "parents.json").read_text())
+    (checkpoint,) = (folder / "checkpoints").glob("step-*/manifest.json")
+    assert parents["checkpoint"] == json.loads(checkpoint.read_text())["digest"]
+    assert checkpoint_files(folder, 2)

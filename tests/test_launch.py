@@ -1,42 +1,46 @@
-"""Bad input: one clear error, the right exit code, nothing left behind. And what papermill does by hand."""
+"""Bad input: one clear error, the right exit code, nothing left behind. And papermill by hand."""
 
 import json
 import os
 import shutil
 import signal
 import subprocess
-import sys
-import textwrap
 import time
 from pathlib import Path
 
 import pytest
+from helpers import (
+    BIN,
+    PROVE,
+    ROOT,
+    codex,
+    command,
+    counts,
+    environment,
+    files_below,
+    flags,
+    program,
+    run_record,
+    start,
+    train_steps,
+    wait_until,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
-BIN = Path(sys.executable).parent
-SMALL = "-p steps 3 -p width 32 -p seq_len 32 -p batch_size 2 -p eval_documents 1 -p max_documents 4 -p max_new_tokens 4 -p resamples 100".split()
-
-
-def run(*words, home, cwd=ROOT, **env):
-    return subprocess.run(
-        [BIN / words[0], *words[1:]],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=os.environ | {"CODEX_NB_HOME": str(home)} | env,
-    )
-
-
-def left(home):
-    return sorted(
-        p.relative_to(home).as_posix()
-        for p in Path(home).rglob("*")
-        if p.is_file() and not p.name.startswith(".")
-    )
+SMALL = dict(
+    steps=3,
+    width=32,
+    seq_len=32,
+    batch_size=2,
+    eval_documents=1,
+    max_documents=4,
+    max_new_tokens=4,
+    resamples=100,
+)
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
+    "Data that nothing can be made of."
     d = tmp_path_factory.mktemp("inputs")
     (d / "empty").mkdir()
     (d / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00\x00")
@@ -68,274 +72,164 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("name", BAD if os.environ.get("PROVE") else list(BAD)[::3])
+@pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_clear_error(name, inputs, tmp_path):
     given, expected = BAD[name]
-    done = run("codex-nb", "run", "train", "-p", *given.format(inputs).split(), home=tmp_path)
-    assert done.returncode == 1 and expected in done.stderr and "Traceback" not in done.stderr, (
-        done.stderr
-    )
-    kept = [
-        p for p in left(tmp_path) if not (name == "too short for a row" and p.startswith("store/"))
-    ]  # a corpus that is whole is no half-written thing
-    assert kept == [] and not (tmp_path / "runs").exists()
+    done = codex("run", "train", "-p", *given.format(inputs).split(), home=tmp_path)
+    assert done.returncode == 1 and expected in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "runs").exists()
+    kept = files_below(tmp_path)
+    if name == "too short for a row":  # its corpus and tokenizer are complete
+        kept = [p for p in kept if not p.startswith("store/")]
+    assert kept == []
 
 
 @pytest.mark.parametrize(
     "given,expected", [("epohcs 3", "did you mean epochs?"), ("seq_len 0", "must be int, >= 2")]
 )
 def test_papermill_stops_on_a_bad_parameter(given, expected, tmp_path):
-    done = run(
-        "papermill",
-        "nbs/train.ipynb",
-        str(tmp_path / "out.ipynb"),
-        "-p",
-        *given.split(),
-        home=tmp_path / "home",
-    )
-    assert done.returncode != 0 and expected in done.stderr and not (tmp_path / "home").exists()
+    words = ["nbs/train.ipynb", tmp_path / "out.ipynb", "-p", *given.split()]
+    done = command("papermill", *words, home=tmp_path / "home")
+    assert done.returncode != 0 and expected in done.stderr
+    assert not (tmp_path / "home").exists()
 
 
 @pytest.mark.parametrize(
     "where,notebook",
-    [(ROOT / "nbs", "train.ipynb")]
-    + ([(ROOT, "nbs/train.ipynb")] if os.environ.get("PROVE") else []),
+    [(ROOT / "nbs", "train.ipynb")] + ([(ROOT, "nbs/train.ipynb")] if PROVE else []),
 )
 def test_papermill_by_hand(where, notebook, tmp_path):
-    "`-p epochs 3` is three passes; without an output path the executed notebook goes to standard output."
-    out = [str(tmp_path / "out.ipynb")] if where == ROOT else []
-    done = run(
-        "papermill",
-        notebook,
-        *out,
-        "-p",
-        "epochs",
-        "3",
-        *SMALL[3:6],
-        "-p",
-        "batch_size",
-        "64",
-        "-p",
-        "eval_every",
-        "500",
-        "-p",
-        "max_documents",
-        "4",
-        home=tmp_path,
-        cwd=where,
-    )
+    "`-p epochs 3` is three passes; without an output path the notebook goes to standard output."
+    output = [tmp_path / "out.ipynb"] if where == ROOT else []
+    words = "-p epochs 3 -p width 32 -p batch_size 64 -p eval_every 500 -p max_documents 4".split()
+    done = command("papermill", notebook, *output, *words, home=tmp_path, cwd=where, fresh=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    executed = json.loads(Path(out[0]).read_text() if out else done.stdout)
+    executed = json.loads(output[0].read_text() if output else done.stdout)
     assert any("# Parameters" in "".join(c["source"]) for c in executed["cells"])
     (folder,) = (tmp_path / "runs").iterdir()
-    said = json.loads((folder / "config.json").read_text())
-    assert said["config"]["fit"]["epochs"] == 3 and said["config"]["fit"]["steps"] is None
-    state = json.loads(next((folder / "checkpoints").glob("*/state.json")).read_text())["progress"]
-    tokens = json.loads(next((tmp_path / "store" / "tokens").glob("*/manifest.json")).read_text())[
-        "meta"
-    ]["tokens"]
-    assert state["position"] == 3 * (tokens // 64) and state["step"] == -(-3 * (tokens // 64) // 64)
-    verified = run("codex-nb", "verify", folder.name[-4:], home=tmp_path)
-    assert (
-        verified.returncode == 0
-        and "L0 holds: finished" in verified.stdout
-        and "parent corpus: ok" in verified.stdout
-    )
+    fit = run_record(folder)["config"]["fit"]
+    assert fit["epochs"] == 3 and fit["steps"] is None
+    state = json.loads(next((folder / "checkpoints").glob("*/state.json")).read_text())
+    (tokens,) = (tmp_path / "store" / "tokens").glob("*/manifest.json")
+    rows = json.loads(tokens.read_text())["meta"]["tokens"] // 64
+    progress = state["progress"]
+    assert progress["position"] == 3 * rows and progress["step"] == -(-3 * rows // 64)
+    verified = codex("verify", folder.name[-4:], home=tmp_path)
+    assert verified.returncode == 0 and "L0 holds: finished" in verified.stdout
+    assert "parent corpus: ok" in verified.stdout
 
 
-def test_run_then_the_same_folder_again(tmp_path):
+def test_finished_run_is_kept_listed_evaluated_and_verified(tmp_path):
     folder = tmp_path / "runs" / "mine"
-    done = run("codex-nb", "run", "train", *SMALL, "--folder", str(folder), home=tmp_path)
+    words = ["run", "train", *flags(SMALL), "--folder", folder]
+    done = codex(*words, home=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"finished: {folder}" in done.stdout and (folder / "train.ipynb").is_file()
-    before = left(folder)
-    again = run("codex-nb", "run", "train", *SMALL, "--folder", str(folder), home=tmp_path)
-    assert (
-        again.returncode == 1
-        and "this run is already finished" in again.stderr
-        and left(folder) == before
-    )
-    listed = run("codex-nb", "runs", home=tmp_path)
+    before = files_below(folder)
+    again = codex(*words, home=tmp_path)
+    assert again.returncode == 1 and "this run is already finished" in again.stderr
+    assert files_below(folder) == before
+    listed = codex("runs", home=tmp_path)
     assert "finished" in listed.stdout and "mine" in listed.stdout
-    judged = run(
-        "codex-nb",
-        "run",
-        "evaluate",
-        "-p",
-        "checkpoint",
-        "mine",
-        "-p",
-        "max_documents",
-        "3",
-        "-p",
-        "resamples",
-        "100",
-        "-p",
-        "max_new_tokens",
-        "4",
-        home=tmp_path,
-    )
+    given = dict(checkpoint="mine", max_documents=3, resamples=100, max_new_tokens=4)
+    judged = codex("run", "evaluate", *flags(given), home=tmp_path)
     assert judged.returncode == 0, judged.stderr
     (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
-    changed = run("codex-nb", "verify", "mine", home=tmp_path)
-    assert (
-        changed.returncode == 1
-        and "config.json" in changed.stdout
-        and "L0 does not hold" in changed.stdout
-    )
+    changed = codex("verify", "mine", home=tmp_path)
+    assert changed.returncode == 1 and "config.json" in changed.stdout
+    assert "L0 does not hold" in changed.stdout
 
 
-def test_a_run_that_fails_leaves_what_it_had(tmp_path):
-    code = textwrap.dedent("""
-        import sys, codex_nb.run.recipe as r
-        from pathlib import Path
-        from codex_nb.experiments.launch import launch
-        nb = Path("nbs/train.ipynb").read_text().replace("state = cx.train_model(run, corpus, tokenizer, dataset, model)",
-            "import torch\\\\nfrom codex_nb.train.engine import Hook\\\\ndef spoil(s):\\\\n    if s.step == 2: next(s.model.parameters()).data.fill_(float('inf'))\\\\nstate = cx.train_model(run, corpus, tokenizer, dataset, model, hooks=(Hook(spoil),))")
-        p = Path(sys.argv[1])/"train.ipynb"; p.write_text(nb)
-        o = launch(str(p), {"steps": 5, "width": 32, "seq_len": 32, "batch_size": 2, "max_new_tokens": 4})
-        print(o.code, o.status, o.folder); print(o.error)
-    """)
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"CODEX_NB_HOME": str(tmp_path)},
-    )
+def test_run_that_fails_is_sealed_with_what_it_had(tmp_path):
+    done = program("launch_spoiled.py", tmp_path, home=tmp_path)
     first, error = done.stdout.splitlines()[-2:]
     code, status, folder = first.split()
-    assert (
-        (code, status) == ("3", "failed")
-        and "NonFiniteError: step 3: loss nan" in error
-        and "samples" in error
-    ), done.stdout + done.stderr
+    assert (code, status) == ("3", "failed"), done.stdout + done.stderr
+    assert "NonFiniteError: step 3: loss nan" in error and "samples" in error
     folder = Path(folder)
-    assert (folder / "train.ipynb").is_file() and [
-        json.loads(l)["step"] for l in (folder / "metrics.ndjson").read_text().splitlines()
-    ] == [0, 1, 2]
-    manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["meta"]["status"] == "failed" and "NonFiniteError" in manifest["meta"]["error"]
-    assert "L0 holds: failed" in run("codex-nb", "verify", str(folder), home=tmp_path).stdout
+    assert (folder / "train.ipynb").is_file()
+    records = (folder / "metrics.ndjson").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in records] == [0, 1, 2]
+    meta = json.loads((folder / "manifest.json").read_text())["meta"]
+    assert meta["status"] == "failed" and "NonFiniteError" in meta["error"]
+    assert "L0 holds: failed" in codex("verify", folder, home=tmp_path).stdout
 
 
-def test_killed_run_is_interrupted_and_resumes(tmp_path):
-    folder = tmp_path / "runs" / "killed"
-    p = subprocess.Popen(
-        [
-            BIN / "codex-nb",
-            "run",
-            "train",
-            *SMALL[3:],
-            "-p",
-            "steps",
-            "200",
-            "-p",
-            "save_every",
-            "20",
-            "-p",
-            "eval_every",
-            "500",
-            "--folder",
-            str(folder),
-        ],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        cwd=ROOT,
-        env=os.environ | {"CODEX_NB_HOME": str(tmp_path)},
-        start_new_session=True,
-    )
-    end = time.monotonic() + 120
-    while time.monotonic() < end and not list(folder.glob("checkpoints/step-*")):
-        time.sleep(0.2)
-    os.killpg(p.pid, signal.SIGKILL)
-    p.wait()
-    from codex_nb.run.run_folder import run_status
-
-    for proc in Path("/proc").glob("[0-9]*"):  # the kernel outlives its launcher: it is killed too
+def kill_those_of(folder):
+    "End the kernel of a run whose launcher was killed."
+    for process in Path("/proc").glob("[0-9]*"):
         try:
-            if f"CODEX_NB_RUN={folder}".encode() in (proc / "environ").read_bytes():
-                os.kill(int(proc.name), signal.SIGKILL)
+            if f"CODEX_NB_RUN={folder}".encode() in (process / "environ").read_bytes():
+                os.kill(int(process.name), signal.SIGKILL)
         except OSError:
             continue
+
+
+def test_killed_run_is_interrupted_and_resumes_to_its_end(tmp_path):
+    from codex_nb.run.run_folder import run_status
+
+    folder = tmp_path / "runs" / "killed"
+    settings = SMALL | dict(steps=200, save_every=20, eval_every=500)
+    words = ["run", "train", *flags(settings), "--folder", folder]
+    p = start("codex-nb", *words, home=tmp_path, session=True)
+    wait_until(lambda: p.poll() is not None or list(folder.glob("checkpoints/step-*")))
+    os.killpg(p.pid, signal.SIGKILL)
+    p.wait()
+    kill_those_of(folder)
     time.sleep(0.5)
     assert run_status(folder) == "interrupted"
-    assert "interrupted" in run("codex-nb", "runs", home=tmp_path).stdout
+    assert "interrupted" in codex("runs", home=tmp_path).stdout
     last = max(int(p.name[5:]) for p in folder.glob("checkpoints/step-*"))
-    again = run("codex-nb", "resume", "killed", home=tmp_path)
+    again = codex("resume", "killed", home=tmp_path)
     assert again.returncode == 0, again.stderr
     assert f"going on from step-{last:08}" in again.stdout and f"finished: {folder}" in again.stdout
-    assert [
-        json.loads(l)["step"]
-        for l in (folder / "metrics.ndjson").read_text().splitlines()
-        if '"train"' in l
-    ] == list(range(1, 201))
-    assert "L0 holds: finished" in run("codex-nb", "verify", "killed", home=tmp_path).stdout
+    assert train_steps(folder) == list(range(1, 201))
+    assert "L0 holds: finished" in codex("verify", "killed", home=tmp_path).stdout
 
 
-def test_paths_are_meant_from_where_it_was_started(tmp_path):
-    "Continued and executed again by somebody who stands elsewhere."
+def test_relative_paths_are_meant_from_where_the_run_was_started(tmp_path):
+    "Resumed and replayed from another folder."
     home = tmp_path / "home"
     for name in ("texts", "work", "elsewhere"):
         (home / name).mkdir(parents=True)
-    (home / "texts" / "tales.jsonl").write_bytes((ROOT / "data" / "sample.jsonl").read_bytes())
-    here = [
-        "-p",
-        "data",
-        "../texts",
-        *SMALL[3:],
-        "-p",
-        "steps",
-        "150",
-        "-p",
-        "save_every",
-        "20",
-        "-p",
-        "eval_every",
-        "500",
-        "--folder",
-        "../runs/one",
-    ]
-    p = subprocess.Popen(
-        [BIN / "codex-nb", "run", "train", *here],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        cwd=home / "work",
-        env=os.environ | {"CODEX_NB_HOME": str(home)},
-    )
-    end = time.monotonic() + 120
-    while time.monotonic() < end and not list(home.glob("runs/one/checkpoints/step-*")):
-        time.sleep(0.05)
+    shutil.copyfile(ROOT / "data" / "sample.jsonl", home / "texts" / "tales.jsonl")
+    settings = SMALL | dict(data="../texts", steps=150, save_every=20, eval_every=500)
+    words = ["run", "train", *flags(settings), "--folder", "../runs/one"]
+    p = start("codex-nb", *words, home=home, cwd=home / "work")
+    wait_until(lambda: p.poll() is not None or list(home.glob("runs/one/checkpoints/step-*")))
     p.send_signal(signal.SIGTERM)
-    assert p.wait(timeout=60) == 143
-    assert (
-        json.loads((home / "runs" / "one" / "config.json").read_text())["started_in"]
-        == "../../work"
-    )
-    again = run("codex-nb", "resume", "one", home=home, cwd=home / "elsewhere")
+    p.communicate(timeout=60)
+    assert p.returncode == 143
+    assert run_record(home / "runs" / "one")["started_in"] == "../../work"
+    again = codex("resume", "one", home=home, cwd=home / "elsewhere")
     assert again.returncode == 0 and "continuing" in again.stdout, again.stderr[-1500:]
-    replayed = run(
-        "codex-nb", "replay", "one", "--steps", "5", "--quiet", home=home, cwd=home / "elsewhere"
-    )
-    assert replayed.returncode == 0 and "proven: L2" in replayed.stdout, (
-        replayed.stdout[-1500:] + replayed.stderr[-1500:]
-    )
+    words = ["replay", "one", "--steps", "5", "--quiet"]
+    replayed = codex(*words, home=home, cwd=home / "elsewhere")
+    assert replayed.returncode == 0 and "proven: L2" in replayed.stdout, replayed.stdout[-1500:]
     # given away, it names no folder that is not there
     away = tmp_path / "away" / "deep" / "one"
     shutil.copytree(home / "runs" / "one", away)
-    given = run(
-        "codex-nb",
-        "replay",
-        str(away),
-        "--steps",
-        "5",
-        "--quiet",
-        home=tmp_path / "away",
-        cwd=tmp_path / "away",
-    )
-    assert (
-        given.returncode == 1 and "or say with -p data PATH where it lies here" in given.stderr
-    ), given.stderr[-1500:]
+    words = ["replay", away, "--steps", "5", "--quiet"]
+    refused = codex(*words, home=tmp_path / "away", cwd=tmp_path / "away")
+    assert refused.returncode == 1 and "-p data PATH" in refused.stderr, refused.stderr[-1500:]
+
+
+def test_prepared_run_keeps_the_folder_it_was_prepared_in(tmp_path):
+    "Prepared in one folder and trained from another; its first start is no continuation."
+    for name in ("texts", "work", "elsewhere"):
+        (tmp_path / name).mkdir()
+    shutil.copyfile(ROOT / "data" / "sample.jsonl", tmp_path / "texts" / "tales.jsonl")
+    folder, given = tmp_path / "runs" / "one", flags(SMALL | dict(data="../texts"))
+    here = dict(home=tmp_path, cwd=tmp_path / "work")
+    prepared = codex("prepare", folder, *given, **here)
+    assert prepared.returncode == 0, prepared.stderr
+    assert run_record(folder)["started_in"] == "../../work"
+    words = ["-m", "codex_nb.run.recipe", folder / "config.json"]
+    done = command("python", *words, home=tmp_path, cwd=tmp_path / "elsewhere")
+    assert done.returncode == 0, done.stderr[-1500:]
+    assert "continuing" not in done.stdout and "going on" not in done.stdout
+    assert run_record(folder)["started_in"] == "../../work"
+    assert "L1 holds" in codex("verify", "one", home=tmp_path).stdout
 
 
 @pytest.mark.skipif(
@@ -343,68 +237,80 @@ def test_paths_are_meant_from_where_it_was_started(tmp_path):
     reason="no mount namespace allowed here",
 )
 def test_full_disk_stops_with_74(tmp_path):
-    words = [
-        "unshare",
-        "--mount",
-        "sh",
-        "-c",
-        'mount -t tmpfs -o size=6m tmpfs /mnt && exec "$@"',
-        "sh",
-        str(BIN / "codex-nb"),
-        "run",
-        "train",
-        "-p",
-        "steps",
-        "60",
-        "-p",
-        "width",
-        "256",
-        "-p",
-        "heads",
-        "4",
-        "-p",
-        "save_every",
-        "10",
-        "-p",
-        "eval_every",
-        "100",
-    ]
+    small_disk = 'mount -t tmpfs -o size=6m tmpfs /mnt && exec "$@"'
+    settings = dict(steps=60, width=256, heads=4, save_every=10, eval_every=100)
+    words = ["unshare", "--mount", "sh", "-c", small_disk, "sh", str(BIN / "codex-nb")]
     done = subprocess.run(
-        words, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"CODEX_NB_HOME": "/mnt"}
-    )
-    assert (
-        done.returncode == 74
-        and "no space left on device" in done.stderr
-        and "bytes free" in done.stderr
-        and "Traceback" not in done.stderr
-    ), (done.returncode, done.stderr[-1500:])
-
-
-def test_a_kernel_that_lost_its_cell_is_ended(tmp_path):
-    code = textwrap.dedent("""
-        import sys, nbformat as nf, codex_nb.experiments.launch as l
-        cells = ["preset = 'smoke'", "from codex_nb.run.run_folder import Run\\nfrom codex_nb.run.settings import RunConfig\\nrun = Run.start('train', RunConfig.from_notebook(globals()))", "import signal, time\\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\\n(run.folder/'.deaf').touch()\\ntime.sleep(1000)"]
-        nb = nf.v4.new_notebook(cells=[nf.v4.new_code_cell(c, metadata={"tags": ["parameters"]} if not i else {}) for i, c in enumerate(cells)])
-        nf.write(nb, sys.argv[1]+"/train.ipynb")
-        l.IDLE = 2
-        o = l.launch(sys.argv[1]+"/train.ipynb", {}, sys.argv[1]+"/run", enough=(l.Path(sys.argv[1])/"run"/".deaf").exists)
-        print(o.code, o.status, o.error)
-    """).replace("\\\\n", "\\n")
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
+        [*words, "run", "train", *flags(settings)],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        timeout=120,
-        env=os.environ | {"CODEX_NB_HOME": str(tmp_path)},
+        env=environment("/mnt"),
     )
-    assert done.stdout.splitlines()[-1:] == ["130 interrupted interrupted by SIGINT"], (
-        done.stdout + done.stderr
-    )
+    assert done.returncode == 74, (done.returncode, done.stderr[-1500:])
+    assert "no space left on device" in done.stderr and "bytes free" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
-def test_hostile_parameters(tmp_path, monkeypatch):
-    "Names, values and paths made to be executed or to lie outside: each is refused, or is the plain value it is."
+def test_kernel_that_ignores_interrupts_is_ended(tmp_path):
+    done = program("launch_deaf.py", tmp_path, home=tmp_path)
+    last = done.stdout.splitlines()[-1:]
+    assert last == ["130 interrupted interrupted by SIGINT"], done.stdout + done.stderr
+
+
+def test_refused_resume_leaves_the_run_interrupted(tmp_path):
+    "Its data is gone for a day, as from a disk that is not mounted: nothing ran, nothing changes."
+    (tmp_path / "texts").mkdir()
+    texts, folder = tmp_path / "texts" / "tales.jsonl", tmp_path / "runs" / "one"
+    shutil.copyfile(ROOT / "data" / "sample.jsonl", texts)
+    prepared = codex("prepare", folder, *flags(SMALL | dict(data=str(texts))), home=tmp_path)
+    assert prepared.returncode == 0, prepared.stderr
+    before = (folder / "config.json").read_bytes()
+    texts.rename(tmp_path / "elsewhere.jsonl")
+    refused = codex("resume", "one", home=tmp_path)
+    assert refused.returncode == 1 and "no such file" in refused.stderr, refused.stderr
+    assert "the run is interrupted" in refused.stderr
+    assert left(folder) == ["config.json"] and (folder / "config.json").read_bytes() == before
+    (tmp_path / "elsewhere.jsonl").rename(texts)
+    resumed = codex("resume", "one", home=tmp_path)
+    assert resumed.returncode == 0 and f"finished: {folder}" in resumed.stdout, resumed.stderr
+
+
+def test_run_of_another_process_is_left_to_it(tmp_path, monkeypatch):
+    "Whether it is seen to be running before a kernel starts, or only by the notebook."
+    import nbformat
+
+    from codex_nb.core.config import Config
+    from codex_nb.experiments import launch
+    from codex_nb.run.run_folder import Run, run_status
+
+    monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
+    folder = tmp_path / "runs" / "one"
+    running = Run.start("train", Config(), folder=folder)
+    before = {n: (folder / n).read_bytes() for n in left(folder)}
+    refused = codex("run", "train", "--folder", folder, home=tmp_path)
+    assert refused.returncode == 1 and "already running" in refused.stderr, refused.stderr
+
+    start = (
+        "from codex_nb.core.config import Config\n"
+        "from codex_nb.run.run_folder import Run\n"
+        "Run.start('train', Config())"
+    )
+    cells = [nbformat.v4.new_code_cell("preset = 'smoke'", metadata={"tags": ["parameters"]})]
+    notebook = nbformat.v4.new_notebook(cells=[*cells, nbformat.v4.new_code_cell(start)])
+    nbformat.write(notebook, tmp_path / "train.ipynb")
+    with monkeypatch.context() as m:  # two launchers that looked at the same moment
+        m.setattr(launch, "run_status", lambda folder: "interrupted")
+        outcome = launch.launch(str(tmp_path / "train.ipynb"), {}, folder)
+    assert outcome.code == 1 and "in use by process" in outcome.error
+    assert run_status(folder) == "running"
+    running.lock.release()
+    assert run_status(folder) == "interrupted"
+    assert {n: (folder / n).read_bytes() for n in left(folder)} == before
+
+
+def test_hostile_parameters_are_refused_or_taken_literally(tmp_path, monkeypatch):
+    "Names, values and paths made to be executed or to lie outside."
     from hypothesis import HealthCheck, given, settings
     from hypothesis import strategies as st
 
@@ -480,7 +386,7 @@ def test_hostile_parameters(tmp_path, monkeypatch):
     seen = {"refused": 0, "taken": 0}
 
     @settings(
-        max_examples=1000 if os.environ.get("PROVE") else 100,
+        max_examples=counts(100, 1000),
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),

@@ -68,7 +68,11 @@ def enter(env, cwd, fds):
         sys.modules["matplotlib"].rcParams["backend"] = backend or "agg"
 
 
+KERNEL_MODULES = {}
+
+
 def run_kernel(connection_file, *arguments):
+    sys.modules.update(KERNEL_MODULES)
     import matplotlib
     import pandas
     from ipykernel.kernelapp import IPKernelApp
@@ -91,6 +95,8 @@ def run_command(argv):
     from jupyter_client.provisioning import local_provisioner
 
     local_provisioner.launch_kernel = fork_kernel
+    for loaded in [m for m in sys.modules if m.partition(".")[0] == "ipykernel"]:
+        KERNEL_MODULES[loaded] = sys.modules.pop(loaded)  # it is not in a notebook
     program, *words = argv
     name = Path(program).name
     sys.argv = [program, *words]
@@ -104,6 +110,7 @@ def run_command(argv):
         return papermill()
     if words[0] == "-m":
         sys.argv = [words[1], *words[2:]]
+        sys.modules.pop(words[1], None)
         return runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     sys.argv = words
     sys.path.insert(0, str(Path(words[0]).parent))
@@ -201,7 +208,9 @@ def fork_kernel(cmd, stdin=None, stdout=None, stderr=None, env=None, cwd=None, *
     null = os.open(os.devnull, os.O_RDWR)
     out = stdout.fileno() if hasattr(stdout, "fileno") else 1
     err = stderr.fileno() if hasattr(stderr, "fileno") else 2
-    enter(dict(env or os.environ), cwd or os.getcwd(), [null, os.dup(out), os.dup(err)])
+    # a kernel ends when the process that is its parent does
+    env = dict(env or os.environ) | {"JPY_PARENT_PID": str(os.getppid())}
+    enter(env, cwd or os.getcwd(), [null, os.dup(out), os.dup(err)])
     close_inherited(())
     finish(run_kernel, *arguments)
 
