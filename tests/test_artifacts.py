@@ -34,14 +34,24 @@ WRITER = textwrap.dedent("""
 """)
 
 
+def publish_seconds(folder):
+    "How long one artifact of the writers takes here and now: kills must fall into a few of them."
+    start = time.perf_counter()
+    with publish(folder, "numbers") as d:
+        for i in range(6):
+            (d.path / f"{i}.bin").write_bytes(bytes(200_000))
+    return time.perf_counter() - start
+
+
 def test_killed_while_publishing(tmp_path):
     rng, seen = random.Random(0), set()
+    seconds = publish_seconds(tmp_path / "probe")
     for k in range(200 if PROVE else 20):
         p = subprocess.Popen(
             [sys.executable, "-c", WRITER, str(tmp_path / "a")], stdout=subprocess.PIPE
         )
         p.stdout.readline()
-        time.sleep(rng.random() * 0.1)
+        time.sleep(rng.random() * 3 * seconds)
         p.send_signal(signal.SIGKILL)
         p.wait()
         a = open_artifact(tmp_path / "a", "numbers")  # raises if anything in it is not whole
@@ -58,12 +68,12 @@ def test_killed_while_publishing(tmp_path):
 
 def test_killed_while_publishing_the_first_time(tmp_path):
     code = "import sys; from codex_nb.core.artifacts import publish; print('ready', flush=True)\nfor n in range(10**6):\n    with publish(f'{sys.argv[1]}/{n}', 'numbers') as d:\n        for i in range(6): (d.path/f'{i}.bin').write_bytes(bytes([n%256])*200_000)"
-    rng, whole = random.Random(1), 0
+    rng, whole, seconds = random.Random(1), 0, publish_seconds(tmp_path / "probe")
     for k in range(60 if PROVE else 10):
         home = tmp_path / str(k)
         p = subprocess.Popen([sys.executable, "-c", code, str(home)], stdout=subprocess.PIPE)
         p.stdout.readline()
-        time.sleep(rng.random() * 0.2)
+        time.sleep(rng.random() * 6 * seconds)
         p.send_signal(signal.SIGKILL)
         p.wait()
         for a in home.iterdir() if home.exists() else []:
