@@ -248,7 +248,11 @@ def test_importing_the_package_is_light():
         [
             sys.executable,
             "-c",
-            "import sys, codex_nb, codex_nb.cli.main, codex_nb.run.run_folder; print([m for m in ('torch', 'transformers', 'mlflow', 'papermill') if m in sys.modules])",
+            "import sys, codex_nb, codex_nb.cli.main, codex_nb.run.run_folder\n"
+            "import codex_nb.model.model_config, codex_nb.model.model_registry\n"
+            "import codex_nb.tracking.sinks, codex_nb.tracking.system_monitor\n"
+            "heavy = ('torch', 'transformers', 'peft', 'pandas', 'matplotlib', 'mlflow')\n"
+            "print([m for m in (*heavy, 'papermill') if m in sys.modules])",
         ],
         capture_output=True,
         text=True,
@@ -259,7 +263,7 @@ def test_importing_the_package_is_light():
 
 def test_run_notebooks_have_a_parameters_cell():
     from codex_nb.core.config import flat_names
-    from codex_nb.experiments.launch import config_of
+    from codex_nb.experiments.launch import settings_class
 
     for name in ("train", "finetune", "evaluate", "compare"):
         tagged = [
@@ -268,7 +272,7 @@ def test_run_notebooks_have_a_parameters_cell():
         assert len(tagged) == 1, name
         names = [t.id for n in ast.parse("".join(tagged[0]["source"])).body for t in n.targets]
         assert names[0] == "preset" and set(names) <= {
-            *flat_names(config_of(NBS / f"{name}.ipynb")),
+            *flat_names(settings_class(NBS / f"{name}.ipynb")),
             "preset",
         }
 
@@ -296,7 +300,7 @@ def test_every_command_of_the_readme_exists():
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
     from codex_nb.cli.main import app
     from codex_nb.core.config import flat_names
-    from codex_nb.experiments.launch import config_of
+    from codex_nb.experiments.launch import settings_class
 
     known = {c.callback.__name__ for c in app.registered_commands} | {
         g.name for g in app.registered_groups
@@ -315,7 +319,7 @@ def test_every_command_of_the_readme_exists():
         if words[:2] == ["codex-nb", "run"] and len(words) > 2 or words[0] == "papermill":
             nb = NBS / (words[2] + ".ipynb") if words[0] == "codex-nb" else ROOT / words[1]
             assert nb.is_file() and {words[i + 1] for i, w in enumerate(words) if w == "-p"} <= {
-                *flat_names(config_of(nb)),
+                *flat_names(settings_class(nb)),
                 "preset",
             }, c
     assert len(found) > 10

@@ -15,7 +15,8 @@ import torch.nn.functional as F  # noqa: N812 (the name that torch's own documen
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..core.types import IGNORE, Batch
+from ..data.batches import Batch
+from ..data.tokens import IGNORE
 from .causal_lm import autocast, logits_of
 from .compute import compiled_for, onednn_matmul, onednn_matmul_grad
 from .model_config import ComputeConfig
@@ -37,7 +38,7 @@ def token_losses(
     )
     return losses.view(B, T)
 
-# %% ../../nbs/model/23_loss.ipynb #7acd1f26
+# %% ../../nbs/model/23_loss.ipynb #762cba9c
 def lm_loss(
     model: PreTrainedModel,  # A causal language model
     batch: Batch,  # On the model's device
@@ -83,7 +84,7 @@ def _torch_matmul(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 def _torch_matmul_grad(g: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return g.T @ x
 
-# %% ../../nbs/model/23_loss.ipynb #c9fd88ba
+# %% ../../nbs/model/23_loss.ipynb #bdcdee7f
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, targets_N, chunk_size, dtype, kernels, compiled):
@@ -119,7 +120,7 @@ class _ChunkedLoss(torch.autograd.Function):
             grad_weight = (grad_weight * grad_total).to(weight_dtype)
         return grad_hidden, grad_weight, None, None, None, None, None
 
-# %% ../../nbs/model/23_loss.ipynb #f8d223c8
+# %% ../../nbs/model/23_loss.ipynb #8d7d7fa8
 def chunked_loss(
     hidden_ND: torch.Tensor,  # Last hidden states of N positions, any floating dtype
     weight_VD: torch.Tensor,  # Output matrix
@@ -164,7 +165,7 @@ def has_linear_head(
         model.train(training)
     return torch.allclose(head(hidden).float(), logits.float(), rtol=1e-5, atol=1e-6)
 
-# %% ../../nbs/model/23_loss.ipynb #25a3abdb
+# %% ../../nbs/model/23_loss.ipynb #71050231
 _UNCOMPILED = ComputeConfig(compile="off", attention="sdpa", products="torch")
 
 
@@ -178,7 +179,7 @@ class LMLoss(nn.Module):
         cfg: ComputeConfig = _UNCOMPILED,  # Resolved, without `auto`
         shape: tuple[int, int] | None = None,  # Rows and length to compile for
     ):
-        "`ValueError` when it shall compile and no shape is given."
+        "Test how the model makes its logits; `ValueError` for compiling without a shape."
         super().__init__()
         self.model, self.dtype, self.cfg = model, dtype, cfg
         inner: Any = model

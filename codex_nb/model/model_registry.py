@@ -136,7 +136,7 @@ def list_models() -> list[dict[str, Any]]:  # As `describe_model` returns them
         if is_model_folder(folder)
     ]
 
-# %% ../../nbs/model/25_model_registry.ipynb #be1d643b
+# %% ../../nbs/model/25_model_registry.ipynb #767442d6
 def verify_model(
     folder: Path | str,  # A model's folder
 ) -> list[str]:  # Problems, one line each; empty when every byte matches
@@ -221,7 +221,7 @@ def _check_usable(folder: Path, errors: list[str]) -> None:
     if (folder / "config.json").is_file():  # an adapter cannot be opened without its base
         open_model(folder)
 
-# %% ../../nbs/model/25_model_registry.ipynb #d9813df0
+# %% ../../nbs/model/25_model_registry.ipynb #aa9a5fd1
 def _files_to_import(source: Path) -> list[Path]:
     weights = _weight_files(source)
     found = {p for pattern in MODEL_FILES for p in source.glob(pattern) if p.is_file()}

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# %% ../../nbs/tracking/32_system_monitor.ipynb #b6b0d328
+# %% ../../nbs/tracking/32_system_monitor.ipynb #19c9930f
 class MonitorConfig(Config):
     "How the machine is monitored."
 
@@ -65,7 +65,7 @@ def machine_readings(
         readings["network_sent_bytes"] = network.bytes_sent
     return readings
 
-# %% ../../nbs/tracking/32_system_monitor.ipynb #ade3f116
+# %% ../../nbs/tracking/32_system_monitor.ipynb #97b2d9b0
 class GPUs:
     "The NVIDIA GPUs of this machine."
 
@@ -235,7 +235,7 @@ def _request_handler(monitor: SystemMonitor) -> type[BaseHTTPRequestHandler]:
 
     return Handler
 
-# %% ../../nbs/tracking/32_system_monitor.ipynb #4fed099c
+# %% ../../nbs/tracking/32_system_monitor.ipynb #df698a42
 def read_system(
     path: Path | str,  # A `system.ndjson`; may be missing
 ) -> list[dict[str, Any]]:  # `time` and `values`, in order; without a torn last line
