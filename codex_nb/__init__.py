@@ -7,17 +7,17 @@ transformers. Each name is documented in its module; `help(cx.RunConfig)` shows 
 """
 
 from importlib import import_module
-from typing import Any
 
 __version__ = "0.1.0"
 
 # Module -> the names that are taken from it
 _EXPORTS = {
+    "core.config": ["ConfigError"],
+    "data.documents": ["Document", "Message", "ReadError"],
     "data.readers": ["read_path"],
-    "data.corpus": ["Corpus", "CorpusConfig", "open_corpus"],
-    "data.documents": ["Document", "Message"],
+    "data.corpus": ["Corpus", "CorpusConfig", "build_corpus", "open_corpus"],
     "data.tokenizer": ["Tokenizer"],
-    "data.tokenizer_training": ["TokenizerConfig", "train_tokenizer"],
+    "data.tokenizer_training": ["TokenizerConfig", "import_tokenizer", "train_tokenizer"],
     "data.tokens": ["PackedDataset", "TokenStore", "build_tokens"],
     "model.causal_lm": ["build_model", "count_parameters", "flops_per_token"],
     "model.model_config": ["ModelConfig"],
@@ -27,7 +27,8 @@ _EXPORTS = {
     "tracking.system_monitor": ["plot_system"],
     "train.checkpoint": ["require_checkpoint"],
     "train.engine": ["Hook", "TrainState", "fit"],
-    "eval.evaluate": ["summary_lines", "summary_table"],
+    "eval.eval_config": ["GenerateConfig"],
+    "eval.evaluate": ["evaluate", "summary_lines", "summary_table"],
     "eval.generate": ["generate", "reply"],
     "eval.scoring": ["sample_documents", "score"],
     "eval.statistics": ["bootstrap_ratio", "paired_difference"],
@@ -50,12 +51,16 @@ _EXPORTS = {
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 
-__all__ = [*sorted(_MODULE_OF)]
+__all__ = list(_MODULE_OF)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str):
     if name not in _MODULE_OF:
-        raise AttributeError(f"module 'codex_nb' has no attribute {name!r}")
+        from difflib import get_close_matches
+
+        near = get_close_matches(name, _MODULE_OF, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise AttributeError(f"module 'codex_nb' has no attribute {name!r}{hint}")
     value = getattr(import_module(f"codex_nb.{_MODULE_OF[name]}"), name)
     globals()[name] = value  # found at once from now on
     return value

@@ -81,7 +81,8 @@ def resolve_compute_settings(
         if fit.steps:
             predictions = fit.steps * fit.batch_size * seq_len
         else:
-            predictions = fit.tokens or (fit.epochs or 0) * (store.tokens if store else 0)
+            in_store = store.tokens if store else 0
+            predictions = fit.tokens or round((fit.epochs or 0) * in_store)
         flops = predictions * rough_flops(*_shape(cfg), seq_len)
     device, dtype = cfg.model.device, cfg.model.dtype
     return cfg.updated(compute=resolve_compute(cfg.compute, device, dtype, seq_len, flops))

@@ -78,7 +78,7 @@ def judge(
     digest = checkpoint if isinstance(checkpoint, str) else checkpoint.digest
     documents = sample_documents(documents_of(corpus, cfg.split), cfg.max_documents, seed)
     dtype = run.cfg.model.dtype if isinstance(run.cfg, RunConfig) else run.cfg.dtype
-    how = {"stride": cfg.stride, "dtype": dtype, "detail": True}
+    how: dict[str, Any] = {"stride": cfg.stride, "dtype": dtype, "detail": True}
     # Records of an interrupted evaluation are only used again if all of this is the same.
     key = digest_of(
         {
@@ -118,9 +118,10 @@ def train_and_judge(
     cfg: RunConfig,  # The settings
     folder: Path | str | None = None,  # As for `start_run`
     judged: bool = True,  # False leaves the evaluation out
+    corpus: Corpus | None = None,  # Default: the one that the settings name
 ) -> Run[RunConfig]:  # Sealed
     "All that `train.ipynb` does."
-    corpus, tokenizer, dataset = prepare_data(cfg)
+    corpus, tokenizer, dataset = prepare_data(cfg, corpus)
     run = start_run("train", cfg, folder, corpus=corpus, tokenizer=tokenizer, tokens=dataset.store)
     model = model_for(run.cfg, tokenizer)
     train_model(run, corpus, tokenizer, dataset, model)

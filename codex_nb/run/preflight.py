@@ -77,7 +77,7 @@ def preflight(
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     report = dataset.report()
     first_row = to_batch(dataset, np.array([0])).ids_BT[0].tolist()
-    out = {
+    out: dict[str, Any] = {
         "corpus": corpus.digest,
         "tokenizer": tokenizer.digest,
         "tokens": dataset.store.digest,

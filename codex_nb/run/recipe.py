@@ -53,6 +53,7 @@ from ..train.interrupts import EXIT_CODES, Interrupted, die_with_parent
 from ..train.workers import WorkerError, run_workers
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
 # %% ../../nbs/run/67_recipe.ipynb #37f43f9b
@@ -201,7 +202,7 @@ MERGE_TOLERANCE = 1e-4  # Largest difference of logits, relative to the largest 
 
 def export_merged(
     run: Run[RunConfig],  # With an adapter
-    model: "PreTrainedModel",  # As trained; it is merged in place and cannot be trained on
+    model: "PeftModel",  # As trained; it is merged in place and cannot be trained on
     tokenizer: Tokenizer,  # Its tokenizer
 ) -> Artifact:  # `exports/merged` in the run folder; `ValueError` when its logits differ
     "Merge an adapter into its base, and save the result as a model."

@@ -76,14 +76,16 @@ class RunRecord:
         folder: Path | str,  # The run folder
     ) -> "RunRecord":
         "The record of a run that is about to start here."
-        asked = isinstance(cfg, Settings)
+        preset, sources = "", {}
+        if isinstance(cfg, Settings):
+            preset, sources = cfg.preset, dict(cfg.sources)
         return cls(
             kind,
             cfg.to_dict(),
             identity(cfg),
             cfg.digest(),
-            cfg.preset if asked else "",
-            dict(cfg.sources) if asked else {},
+            preset,
+            sources,
             _launch_dir(Path(folder)),
         )
 

@@ -9,7 +9,7 @@ __all__ = ['resume_metadata', 'Trainer']
 import copy
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -238,7 +238,7 @@ class Trainer:
     ) -> TrainState:
         world, folder = self.world, self.run.folder / "checkpoints"
         newest, damaged = latest_checkpoint(folder) if world.main else (None, [])
-        path: Path | None = world.broadcast(newest and newest.path)
+        path: Path | None = world.broadcast(newest.path if newest else None)
         for problem in damaged:
             print(f"skipped a damaged checkpoint: {problem}")
         if path is None:
@@ -279,9 +279,11 @@ class Trainer:
 def _layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     "The repeated blocks: the module list with the most parameters."
     lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
-    if not lists:
-        return []
-    return list(max(lists, key=lambda m: sum(p.numel() for p in m.parameters())))
+
+    def size(blocks: Iterable[torch.nn.Module]) -> int:
+        return sum(p.numel() for block in blocks for p in block.parameters())
+
+    return list(max(lists, key=size)) if lists else []
 
 
 def _sync_stop_requests(world: World, requests: list[str], state: TrainState) -> None:

@@ -113,7 +113,7 @@ def model_for(
     if not cfg.has_base:
         model = build_model(cfg.model, tokenizer.vocab_size, tokenizer.eot, cfg.seed)
         apply_compute(model, cfg.compute)
-        return model.to(cfg.model.device).train()
+        return _to_device(model, cfg)
     base = find_base(cfg.model.base)
     model = load_model(base).train()
     vocab_size = model.get_input_embeddings().num_embeddings
@@ -126,8 +126,12 @@ def model_for(
     if cfg.model.seq_len > context:
         raise ConfigError(f"seq_len: {cfg.model.seq_len} is more than the base's context {context}")
     apply_compute(model, cfg.compute)
-    if cfg.adapter.adapter != "none":
-        model = add_adapter(model, cfg.adapter, cfg.seed, str(base.absolute()))
+    if cfg.adapter.adapter == "none":
+        return _to_device(model, cfg)
+    return _to_device(add_adapter(model, cfg.adapter, cfg.seed, str(base.absolute())), cfg)
+
+
+def _to_device(model: Any, cfg: RunConfig) -> Any:
     return model.to(cfg.model.device).train()
 
 # %% ../../nbs/run/64_training_inputs.ipynb #2b2be338
@@ -142,9 +146,10 @@ class TrainingInputs(NamedTuple):
 
 def prepare_data(
     cfg: RunConfig,  # The run's settings
+    corpus: Corpus | None = None,  # Default: the one that the settings name
 ) -> tuple[Corpus, Tokenizer, PackedDataset]:  # From the store, or built there
     "Open or build the data of a run."
-    corpus = open_corpus(cfg.corpus)
+    corpus = corpus or open_corpus(cfg.corpus)
     tokenizer = tokenizer_for(cfg, corpus)
     return corpus, tokenizer, dataset_for(cfg, corpus, tokenizer)
 
