@@ -164,11 +164,11 @@ def test_resume_on_1_and_on_4_processes_after_2(tmp_path, alone):
     assert "world_size was 2, now 1" in refused.stderr
     (config.parent / "manifest.json").unlink(missing_ok=True)
     out = train_on(1, config, tmp_path, CODEX_NB_ALLOW=ALLOW)
-    assert "going on from step-00000006" in out and "no longer bit for bit: " in out
+    assert "resuming from step-00000006" in out and "no longer bit for bit: " in out
     assert_close(train_losses(config.parent), train_losses(alone))
     cut_back(config.parent, 6)
     out = train_on(4, config, tmp_path, CODEX_NB_ALLOW=ALLOW)
-    assert "going on from step-00000006" in out
+    assert "resuming from step-00000006" in out
     assert_close(train_losses(config.parent), train_losses(alone))
 
 
@@ -190,12 +190,12 @@ def test_sharded_checkpoint_is_resumed_by_2_then_4_then_1(tmp_path, alone):
     assert [r["step"] for r in averaged] == [6, 12]
     assert_close(train_losses(folder), train_losses(alone))
     cut_back(folder, 6)
-    assert "going on from step-00000006" in train_on(2, config, tmp_path)
+    assert "resuming from step-00000006" in train_on(2, config, tmp_path)
     assert checkpoint_files(folder, 12) == first  # as many ranks: bit for bit
     for n in (4, 1):
         cut_back(folder, 6)
         out = train_on(n, config, tmp_path, CODEX_NB_ALLOW=ALLOW)
-        assert "going on from step-00000006" in out and f"world_size was 2, now {n}" in out
+        assert "resuming from step-00000006" in out and f"world_size was 2, now {n}" in out
         assert_close(train_losses(folder), train_losses(alone))
     assert verify_run(folder)["ok"]
 
@@ -207,9 +207,9 @@ def test_checkpoint_without_one_of_its_shards_is_passed_over(tmp_path):
     (optimizer / "shard-00002-of-00002.safetensors").unlink()
     cut_back(config.parent, 12)
     out = train_on(2, config, tmp_path)
-    assert "passed over a damaged checkpoint" in out
+    assert "skipped a damaged checkpoint" in out
     assert "shard-00002-of-00002.safetensors: missing" in out
-    assert "going on from step-00000006" in out
+    assert "resuming from step-00000006" in out
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"] if PROVE else ["fsdp"])
@@ -315,7 +315,7 @@ def test_job_of_a_notebook_restarts_from_its_last_checkpoint(tmp_path):
     out, err = job.communicate(timeout=240)
     assert job.returncode == 0, err[-3000:] + out[-2000:]
     assert list(train_losses(folder)) == list(range(1, counts(201, 401)))
-    assert not ranks or "going on from step-" in out
+    assert not ranks or "resuming from step-" in out
 
 
 def test_restarted_ranks_do_not_meet_those_before(tmp_path):

@@ -182,7 +182,7 @@ def test_killed_run_is_interrupted_and_resumes_to_its_end(tmp_path):
     last = max(int(p.name[5:]) for p in folder.glob("checkpoints/step-*"))
     again = codex("resume", "killed", home=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert f"going on from step-{last:08}" in again.stdout and f"finished: {folder}" in again.stdout
+    assert f"resuming from step-{last:08}" in again.stdout and f"finished: {folder}" in again.stdout
     assert train_steps(folder) == list(range(1, 201))
     assert "L0 holds: finished" in codex("verify", "killed", home=tmp_path).stdout
 
@@ -202,7 +202,7 @@ def test_relative_paths_are_meant_from_where_the_run_was_started(tmp_path):
     assert p.returncode == 143
     assert run_record(home / "runs" / "one")["started_in"] == "../../work"
     again = codex("resume", "one", home=home, cwd=home / "elsewhere")
-    assert again.returncode == 0 and "continuing" in again.stdout, again.stderr[-1500:]
+    assert again.returncode == 0 and "resuming" in again.stdout, again.stderr[-1500:]
     words = ["replay", "one", "--steps", "5", "--quiet"]
     replayed = codex(*words, home=home, cwd=home / "elsewhere")
     assert replayed.returncode == 0 and "proven: L2" in replayed.stdout, replayed.stdout[-1500:]
@@ -227,7 +227,7 @@ def test_prepared_run_keeps_the_folder_it_was_prepared_in(tmp_path):
     words = ["-m", "codex_nb.run.recipe", folder / "config.json"]
     done = command("python", *words, home=tmp_path, cwd=tmp_path / "elsewhere")
     assert done.returncode == 0, done.stderr[-1500:]
-    assert "continuing" not in done.stdout and "going on" not in done.stdout
+    assert "writing to" in done.stdout and "resuming" not in done.stdout
     assert run_record(folder)["started_in"] == "../../work"
     assert "L1 holds" in codex("verify", "one", home=tmp_path).stdout
 
@@ -270,7 +270,9 @@ def test_refused_resume_leaves_the_run_interrupted(tmp_path):
     refused = codex("resume", "one", home=tmp_path)
     assert refused.returncode == 1 and "no such file" in refused.stderr, refused.stderr
     assert "the run is interrupted" in refused.stderr
-    assert left(folder) == ["config.json"] and (folder / "config.json").read_bytes() == before
+    assert (
+        files_below(folder) == ["config.json"] and (folder / "config.json").read_bytes() == before
+    )
     (tmp_path / "elsewhere.jsonl").rename(texts)
     resumed = codex("resume", "one", home=tmp_path)
     assert resumed.returncode == 0 and f"finished: {folder}" in resumed.stdout, resumed.stderr
@@ -287,7 +289,7 @@ def test_run_of_another_process_is_left_to_it(tmp_path, monkeypatch):
     monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
     folder = tmp_path / "runs" / "one"
     running = Run.start("train", Config(), folder=folder)
-    before = {n: (folder / n).read_bytes() for n in left(folder)}
+    before = {n: (folder / n).read_bytes() for n in files_below(folder)}
     refused = codex("run", "train", "--folder", folder, home=tmp_path)
     assert refused.returncode == 1 and "already running" in refused.stderr, refused.stderr
 
@@ -306,7 +308,7 @@ def test_run_of_another_process_is_left_to_it(tmp_path, monkeypatch):
     assert run_status(folder) == "running"
     running.lock.release()
     assert run_status(folder) == "interrupted"
-    assert {n: (folder / n).read_bytes() for n in left(folder)} == before
+    assert {n: (folder / n).read_bytes() for n in files_below(folder)} == before
 
 
 def test_hostile_parameters_are_refused_or_taken_literally(tmp_path, monkeypatch):

@@ -1,108 +1,77 @@
-"""A run stopped and continued in a new process ends as one that was not."""
+"""A run that is stopped and resumed in a new process ends as one that was not, bit for bit."""
 
-import json
 import os
-import subprocess
-import sys
-import textwrap
+import signal
 
 import pytest
-
-CODE = textwrap.dedent("""
-    import os, sys
-    from codex_nb.data.corpus import open_corpus
-    from codex_nb.train.engine import Hook
-    from codex_nb.run.recipe import finish, train_model
-    from codex_nb.run.training_inputs import model_for, start_run
-    from codex_nb.run.settings import RunConfig
-    from codex_nb.data.tokenizer_training import train_tokenizer
-    from codex_nb.data.tokens import PackedDataset, build_tokens
-    stop, dtype, arch, hard = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4] == "hard"
-    cfg = RunConfig.from_preset("smoke", steps=20, eval_every=7, save_every=7, keep_last=9, width=32, seq_len=32, batch_size=6, micro_batch=4, dropout=0.1, dtype=dtype, arch=arch, eval_documents=2, background=False,
-        max_new_tokens=8, optimizer="muon" if arch == "llama" else "adamw", lr=5e-3)
-    corpus = open_corpus(cfg.corpus)
-    tokenizer = train_tokenizer(corpus, cfg.tokenizer)
-    rows = PackedDataset(build_tokens(corpus, tokenizer), cfg.model.seq_len)
-    run = start_run("train", cfg)
-    model = model_for(run.cfg, tokenizer)
-    def end(state):
-        if state.step == stop: os._exit(9) if hard else state.stop("asked to")
-    state = train_model(run, corpus, tokenizer, rows, model, hooks=(Hook(end),))
-    if state.step == 20: finish(run)
-""")
+from helpers import PROVE, checkpoint_files, counts, program, read_lines, shared_folder
 
 
-def go(home, folder, stop, dtype, arch, how="soft"):
-    done = subprocess.run(
-        [sys.executable, "-c", CODE, str(stop), dtype, arch, how],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"CODEX_NB_HOME": str(home), "CODEX_NB_RUN": str(folder)},
-    )
+def train_part(home, name, stop, dtype, arch, how="soft"):
+    "Train, up to step `stop` or to the end of 20; what was printed."
+    words = (stop, dtype, arch, how)
+    done = program("train_in_parts.py", *words, home=home, CODEX_NB_RUN=str(home / name))
     assert done.returncode in (0, 9), done.stderr
     return done.stdout
 
 
 def end_of(folder):
-    "Digests of weights and optimizer, and every exact value in the record."
-    last = json.loads((folder / "checkpoints" / "step-00000020" / "manifest.json").read_text())
-    exact = [
-        (r["step"], r["exact"])
-        for l in (folder / "metrics.ndjson").read_text().splitlines()
-        if (r := json.loads(l))["split"] == "train"
-    ]
-    assert [s for s, _ in exact] == list(range(1, 21))
-    return {
-        f: last["files"][f]["sha256"]
-        for f in ("model.safetensors", "optimizer.safetensors", "state.json")
-    }, exact
+    "Digests of weights, optimizer and state, and every exact value in the record."
+    records = [r for r in read_lines(folder / "metrics.ndjson") if r["split"] == "train"]
+    exact = [(r["step"], r["exact"]) for r in records]
+    assert [step for step, _ in exact] == list(range(1, 21))
+    files = checkpoint_files(folder, 20)
+    names = ("model.safetensors", "optimizer.safetensors", "state.json")
+    return {name: files[name] for name in names}, exact
+
+
+@pytest.fixture(scope="session")
+def straight(tmp_path_factory):
+    "What a run that nobody stopped comes to: a function of dtype and architecture."
+
+    def get(dtype, arch):
+        make = lambda home: train_part(home, "run", 0, dtype, arch)  # noqa: E731
+        return end_of(shared_folder(tmp_path_factory, f"straight-{dtype}-{arch}", make) / "run")
+
+    return get
 
 
 @pytest.mark.parametrize(
     "dtype,arch",
-    [("fp32", "gpt2"), ("bf16", "llama")]
-    + ([("bf16", "gpt2"), ("fp32", "llama")] if os.environ.get("PROVE") else []),
+    [("fp32", "gpt2"), ("bf16", "llama")] + [("bf16", "gpt2"), ("fp32", "llama")] * PROVE,
 )
-def test_7_and_13_is_20(tmp_path, dtype, arch):
-    go(tmp_path, tmp_path / "straight", 0, dtype, arch)
-    go(tmp_path, tmp_path / "parts", 7, dtype, arch)
-    said = go(tmp_path, tmp_path / "parts", 0, dtype, arch)
-    assert "going on from step-00000007" in said
-    assert end_of(tmp_path / "parts") == end_of(tmp_path / "straight")
-    weights, exact = end_of(tmp_path / "straight")
-    assert (
-        len({e["loss"] for _, e in exact}) == 20
-    )  # dropout and order make every step's loss its own
+def test_7_steps_and_13_are_20_bitwise(tmp_path, straight, dtype, arch):
+    train_part(tmp_path, "run", 7, dtype, arch)
+    out = train_part(tmp_path, "run", 0, dtype, arch)
+    assert "resuming from step-00000007" in out
+    assert end_of(tmp_path / "run") == straight(dtype, arch)
+    _, exact = straight(dtype, arch)
+    # dropout and order make every step's loss its own
+    assert len({e["loss"] for _, e in exact}) == 20
 
 
-def test_killed_between_checkpoints(tmp_path):
-    go(tmp_path, tmp_path / "straight", 0, "fp32", "llama")
-    go(tmp_path, tmp_path / "parts", 11, "fp32", "llama", "hard")
-    with open(tmp_path / "parts" / "metrics.ndjson", "a") as f:
+def test_resume_is_bitwise_after_kill_between_checkpoints(tmp_path, straight):
+    train_part(tmp_path, "run", 11, "fp32", "llama", "hard")
+    with open(tmp_path / "run" / "metrics.ndjson", "a") as f:
         f.write('{"schema": 1, "st')  # a torn line
-    said = go(tmp_path, tmp_path / "parts", 0, "fp32", "llama")
-    assert "going on from step-00000007" in said and "beyond step 7 were removed" in said
-    assert end_of(tmp_path / "parts") == end_of(tmp_path / "straight")
+    out = train_part(tmp_path, "run", 0, "fp32", "llama")
+    assert "resuming from step-00000007" in out and "after step 7 were removed" in out
+    assert end_of(tmp_path / "run") == straight("fp32", "llama")
 
 
-def test_damaged_checkpoint_is_passed_over_and_named(tmp_path):
-    go(tmp_path, tmp_path / "straight", 0, "fp32", "llama")
-    go(tmp_path, tmp_path / "parts", 15, "fp32", "llama", "hard")
-    f = tmp_path / "parts" / "checkpoints" / "step-00000014" / "optimizer.safetensors"
+def test_damaged_checkpoint_is_named_and_passed_over(tmp_path, straight):
+    train_part(tmp_path, "run", 15, "fp32", "llama", "hard")
+    f = tmp_path / "run" / "checkpoints" / "step-00000014" / "optimizer.safetensors"
     data = bytearray(f.read_bytes())
     data[-5] ^= 4
     f.write_bytes(data)
-    said = go(tmp_path, tmp_path / "parts", 0, "fp32", "llama")
-    assert (
-        "passed over a damaged checkpoint" in said
-        and "step-00000014/optimizer.safetensors" in said
-        and "going on from step-00000007" in said
-    )
+    out = train_part(tmp_path, "run", 0, "fp32", "llama")
+    assert "skipped a damaged checkpoint" in out and "step-00000014/optimizer.safetensors" in out
+    assert "resuming from step-00000007" in out
     # the damaged folder is in the way of the new step 14: it is replaced
-    assert end_of(tmp_path / "parts") == end_of(tmp_path / "straight")
+    assert end_of(tmp_path / "run") == straight("fp32", "llama")
 
 
-PROVE = bool(os.environ.get("PROVE"))
 STEPS, EPOCH_EDGE = 22, 19  # the last step of the first epoch is in the middle of a batch
 CUTS = {
     "after one step": [1],
@@ -116,12 +85,17 @@ CUTS = {
     "three, far apart": [3, 11, 17],
     "in the middle of accumulating": ["12.5"],
 }
-SOME = (
-    "right after an evaluation",
-    "after the epoch's edge",
-    "two in a row",
-    "in the middle of accumulating",
-)
+EVERY = [
+    (cut, kind, dtype) for cut in CUTS for kind in ("full", "lora") for dtype in ("fp32", "bf16")
+]
+SOME = [
+    ("right after an evaluation", "full", "bf16"),
+    ("after the epoch's edge", "full", "fp32"),
+    ("after the epoch's edge", "lora", "bf16"),
+    ("two in a row", "lora", "fp32"),
+    ("in the middle of accumulating", "full", "bf16"),
+    ("in the middle of accumulating", "lora", "fp32"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -140,109 +114,96 @@ def bench(tmp_path_factory):
         tokenizer = train_tokenizer(corpus, cfg.tokenizer)
         rows = PackedDataset(build_tokens(corpus, tokenizer), 64)
         made = dict(corpus=corpus, tokenizer=tokenizer, rows=rows, home=home, straight={})
-        run_once(made, home / "base", dict(steps=3), [])
+        run_in_parts(made, home / "base", dict(steps=3), [])
         yield made
 
 
-def run_once(bench, folder, given, cuts):
-    "Train to the end, in as many parts as there are cuts and one more; what it comes to."
-    import signal
-
-    from codex_nb.core.repro import seed_everything
+def small_config(given):
     from codex_nb.run.settings import RunConfig
+
+    shape = {} if "base" in given else dict(width=16, heads=2, layers=1, arch="gpt2", dropout=0.1)
+    settings = dict(
+        steps=STEPS,
+        batch_size=64,
+        micro_batch=32,
+        eval_every=7,
+        save_every=8,
+        keep_last=99,
+        eval_documents=2,
+        max_new_tokens=4,
+        optimizer="adamw",
+    )
+    return RunConfig.from_preset("smoke", **(shape | settings | given))
+
+
+def signal_at(cut, model):
+    "A hook that sends SIGTERM at step `cut`; 12.5: in the second micro-batch of step 13."
+    from codex_nb.train.engine import Hook
+
+    calls = [0]
+
+    def fire(*_):
+        calls[0] += 1
+        if calls[0] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def hook(state):
+        if isinstance(cut, str) and state.step == int(float(cut)):
+            inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+            inner.base_model.register_forward_pre_hook(fire)
+        elif state.step == cut:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return Hook(hook)
+
+
+def run_in_parts(bench, folder, given, cuts):
+    "Train to the end, in as many parts as there are cuts and one more; what it comes to."
+    from codex_nb.core.repro import seed_everything
     from codex_nb.run.trainer import Trainer
     from codex_nb.run.training_inputs import model_for, start_run
     from codex_nb.train.checkpoint import require_checkpoint
-    from codex_nb.train.engine import Hook
     from codex_nb.train.interrupts import Interrupted
 
     corpus, tokenizer, rows = bench["corpus"], bench["tokenizer"], bench["rows"]
-    shape = {} if "base" in given else dict(width=16, heads=2, layers=1, arch="gpt2", dropout=0.1)
-    cfg = RunConfig.from_preset(
-        "smoke",
-        **shape
-        | dict(
-            steps=STEPS,
-            batch_size=64,
-            micro_batch=32,
-            eval_every=7,
-            save_every=8,
-            keep_last=99,
-            eval_documents=2,
-            max_new_tokens=4,
-            optimizer="adamw",
-        )
-        | given,
-    )
+    cfg = small_config(given)
     for cut in [*cuts, None]:
         seed_everything(1234)  # whatever was drawn before must not matter
         run = start_run("train", cfg, folder, corpus=corpus, tokenizer=tokenizer, tokens=rows.store)
-        model, calls = model_for(run.cfg, tokenizer), [0]
-
-        def arm(state):  # SIGTERM in the second micro-batch of a step
-            if isinstance(cut, str) and state.step == int(float(cut)):
-
-                def fire(*_):
-                    calls[0] += 1
-                    if calls[0] == 2:
-                        os.kill(os.getpid(), signal.SIGTERM)
-
-                inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-                inner.base_model.register_forward_pre_hook(fire)
-            elif state.step == cut:
-                os.kill(os.getpid(), signal.SIGTERM)
-
+        model = model_for(run.cfg, tokenizer)
         try:
-            Trainer(run, corpus, tokenizer, rows, model, (Hook(arm),)).fit()
+            Trainer(run, corpus, tokenizer, rows, model, (signal_at(cut, model),)).fit()
         except Interrupted:
             assert cut is not None
         else:
             assert cut is None
         run.lock.release()
     files = require_checkpoint(folder).manifest.files
-    exact = [
-        (r["split"], r["step"], r["exact"])
-        for l in (folder / "metrics.ndjson").read_text().splitlines()
-        if (r := json.loads(l))["split"] != "save"
-    ]
-    samples = (folder / "samples.ndjson").read_text()
-    return (
-        {n: files[n]["sha256"] for n in files if n.endswith(".safetensors") or n == "state.json"},
-        sorted(exact, key=str),
-        samples,
-    )
+    kept = [n for n in files if n.endswith(".safetensors") or n == "state.json"]
+    records = [r for r in read_lines(folder / "metrics.ndjson") if r["split"] != "save"]
+    exact = sorted([(r["split"], r["step"], r["exact"]) for r in records], key=str)
+    return {n: files[n]["sha256"] for n in kept}, exact, (folder / "samples.ndjson").read_text()
 
 
-@pytest.mark.parametrize("cut", CUTS if PROVE else SOME)
-@pytest.mark.parametrize("kind", ["full", "lora"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_bit_for_bit(cut, kind, dtype, bench, tmp_path, monkeypatch):
+@pytest.mark.parametrize("cut,kind,dtype", counts(SOME, EVERY))
+def test_resume_is_bitwise_wherever_it_was_stopped(cut, kind, dtype, bench, tmp_path, monkeypatch):
     monkeypatch.setenv("CODEX_NB_HOME", str(bench["home"]))
-    given = dict(dtype=dtype, ema=0.9) | (
-        {}
-        if kind == "full"
-        else dict(
-            base=str(sorted((bench["home"] / "base" / "checkpoints").iterdir())[-1]),
-            adapter="lora",
-            rank=2,
-            adapter_dropout=0.1,
-        )
-    )
+    given = dict(dtype=dtype, ema=0.9)
+    if kind == "lora":
+        base = sorted((bench["home"] / "base" / "checkpoints").iterdir())[-1]
+        given |= dict(base=str(base), adapter="lora", rank=2, adapter_dropout=0.1)
     if (kind, dtype) not in bench["straight"]:
-        bench["straight"][kind, dtype] = run_once(bench, tmp_path / "straight", given, [])
-    parts, straight = (
-        run_once(bench, tmp_path / "parts", given, CUTS[cut]),
-        bench["straight"][kind, dtype],
-    )
-    assert parts[0] == straight[0] and parts[1] == straight[1] and parts[2] == straight[2]
-    assert (
-        len({e["loss"] for s, _, e in straight[1] if s == "train"}) == STEPS
-    )  # every step's loss is its own
+        bench["straight"][kind, dtype] = run_in_parts(bench, tmp_path / "straight", given, [])
+    weights, exact, samples = bench["straight"][kind, dtype]
+    parts = run_in_parts(bench, tmp_path / "parts", given, CUTS[cut])
+    assert parts[0] == weights and parts[1] == exact and parts[2] == samples
+    # every step's loss is its own
+    assert len({e["loss"] for split, _, e in exact if split == "train"}) == STEPS
 
 
-def test_bit_for_bit_compiled(bench, tmp_path, monkeypatch):
+@pytest.mark.skipif(not PROVE, reason="two compilations; in `make prove`")
+def test_resume_of_a_compiled_model_is_bitwise(bench, tmp_path, monkeypatch):
     monkeypatch.setenv("CODEX_NB_HOME", str(bench["home"]))
     given = dict(compile="on", dtype="bf16", micro_batch=64, steps=16)
-    assert run_once(bench, tmp_path / "parts", given, [5, 12] if PROVE else [12]) == run_once(
-        bench, tmp_path / "straight", given, []
-    )
+    straight = run_in_parts(bench, tmp_path / "straight", given, [])
+    assert run_in_parts(bench, tmp_path / "parts", given, [5, 12]) == straight
