@@ -13,7 +13,7 @@ from ..data.documents import Document
 from ..data.tokenizer import Tokenizer
 from .generate import GenerateConfig, generate_batch
 from .scoring import score
-from .tasks import continuation
+from .tasks import encode_continuation
 
 # %% ../../nbs/eval/58_lm_eval_adapter.ipynb #8d78e931
 def lm_eval_library():
@@ -54,7 +54,7 @@ def harness_model(
             if not requests:
                 return []
             pairs = [r.args for r in requests]
-            some = [continuation(tokenizer, given, answer) for given, answer in pairs]
+            some = [encode_continuation(tokenizer, given, answer) for given, answer in pairs]
             records = score(
                 model,
                 tokenizer,
