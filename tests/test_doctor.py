@@ -1,55 +1,34 @@
-"""What is missing is missed by name, with the line that installs it: by the doctor, and by every command that needs it."""
+"""What is missing is named, with the line that installs it: by the doctor and by every command."""
 
 import json
-import os
-import subprocess
 
 import pytest
-from test_launch import BIN, ROOT
-
-PROVE = bool(os.environ.get("PROVE"))
-
-
-def blocked(tmp_path, *names):
-    for n in names:
-        (tmp_path / "block" / n).mkdir(parents=True)
-        (tmp_path / "block" / n / "__init__.py").write_text(
-            f'raise ModuleNotFoundError("No module named {n!r}", name={n!r})'
-        )
-    return os.environ | {
-        "PYTHONPATH": str(tmp_path / "block"),
-        "CODEX_NB_HOME": str(tmp_path / "home"),
-        "OMP_NUM_THREADS": "1",
-    }
-
-
-def codex(env, *words, **kw):
-    return subprocess.run(
-        [BIN / "codex-nb", *map(str, words)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=env,
-        **kw,
-    )
-
+from helpers import PROVE, codex, counts
 
 from codex_nb.deploy.doctor import EXTRAS, NEEDED, remedy_for
 
 
+def blocking(folder, *names):
+    "A folder for PYTHONPATH in which packages cannot be imported."
+    for name in names:
+        package = folder / "block" / name
+        package.mkdir(parents=True)
+        error = f'ModuleNotFoundError("No module named {name!r}", name={name!r})'
+        (package / "__init__.py").write_text(f"raise {error}\n")
+    return str(folder / "block")
+
+
 @pytest.mark.parametrize("names", [(n,) for n in EXTRAS] if PROVE else [tuple(EXTRAS)])
-def test_without_what_is_optional(names, tmp_path):
-    done = codex(blocked(tmp_path, *names), "doctor", "--json")
+def test_doctor_is_content_without_the_extras_and_says_how_to_install_them(names, tmp_path):
+    blocked = blocking(tmp_path, *names)
+    done = codex("doctor", "--json", home=tmp_path / "home", PYTHONPATH=blocked)
     found = json.loads(done.stdout)
     assert done.returncode == 0 and found["healthy"], done.stdout + done.stderr
     checks = {c["name"]: c for c in found["checks"]}
     for n in names:
-        assert (
-            not checks[n]["available"]
-            and checks[n]["remedy"] == remedy_for(n)
-            and f"No module named '{n}'" in checks[n]["found"]
-            and f"codex_nb[{EXTRAS[n][0]}]" in remedy_for(n)
-        )
+        assert not checks[n]["available"] and checks[n]["remedy"] == remedy_for(n)
+        assert f"No module named '{n}'" in checks[n]["found"]
+        assert f"codex_nb[{EXTRAS[n][0]}]" in remedy_for(n)
     assert all(c["available"] for n, c in checks.items() if n in NEEDED)
     assert not (tmp_path / "home").exists()
 
@@ -66,19 +45,16 @@ COMMANDS = {
 }
 
 
-def test_without_torch(tmp_path):
-    env = blocked(tmp_path, "torch")
-    done = codex(env, "doctor")
-    assert (
-        done.returncode == 1 and "BAD  torch" in done.stdout and "pip install torch" in done.stdout
-    ), done.stdout + done.stderr
-    assert codex(env, "--help").returncode == 0 and codex(env, "runs").returncode == 0
-    for name, words in COMMANDS.items() if PROVE else list(COMMANDS.items())[::3]:
-        done = codex(env, *(tmp_path / "RUN" if w == "RUN" else w for w in words))
-        assert (
-            done.returncode == 1
-            and "torch is not installed" in done.stderr
-            and "pip install torch" in done.stderr
-            and "Traceback" not in done.stderr
-        ), (name, done.stderr[-1500:])
+def test_commands_without_torch_say_how_to_install_it(tmp_path):
+    where = dict(home=tmp_path / "home", PYTHONPATH=blocking(tmp_path, "torch"))
+    done = codex("doctor", **where)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "BAD  torch" in done.stdout and "pip install torch" in done.stdout
+    assert codex("--help", **where).returncode == 0 and codex("runs", **where).returncode == 0
+    for name in counts(list(COMMANDS)[::3], list(COMMANDS)):
+        words = [tmp_path / "RUN" if w == "RUN" else w for w in COMMANDS[name]]
+        done = codex(*words, **where)
+        assert done.returncode == 1 and "Traceback" not in done.stderr, (name, done.stderr)
+        assert "torch is not installed" in done.stderr, (name, done.stderr)
+        assert "pip install torch" in done.stderr, name
     assert not (tmp_path / "home" / "runs").exists()
