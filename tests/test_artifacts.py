@@ -45,7 +45,7 @@ def kill_after(program, folder, seconds):
 
 def test_kill_while_replacing_leaves_the_old_artifact_or_the_new(tmp_path):
     rng, seen, seconds = random.Random(0), set(), publish_seconds(tmp_path / "probe")
-    for _ in range(counts(20, 200)):
+    for _ in range(counts(10, 200)):
         kill_after("publish_for_ever.py", tmp_path / "a", rng.random() * 3 * seconds)
         a = open_artifact(tmp_path / "a", "numbers")  # raises if anything in it is damaged
         n = a.manifest.config["n"]

@@ -1,4 +1,7 @@
-"""Twenty kinds of secrets planted in every place a run writes to: none is left on the disk or on the terminal. And what comes from strangers is read, not executed."""
+"""Secrets planted in every place a run writes to are gone from disk and terminal.
+
+And what comes from strangers is read, never executed.
+"""
 
 import contextlib
 import gzip
@@ -14,11 +17,11 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
+from helpers import ROOT, codex, flags, program
 from safetensors.torch import save_file
-from test_launch import ROOT, SMALL, run
 
 from codex_nb.core.artifacts import ArtifactError
-from codex_nb.core.config import ConfigError, environment_with
+from codex_nb.core.config import ConfigError
 from codex_nb.data.corpus import CorpusConfig, open_corpus
 from codex_nb.data.documents import ReadError
 from codex_nb.experiments.launch import check_parameters
@@ -32,9 +35,16 @@ HORSE = "correct-horse-battery"
 WORD = "Zk8Qv3Xn7Rt2Wb5Yd9Lc4Mf6Hg1Jp0Ts"
 
 
-def planted(
-    i,
-):  # kind -> a text that holds it, and the part that may not survive; put together here, so that this file holds none
+# a run as small as it can be
+SMALL = dict(steps=3, width=32, seq_len=32, batch_size=2, eval_documents=1)
+SMALL |= dict(max_documents=4, max_new_tokens=4, resamples=100)
+
+
+def planted(i):
+    """Kind -> a text that holds a secret, and the part that may not survive.
+
+    They are put together here, so that this file holds none.
+    """
     w = f"{i:02}{WORD}{WORD}"
     return {
         "github": ("gh" + "p_" + w[:36],) * 2,
@@ -78,74 +88,55 @@ def everything(folder):
     )
 
 
-def test_there_are_twenty():
+def test_twenty_kinds_are_planted():
     assert (
         len(KINDS) == 20 and sum(len(left_over(text, 0)) for text, _ in planted(0).values()) >= 20
     )
 
 
-def test_source_output_traceback_metadata_and_log(tmp_path):
-    "A notebook with all of them in its cells, its outputs, its metadata and in the error it ends with."
+def test_no_secret_of_a_notebook_is_left_in_its_run_or_on_the_terminal(tmp_path):
+    "They are in its cells, outputs and metadata, and in the error that it ends with."
     nb = nbformat.read(ROOT / "nbs" / "train.ipynb", 4)
     said = "\n".join(t for t, _ in planted(1).values())
-    nb.cells.append(
-        nbformat.v4.new_code_cell(
-            f"secrets = {[t for t, _ in planted(2).values()]!r}\nfor s in secrets: print(s)\nsecrets[-1]"
-        )
-    )
+    source = f"secrets = {[t for t, _ in planted(2).values()]!r}"
+    source += "\nfor s in secrets: print(s)\nsecrets[-1]"
+    nb.cells.append(nbformat.v4.new_code_cell(source))
     nb.cells.append(nbformat.v4.new_markdown_cell(said))
     nb.cells.append(nbformat.v4.new_code_cell("raise RuntimeError('\\n'.join(secrets))"))
     nb.metadata["notes"] = [t for t, _ in planted(3).values()]
     nb.cells[-1].metadata["notes"] = {"nested": [t for t, _ in planted(3).values()]}
     nb.cells[-2].source += "\n" + "\n".join(t for t, _ in planted(4).values())
-    cells = [
-        c for c in nb.cells if "finish(run)" not in c.source
-    ]  # so that the run still goes on when the error comes
-    nb.cells = cells
+    # the run still goes on when the error comes
+    nb.cells = [c for c in nb.cells if "finish(run)" not in c.source]
     (tmp_path / "mine").mkdir()
     nbformat.write(nb, tmp_path / "mine" / "train.ipynb")
-    done = run(
-        "codex-nb",
-        "run",
-        str(tmp_path / "mine" / "train.ipynb"),
-        *SMALL,
-        "--folder",
-        str(tmp_path / "runs" / "r"),
-        home=tmp_path,
-        **{"PLANTED_PASSWORD": HORSE},
-    )
-    assert (
-        done.returncode == 1
-        and json.loads((tmp_path / "runs" / "r" / "manifest.json").read_text())["meta"]["status"]
-        == "failed"
-    ), done.stderr
+    folder, words = tmp_path / "runs" / "r", ["run", tmp_path / "mine" / "train.ipynb"]
+    words += [*flags(SMALL), "--folder", folder]
+    done = codex(*words, home=tmp_path, PLANTED_PASSWORD=HORSE)
+    assert done.returncode == 1, done.stderr
+    assert json.loads((folder / "manifest.json").read_text())["meta"]["status"] == "failed"
     kept = everything(tmp_path / "runs")
     assert kept.count("[redacted ") > 100 and "RuntimeError" in kept  # they were there
     for i in (1, 2, 3, 4):
         assert not left_over(kept, i), i
-    for i in (1, 2, 3, 4):
-        assert not left_over(done.stdout + done.stderr, i), (
-            i
-        )  # what was echoed while it ran, and the error
+    for i in (1, 2, 3, 4):  # what was echoed while it ran, and the error
+        assert not left_over(done.stdout + done.stderr, i), i
 
 
-def test_parameters_are_refused(tmp_path, monkeypatch):
+def test_secrets_as_parameters_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("PLANTED_PASSWORD", HORSE)
     for kind, (text, secret) in planted(5).items():
         with pytest.raises(ConfigError) as e:
             check_parameters(RunConfig, {"data": text})
         assert "environment variable" in str(e.value) and secret not in str(e.value), kind
     text, secret = planted(6)["github"]
-    done = run("codex-nb", "run", "train", "-p", "data", text, home=tmp_path)
-    assert (
-        done.returncode == 1
-        and secret not in done.stdout + done.stderr
-        and list(tmp_path.iterdir()) == []
-    )
+    done = codex("run", "train", "-p", "data", text, home=tmp_path)
+    assert done.returncode == 1 and secret not in done.stdout + done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["mlflow", "tensorboard", "wandb", "csv"])
-def test_sinks(name, tmp_path, monkeypatch):
+def test_no_secret_reaches_a_sink(name, tmp_path, monkeypatch):
     monkeypatch.setenv("PLANTED_PASSWORD", HORSE)
     monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -153,9 +144,8 @@ def test_sinks(name, tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     w = MetricsWriter(folder / "metrics.ndjson")
     for i, (text, _) in enumerate(planted(7).values()):
-        w.write(
-            i, {"loss": 1.0} | ({text: 2.0} if name != "mlflow" else {})
-        )  # MLflow has rules for the names of metrics
+        # MLflow has rules for the names of metrics
+        w.write(i, {"loss": 1.0} | ({text: 2.0} if name != "mlflow" else {}))
         write_sample(folder / "samples.ndjson", i, text)
     w.close()
     sinks = Sinks(
@@ -193,29 +183,6 @@ class Evil:
         return Path.write_text, (Path(self.where), MARK)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    "A small model that is in order, with its tokenizer."
-    from codex_nb.data.tokenizer_training import TokenizerConfig, train_tokenizer
-    from codex_nb.model.causal_lm import ModelConfig, build_model, no_bars
-
-    d = tmp_path_factory.mktemp("model")
-    with environment_with(CODEX_NB_HOME=str(d / "home")):
-        tokenizer = train_tokenizer(
-            open_corpus(CorpusConfig(data="sample")), TokenizerConfig(vocab_size=400)
-        )
-    with no_bars():
-        build_model(
-            ModelConfig(width=32, layers=1, heads=2, seq_len=32),
-            tokenizer.vocab_size,
-            tokenizer.eot,
-            0,
-        ).save_pretrained(d / "m")
-    for n in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(tokenizer.path / n, d / "m" / n)
-    return d / "m"
-
-
 def pickled(f, mark):
     (f / "model.safetensors").unlink()
     (f / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(mark)))
@@ -237,7 +204,11 @@ def beside(f, mark):
 
 def auto_map(f, mark):
     (f / "modeling_evil.py").write_text(
-        f"from pathlib import Path\nPath({str(mark)!r}).write_text({MARK!r})\nfrom transformers import LlamaConfig, LlamaForCausalLM\nclass C(LlamaConfig): pass\nclass M(LlamaForCausalLM): pass\n"
+        f"from pathlib import Path\n"
+        f"Path({str(mark)!r}).write_text({MARK!r})\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class C(LlamaConfig): pass\n"
+        "class M(LlamaForCausalLM): pass\n"
     )
     config = json.loads((f / "config.json").read_text())
     (f / "config.json").write_text(
@@ -293,12 +264,11 @@ def index_outside(f, mark):
 
 
 def template(f, mark):
+    subclasses = "().__class__.__base__.__subclasses__()"
+    opened = f"x.__init__.__globals__['__builtins__']['open']('{mark}', 'w')"
     (f / "chat_template.jinja").write_text(
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}{% for x in ().__class__.__base__.__subclasses__() %}{{ x.__init__.__globals__['__builtins__']['open']('"
-        + str(mark)
-        + "', 'w').write('"
-        + MARK
-        + "') }}{% endfor %}"
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+        f"{{% for x in {subclasses} %}}{{{{ {opened}.write('{MARK}') }}}}{{% endfor %}}"
     )
 
 
@@ -324,10 +294,10 @@ def link_outside(f, mark):
     ],
     ids=lambda m: m.__name__,
 )
-def test_models_of_strangers(make, model, tmp_path, monkeypatch, capsys):
-    "Opened, imported, verified and used as a base: nothing of it is executed, and nothing outside its folder is read or written."
+def test_model_of_a_stranger_executes_nothing(make, small_model, tmp_path, monkeypatch, capsys):
+    "Opened, imported, verified, used; and nothing outside its folder is read or written."
     mark, folder = tmp_path / "mark", tmp_path / "in" / "m"
-    shutil.copytree(model, folder)
+    shutil.copytree(small_model, folder)
     make(folder, mark)
     monkeypatch.setenv("CODEX_NB_MODELS", str(tmp_path / "models"))
     for what in (
@@ -349,19 +319,19 @@ def test_models_of_strangers(make, model, tmp_path, monkeypatch, capsys):
     assert "root:x" not in said
 
 
-def test_a_checkpoint_with_pickles(tmp_path, model):
-    "Files that other tools would open by themselves: a sharded checkpoint's metadata, an optimizer as pickle."
+def test_pickles_in_a_checkpoint_are_not_opened(tmp_path, small_model):
+    "Files that other tools would open: a sharded checkpoint's metadata, an optimizer."
     from codex_nb.core.artifacts import seal
 
     mark, folder = tmp_path / "mark", tmp_path / "step-00000001"
-    shutil.copytree(model, folder)
+    shutil.copytree(small_model, folder)
     for n in (".metadata", "optimizer.pt", "__0_0.distcp", "rng.pkl"):
         (folder / n).write_bytes(pickle.dumps(Evil(mark)))
     (folder / "state.json").write_bytes(pickle.dumps(Evil(mark)))
     from codex_nb.train.checkpoint import ResumeMetadata, load_checkpoint
     from codex_nb.train.optim import OptimConfig, make_optimizer
 
-    m = load_model(model).train()
+    m = load_model(small_model).train()
     for sealed in (False, True):
         if sealed:
             seal(folder, "checkpoint", {}, {}, {})
@@ -409,26 +379,24 @@ def test_archives_are_not_unpacked(name, tmp_path, monkeypatch):
     )
 
 
-def test_a_bomb_does_not_fill_the_memory(tmp_path):
-    "A gigabyte of one letter in a megabyte, in a single line: refused by the length of a line, in little memory."
+def test_decompression_bomb_does_not_fill_the_memory(tmp_path):
+    "A gigabyte of one letter in a megabyte, in one line: refused by its length, in little memory."
     with gzip.open(tmp_path / "bomb.jsonl.gz", "wb", compresslevel=9) as f:
         f.write(b'{"text": "')
         for _ in range(1024):
             f.write(b"a" * (1 << 20))
         f.write(b'"}\n')
-    code = "import resource, sys\nfrom codex_nb.data.readers import read_path\nfrom codex_nb.data.documents import ReadError\nbefore = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\ntry: print(sum(1 for _ in read_path(sys.argv[1])))\nexcept ReadError as e: print(str(e)[-60:])\nprint((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-before)//1024)"
-    done = run("python", "-c", code, str(tmp_path / "bomb.jsonl.gz"), home=tmp_path)
+    done = program("read_bomb.py", tmp_path / "bomb.jsonl.gz", home=tmp_path, fresh=True)
     said, grown = done.stdout.strip().splitlines()
     assert "longer than" in said or "MiB" in said, done.stdout + done.stderr
     assert int(grown) < 200, grown
 
 
-def test_a_run_folder_of_a_stranger(tmp_path, monkeypatch, capsys):
-    "A run whose notebook is a program, whose names point outside and whose records are no records: read by every command that reads runs, executed by none."
+def test_run_folder_of_a_stranger_executes_nothing(tmp_path, monkeypatch, capsys):
+    "Its notebook is a program, its names point outside, its records are none."
     mark, folder = tmp_path / "mark", tmp_path / "runs" / "theirs"
-    done = run(
-        "codex-nb", "run", "train", *SMALL, "--folder", str(folder), "--quiet", home=tmp_path
-    )
+    words = ["run", "train", *flags(SMALL), "--folder", folder, "--quiet"]
+    done = codex(*words, home=tmp_path)
     assert done.returncode == 0, done.stderr
     nb = nbformat.read(folder / "train.ipynb", 4)
     nb.cells.insert(
@@ -462,8 +430,6 @@ def test_a_run_folder_of_a_stranger(tmp_path, monkeypatch, capsys):
         said = command(monkeypatch, capsys, *words)
         assert "Traceback" not in said and not mark.exists(), (words, said)
     assert "L0 does not hold" in command(monkeypatch, capsys, "verify", "theirs")
-    assert (
-        "<script>"
-        not in ((tmp_path / "page.html").read_text() if (tmp_path / "page.html").exists() else "")
-        and (tmp_path / "outside.txt").read_text() == "x"
-    )
+    page = tmp_path / "page.html"
+    assert not page.exists() or "<script>" not in page.read_text()
+    assert (tmp_path / "outside.txt").read_text() == "x"
