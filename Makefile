@@ -56,5 +56,5 @@ release: $(STAMP) ## bump to VERSION, check, build, commit and tag
 	$(BIN)/python tools/release.py $(VERSION)
 
 clean: ## remove .venv, caches and built files; runs/ and store/ stay
-	rm -rf .venv _docs _proc build dist *.egg-info .pytest_cache .hypothesis .ci-logs .coverage .coverage.*
+	rm -rf .venv _docs _proc build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .ci-logs .coverage .coverage.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

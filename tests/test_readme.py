@@ -1,6 +1,8 @@
-"""The commands of the README do what it says: those that execute a notebook at full counts, the others always."""
+"""The commands of the README do what it says.
 
-import os
+Those that execute a notebook are run in `make prove`, the others always.
+"""
+
 import re
 import shlex
 import shutil
@@ -9,18 +11,20 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from test_launch import BIN, ROOT
+from helpers import BIN, NBS, PROVE, ROOT, codex, environment, shared_folder
 
-PROVE = bool(os.environ.get("PROVE"))
 TEXT = (ROOT / "README.md").read_text()
-COMMANDS = list(
-    dict.fromkeys(
-        c
-        for block in re.findall(r"```sh\n(.*?)```", TEXT, re.S)
-        for l in block.splitlines()
-        if (c := l.split("#")[0].strip())
-    )
-)
+
+
+def commands_of(text):
+    "The commands in a text's blocks of shell, each once, without comments."
+    lines = [
+        line for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.split("\n")
+    ]
+    return list(dict.fromkeys(c for line in lines if (c := line.split("#")[0].strip())))
+
+
+COMMANDS = commands_of(TEXT)
 ELSEWHERE = {  # what is executed by other tests, and why not here
     "make": "the gate itself",
     "torchrun": "two hosts: tests/test_distributed.py",
@@ -44,37 +48,27 @@ EXECUTES = (
     "codex-nb preflight",
     "codex-nb doctor",
 )
+NAMES = {"RUN": "first", "OTHER": "second", "FOLDER": "somewhere/llama", "NAME": "llama"}
 
 
-def test_all_are_looked_at():
-    assert len(COMMANDS) > 35 and all(
-        any(c.startswith(w) for c in COMMANDS) for w in (*ELSEWHERE, *EXECUTES)
-    )
+def test_every_command_is_executed_somewhere():
+    assert len(COMMANDS) > 35
+    for start in (*ELSEWHERE, *EXECUTES):
+        assert any(c.startswith(start) for c in COMMANDS), start
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def make_place(home):
     "A folder in which the README's names mean something."
-    home = tmp_path_factory.mktemp("readme")
     from codex_nb.run.judging import train_and_judge
     from codex_nb.run.settings import RunConfig
 
+    settings = dict(heads=2, steps=12, seq_len=64, max_documents=20, resamples=100)
+    settings |= dict(max_new_tokens=8)
     with pytest.MonkeyPatch.context() as m:
         m.setenv("CODEX_NB_HOME", str(home))
         for name, width in (("first", 32), ("second", 16)):
-            run = train_and_judge(
-                RunConfig.from_preset(
-                    "smoke",
-                    width=width,
-                    heads=2,
-                    steps=12,
-                    seq_len=64,
-                    max_documents=20,
-                    resamples=100,
-                    max_new_tokens=8,
-                ),
-                home / "runs" / name,
-            )
+            cfg = RunConfig.from_preset("smoke", width=width, **settings)
+            run = train_and_judge(cfg, home / "runs" / name)
     for name in ("asyncio", "email", "json", "logging", "unittest"):
         shutil.copytree(
             Path(sysconfig.get_path("stdlib")) / name,
@@ -82,64 +76,55 @@ def place(tmp_path_factory):
             ignore=shutil.ignore_patterns("__pycache__"),
         )
     shutil.copyfile(ROOT / "data" / "chat.jsonl", home / "talks.jsonl")
-    shutil.copytree(
-        ROOT / "nbs", home / "nbs", ignore=shutil.ignore_patterns("tutorials", "[0-9]*")
-    )
+    (home / "nbs").mkdir()
+    for p in NBS.glob("*.ipynb"):
+        shutil.copyfile(p, home / "nbs" / p.name)
     shutil.copytree(
         max((run.folder / "checkpoints").glob("step-*")),
         home / "somewhere" / "llama",
         ignore=shutil.ignore_patterns("manifest.json", "optimizer.safetensors", "state.json"),
     )
     (home / "policy.yaml").write_text(re.search(r"```yaml\n(schema.*?)```", TEXT, re.S)[1])
-    return home
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        c
-        for c in COMMANDS
-        if not c.startswith(tuple(ELSEWHERE)) and (PROVE or not c.startswith(EXECUTES))
-    ],
-)
-def test_command(command, place):
-    words = command
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    made = shared_folder(tmp_path_factory, "readme", make_place)
+    return shutil.copytree(made, tmp_path_factory.mktemp("place") / "home")
+
+
+def with_names_of(place, command):
+    "The words of a command, smaller and with names that mean something here."
     for a, b in SMALLER.items():
-        words = words.replace(a, b)
-    for name, real in (
-        ("RUN", "first"),
-        ("OTHER", "second"),
-        ("FOLDER", "somewhere/llama"),
-        ("NAME", "llama"),
-    ):
-        words = re.sub(rf"\b{name}\b", real, words)
-    if (
-        "models import" not in command
-        and "llama" in words
-        and not (place / "models" / "llama").exists()
-    ):  # in any order
-        subprocess.run(
-            [BIN / "codex-nb", "models", "import", "somewhere/llama"],
-            cwd=place,
-            check=True,
-            capture_output=True,
-            env=os.environ | {"CODEX_NB_HOME": str(place)},
-        )
+        command = command.replace(a, b)
+    for name, real in NAMES.items():
+        command = re.sub(rf"\b{name}\b", real, command)
+    return shlex.split(command)
+
+
+def here(command):
+    return not command.startswith(tuple(ELSEWHERE)) and (PROVE or not command.startswith(EXECUTES))
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if here(c)])
+def test_command_of_the_readme_succeeds(command, place):
+    words = with_names_of(place, command)
+    where = dict(home=place, cwd=place)
+    imported = place / "models" / "llama"
     if "models import" in command:
         shutil.rmtree(place / "models", ignore_errors=True)
-    (shutil.rmtree if (place / "runs" / "big").exists() else lambda p: None)(place / "runs" / "big")
-    env = os.environ | {
-        "CODEX_NB_HOME": str(place),
-        "PATH": f"{BIN}:{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        shlex.split(words),
-        cwd=place,
-        env=env,
-        capture_output=True,
-        text=True,
-        input="One day\n",
-        timeout=300,
-    )
+    elif "llama" in words and not imported.exists():  # in any order
+        codex("models", "import", "somewhere/llama", **where)
+    shutil.rmtree(place / "runs" / "big", ignore_errors=True)
+    if words[0] == "codex-nb":
+        done = codex(*words[1:], input="One day\n", **where)
+    else:
+        done = subprocess.run(
+            words,
+            cwd=place,
+            env=environment(place, PATH=f"{BIN}:{environment(place)['PATH']}"),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]

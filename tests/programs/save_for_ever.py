@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from small_checkpoint import make, metadata
 
-from codex_nb.train.async_checkpoint import Saver
+from codex_nb.train.async_checkpoint import AsyncCheckpointer
 from codex_nb.train.checkpoint import checkpoints, snapshot
 from codex_nb.train.retention import CheckpointConfig, prune
 
@@ -25,7 +25,7 @@ def acknowledge(artifact):
 
 
 def train():
-    saver = Saver(after=acknowledge)
+    saver = AsyncCheckpointer(after=acknowledge)
     step = max([int(p.name[5:]) for p in checkpoints(folder)], default=0)
     while True:
         step += 1
