@@ -3,16 +3,13 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import LIB, PROVE, counts, program
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-import codex_nb
 import codex_nb.data.readers as readers
 from codex_nb.core.safety import RULES, find_secrets
 from codex_nb.data.batches import permute, sample_order
@@ -21,9 +18,8 @@ from codex_nb.data.documents import Document
 from codex_nb.data.readers import read_path
 from codex_nb.data.tokenizer_training import TokenizerConfig, train_tokenizer
 
-EXAMPLES = 2000 if os.environ.get("PROVE") else 150
 many = settings(
-    max_examples=EXAMPLES,
+    max_examples=counts(150, 2000),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
@@ -56,16 +52,15 @@ hard = st.one_of(
 
 @pytest.fixture(scope="module", params=["bpe", "sp-unigram", "sp-bpe", "bytes", "chars"])
 def tokenizer(request, tmp_path_factory):
-    os.environ["CODEX_NB_HOME"] = str(tmp_path_factory.mktemp("home"))
-    return train_tokenizer(
-        open_corpus(CorpusConfig(data="sample")),
-        TokenizerConfig(tokenizer=request.param, vocab_size=400),
-    )
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("CODEX_NB_HOME", str(tmp_path_factory.mktemp("home")))
+        cfg = TokenizerConfig(tokenizer=request.param, vocab_size=400)
+        yield train_tokenizer(open_corpus(CorpusConfig(data="sample")), cfg)
 
 
 @many
 @given(hard)
-def test_round_trip(tokenizer, text):
+def test_tokenizers_give_every_text_back(tokenizer, text):
     ids = tokenizer.encode(text)
     assert (
         tokenizer.decode(ids) == text
@@ -73,35 +68,30 @@ def test_round_trip(tokenizer, text):
     )
 
 
-def test_a_megabyte_of_one_character(tokenizer):
+def test_megabyte_of_one_character_is_encoded(tokenizer):
     for c in " ax☂":
         assert tokenizer.decode(tokenizer.encode(c * (1 << 20))) == c * (1 << 20)
 
 
 @pytest.mark.parametrize("kind", ["bpe", "sp-unigram", "sp-bpe", "chars"])
-def test_the_same_tokenizer_in_another_process(kind, tmp_path):
-    code = f"from codex_nb.data.corpus import *; from codex_nb.data.tokenizer_training import *; print(train_tokenizer(open_corpus(CorpusConfig(data='sample')), TokenizerConfig(tokenizer={kind!r}, vocab_size=450)).digest)"
+def test_tokenizer_is_the_same_in_another_process(kind, tmp_path):
     digests = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            capture_output=True,
-            text=True,
-            check=True,
-            env=os.environ
-            | {
-                "CODEX_NB_HOME": str(tmp_path / str(i)),
-                "RAYON_NUM_THREADS": str(i),
-                "PYTHONHASHSEED": str(i),
-            },
+        program(
+            "train_a_tokenizer.py",
+            kind,
+            home=tmp_path / str(i),
+            RAYON_NUM_THREADS=str(i),
+            PYTHONHASHSEED=str(i),
+            fresh=PROVE or i < 3,  # the third is forked: another beginning, too
         ).stdout
         for i in (1, 2, 3)
     }
-    assert len(digests) == 1
+    assert len(digests) == 1 and digests != {""}
 
 
 @many
 @given(st.integers(1, 10**12), st.integers(0, 2**62), st.data())
-def test_permutation_stays_inside_and_is_injective(n, key, data):
+def test_permutation_stays_inside_and_repeats_nothing(n, key, data):
     index = np.array(sorted(data.draw(st.sets(st.integers(0, n - 1), max_size=40))), np.int64)
     out = permute(index, n, key)
     assert len(set(out.tolist())) == len(index) and ((out >= 0) & (out < n)).all()
@@ -170,24 +160,12 @@ def test_pieces_of_a_long_text_file_join_to_it(tmp_path_factory, text, limit):
         ]
 
 
-def test_reading_streams(tmp_path):
+def test_reading_holds_no_more_than_a_few_lines(tmp_path):
     with open(tmp_path / "big.jsonl", "w") as f:
         for i in range(60_000):
             f.write(json.dumps({"text": f"{i} " + "word " * 200}) + "\n")  # 60 MB
-    code = (
-        "import sys; from memory import peak; from codex_nb.data.readers import read_jsonl; base = peak()\n"
-        "n = sum(1 for _ in read_jsonl(sys.argv[1])); print(n, peak()-base)"
-    )
-    n, grown = map(
-        int,
-        subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path / "big.jsonl")],
-            capture_output=True,
-            text=True,
-            check=True,
-            cwd=Path(__file__).parent,
-        ).stdout.split(),
-    )
+    done = program("memory_of_reading.py", tmp_path / "big.jsonl", home=tmp_path, fresh=True)
+    n, grown = map(int, done.stdout.split())
     assert n == 60_000 and grown < 20  # MiB
 
 
@@ -214,34 +192,18 @@ def test_store_key_follows_content_not_dates(tmp_path, monkeypatch):
 
 
 def test_changed_code_makes_a_new_store(tmp_path):
-    package = Path(
-        shutil.copytree(
-            Path(codex_nb.__file__).parent, tmp_path / "other" / "codex_nb", symlinks=False
-        )
-    )
-    code = (
-        "from codex_nb.data.corpus import *; from codex_nb.data.tokenizer_training import *; from codex_nb.data.tokens import *; c = open_corpus(CorpusConfig(data='sample'))\n"
-        "s = build_tokens(c, train_tokenizer(c, TokenizerConfig(tokenizer='bytes'))); print(s.artifact.path.name, s.digest, codex_nb.__file__)"
-    )
+    package = shutil.copytree(LIB, tmp_path / "other" / "codex_nb")
 
     def made():
-        return subprocess.run(
-            [sys.executable, "-c", "import codex_nb; " + code],
-            capture_output=True,
-            text=True,
-            check=True,
-            cwd=package.parent,
-            env=os.environ
-            | {"CODEX_NB_HOME": str(tmp_path / "home"), "PYTHONPATH": str(package.parent)},
-        ).stdout.split()
+        where = dict(home=tmp_path / "home", cwd=package.parent, PYTHONPATH=str(package.parent))
+        return program("build_tokens.py", **where).stdout.split()
 
     first = made()
     assert first[2].startswith(str(package))
-    os.utime(package / "data" / "tokens.py", (1, 1))
+    tokens = package / "data" / "tokens.py"
+    os.utime(tokens, (1, 1))
     assert made() == first
-    (package / "data" / "tokens.py").write_text(
-        (package / "data" / "tokens.py").read_text() + "# one line more\n"
-    )
+    tokens.write_text(tokens.read_text() + "# one line more\n")
     again = made()
     assert again[0] != first[0] and again[1] == first[1]  # made anew, and its content is the same
 
@@ -273,7 +235,7 @@ def test_another_version_of_a_package_makes_a_new_artifact(tmp_path, monkeypatch
 @pytest.mark.parametrize("rule", RULES, ids=[r.kind for r in RULES])
 def test_no_secret_is_without_its_hint(rule):
     @settings(
-        max_examples=1000 if os.environ.get("PROVE") else 60,
+        max_examples=counts(60, 1000),
         deadline=None,
         suppress_health_check=[*HealthCheck],
     )

@@ -8,11 +8,11 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import PROVE, counts, program
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -29,14 +29,14 @@ from codex_nb.data.tokens import PackedDataset, best_fit, build_tokens
 from codex_nb.eval.statistics import bootstrap_ratio
 from codex_nb.model.causal_lm import ModelConfig, build_model, logits_of
 
-PROVE = bool(os.environ.get("PROVE"))
 KINDS = ["bpe", "sp-unigram", "sp-bpe", "bytes", "chars"]
 
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory):
-    os.environ["CODEX_NB_HOME"] = str(tmp_path_factory.mktemp("home"))
-    return open_corpus(CorpusConfig(data="sample"))
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("CODEX_NB_HOME", str(tmp_path_factory.mktemp("home")))
+        yield open_corpus(CorpusConfig(data="sample"))
 
 
 def files(folder):
@@ -45,7 +45,7 @@ def files(folder):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("limit", [100_000, 1 << 26])
-def test_streaming_and_dry_run(sample, kind, limit):
+def test_streamed_training_makes_the_same_tokenizer_and_a_dry_run_makes_none(sample, kind, limit):
     cfg = TokenizerConfig(tokenizer=kind, vocab_size=390, max_train_bytes=limit)
     before = {a["digest"] for a in stored_artifacts()}
     plans = [train_tokenizer(sample, cfg, streaming=s, dry_run=True) for s in (True, False)]
@@ -64,7 +64,7 @@ def test_streaming_and_dry_run(sample, kind, limit):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_both_forms_agree_on_every_character(sample, kind):
+def test_fast_and_plain_encoding_agree_on_every_character(sample, kind):
     tok = train_tokenizer(sample, TokenizerConfig(tokenizer=kind, vocab_size=390))
     points = [c for c in range(0x110000) if not 0xD800 <= c < 0xE000]
     if not PROVE:
@@ -195,7 +195,7 @@ def test_nothing_to_learn_from_is_refused(tmp_path, monkeypatch):
     st.lists(st.tuples(st.text(min_size=1, max_size=8), st.integers(0, 6)), min_size=1),
     st.text(max_size=5),
 )
-def test_a_group_stays_together(docs, salt):
+def test_group_stays_in_one_split(docs, salt):
     cfg = CorpusConfig(data="x", salt=salt, validation_fraction=0.3, test_fraction=0.3)
     side = {}
     for text, g in docs:
@@ -204,7 +204,7 @@ def test_a_group_stays_together(docs, salt):
         )
 
 
-def test_the_order_is_the_same_for_any_world(tales):
+def test_order_of_samples_does_not_depend_on_the_number_of_processes(tales):
     rows = PackedDataset(
         build_tokens(tales, train_tokenizer(tales, TokenizerConfig(vocab_size=300))), 16
     )
@@ -229,12 +229,12 @@ def below(records, bits):  # bits per symbol above the source, with its interval
     return bootstrap_ratio(top, np.array([float(r.bytes) for r in records]))
 
 
-def test_no_model_beats_the_source(tmp_path, monkeypatch):
+def test_trained_model_reaches_but_does_not_beat_the_entropy_of_its_source(tmp_path, monkeypatch):
     monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
     from codex_nb.eval.scoring import score
     from codex_nb.run.recipe import train_model
-    from codex_nb.run.training_inputs import start_run
     from codex_nb.run.settings import RunConfig
+    from codex_nb.run.training_inputs import start_run
 
     cfg = RunConfig.from_preset(
         "smoke",
@@ -260,11 +260,11 @@ def test_no_model_beats_the_source(tmp_path, monkeypatch):
     )
 
 
-def test_upkeep_takes_nothing_from_a_run_that_can_go_on(tmp_path, monkeypatch):
+def test_store_upkeep_spares_what_an_unfinished_run_needs(tmp_path, monkeypatch):
     monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
-    from codex_nb.run.training_inputs import start_run
     from codex_nb.run.run_folder import in_use
     from codex_nb.run.settings import RunConfig
+    from codex_nb.run.training_inputs import start_run
 
     cfg = RunConfig.from_preset("smoke")
     corpora = [open_corpus(CorpusConfig(data="sample", salt=s)) for s in "abc"]
@@ -284,26 +284,7 @@ def test_upkeep_takes_nothing_from_a_run_that_can_go_on(tmp_path, monkeypatch):
     assert in_use() == set()
 
 
-MEMORY = """
-import sys
-from memory import peak
-from codex_nb.data.corpus import CorpusConfig, open_corpus
-from codex_nb.data.tokenizer_training import TokenizerConfig, train_tokenizer
-from codex_nb.data.tokens import build_tokens
-import pyarrow, pyarrow.parquet, pyarrow.ipc, tiktoken
-base = peak()
-if sys.argv[2] == "check":
-    from codex_nb.data.data_report import check_data
-    c = check_data(CorpusConfig(data=sys.argv[1]), near_limit=20_000)
-    sys.exit(print(c["documents"], 0, round(peak()-base)))
-c = open_corpus(CorpusConfig(data=sys.argv[1]))
-read = peak()-base
-if sys.argv[2] == "tokens": build_tokens(c, train_tokenizer(c, TokenizerConfig(vocab_size=2048, max_train_bytes=2_000_000)))
-print(len(c), round(read), round(peak()-base))
-"""
-
-
-def heap(folder, kind, megabytes):
+def many_documents(folder, kind, megabytes):
     block = " ".join(str(random.Random(1).random()) for _ in range(50))
     rows = ({"text": f"{i} {block}"} for i in range(megabytes * 1_000_000 // (len(block) + 8)))
     path = folder / f"data.{kind}"
@@ -343,16 +324,11 @@ def heap(folder, kind, megabytes):
     ],
 )
 def test_memory_does_not_grow_with_the_input(tmp_path, kind, then):
-    size, bound = (1000, 1000) if PROVE else (60, 220)
-    path = heap(tmp_path, kind, size)
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(path), then],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"CODEX_NB_HOME": str(tmp_path / "home")},
-        cwd=Path(__file__).parent,
-    )
+    size, bound = counts((20 if then == "check" else 60, 220), (1000, 1000))
+    path = many_documents(tmp_path, kind, size)
+    home = tmp_path / "home"
+    done = program("memory_of_a_corpus.py", path, then, home=home, fresh=True)
     assert done.returncode == 0, done.stderr
-    n, read, all_ = map(int, done.stdout.split())
-    print(f"{kind}: {n} documents of {size} MB, {read} MiB to read, {all_} MiB in all")
-    assert all_ < bound
+    n, to_read, in_all = map(int, done.stdout.split())
+    print(f"{kind}: {n} documents of {size} MB, {to_read} MiB to read, {in_all} MiB in all")
+    assert in_all < bound
