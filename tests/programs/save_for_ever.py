@@ -33,7 +33,7 @@ def train():
         def take(buffers, step=step):
             return snapshot(model, optimizer, tokenizer, metadata(step), buffers=buffers)
 
-        saver.save(folder / f"step-{step:08}", take, {})
+        checkpointer.save(folder / f"step-{step:08}", take, {})
 
 
 for _ in sys.stdin:
