@@ -43,8 +43,11 @@ def loss(model, b):
     ), None
 
 
-def test_no_number_is_asked_for_between_loggings():
-    "Tensors on the device `meta` have no numbers: asking for one is an error. The loop comes as far as the first hook that logs."
+def test_loop_does_not_wait_for_the_device_between_loggings():
+    """Tensors on the device `meta` have no numbers: asking for one is an error.
+
+    The loop comes as far as the first hook that logs.
+    """
     from codex_nb.train.engine import FitConfig, Hook, TrainState, fit
     from codex_nb.train.optim import EMA, OptimConfig, lr_at, make_optimizer
 
@@ -66,7 +69,7 @@ def test_no_number_is_asked_for_between_loggings():
     assert state.step == 57 and state.tokens == 57 * 64
 
 
-def test_a_bad_step_on_a_device_changes_nothing():
+def test_bad_step_on_a_device_changes_nothing():
     "AdamW decides on the device whether to step; here the same kernel on the CPU."
     from codex_nb.train.optim import OptimConfig, _on_device, make_optimizer
 

@@ -1,4 +1,4 @@
-"""The image: its file is linted, and its steps are executed in a clean root as a user without rights."""
+"""The image: its file is linted, its steps are executed in a clean root without rights."""
 
 import os
 import shutil
@@ -8,19 +8,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_bundle import UP
+from helpers import PROGRAMS, PROVE, ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
-PROVE = bool(os.environ.get("PROVE"))
-LINES = [
-    l
-    for l in (ROOT / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
-    if l and not l.startswith("#")
-]
+DOCKERFILE = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
+LINES = [line for line in DOCKERFILE.splitlines() if line and not line.startswith("#")]
 
 
-def test_the_linter_finds_nothing():
+def test_hadolint_finds_nothing():
     hadolint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if not hadolint:
         pytest.skip("no hadolint here")
@@ -35,25 +30,21 @@ def test_the_linter_finds_nothing():
     assert bad.returncode == 1
 
 
-def test_what_is_copied_is_there_and_sent_along():
-    sent = [l[1:] for l in (ROOT / ".dockerignore").read_text().splitlines() if l.startswith("!")]
-    sources = [
-        w for l in LINES if l.startswith("COPY") and "--from" not in l for w in l.split()[1:-1]
-    ]
+def test_what_the_image_copies_is_there_and_sent_along():
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    sent = [line[1:] for line in ignored if line.startswith("!")]
+    copied = [line for line in LINES if line.startswith("COPY") and "--from" not in line]
+    sources = [word for line in copied for word in line.split()[1:-1]]
     assert {"codex_nb", "data", "nbs", "pyproject.toml"} <= set(sources)
     for s in sources:
         assert (ROOT / s).exists() and any(s == x or s.startswith(x + "/") for x in sent), s
-    assert (
-        any(l.startswith("USER ") for l in LINES)
-        and 'ENTRYPOINT ["codex-nb"]' in LINES
-        and 'CMD ["--help"]' in LINES
-        and "VOLUME /workspace" in LINES
-    )
+    assert any(line.startswith("USER ") for line in LINES)
+    assert {'ENTRYPOINT ["codex-nb"]', 'CMD ["--help"]', "VOLUME /workspace"} <= set(LINES)
     for p in sorted((ROOT / "docker").glob("*.sh")):
         assert subprocess.run(["sh", "-n", p]).returncode == 0 and os.access(p, os.X_OK)
 
 
-def test_services_are_this_machine_s_alone():
+def test_services_listen_on_the_loopback_interface_alone():
     services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
     assert {"lab", "mlflow"} <= services.keys()
     for name, s in services.items():
@@ -94,7 +85,7 @@ def root_of(folder):
 
 
 @pytest.mark.skipif(not PROVE, reason="several minutes; make prove")
-def test_its_steps_in_a_clean_root(tmp_path):
+def test_image_steps_work_in_a_clean_root(tmp_path):
     import lock
 
     root = root_of(tmp_path / "root")
@@ -175,7 +166,14 @@ def test_its_steps_in_a_clean_root(tmp_path):
     os.chown(root / "workspace", 1000, 1000)
 
     def inside(*words, user="0:0", check=True, **env):
-        script = f'mount --rbind /proc "{root}/proc" && mount --rbind /dev "{root}/dev" && mount -t tmpfs tmpfs "{root}/tmp" && exec "$@"'
+        script = " && ".join(
+            [
+                f'mount --rbind /proc "{root}/proc"',
+                f'mount --rbind /dev "{root}/dev"',
+                f'mount -t tmpfs tmpfs "{root}/tmp"',
+                'exec "$@"',
+            ]
+        )
         given = {
             "PATH": "/opt/codex-nb/bin:/usr/sbin:/usr/bin:/sbin:/bin",
             "HOME": "/tmp",
@@ -191,8 +189,7 @@ def test_its_steps_in_a_clean_root(tmp_path):
                 script,
                 "sh",
                 sys.executable,
-                "-c",
-                UP,
+                PROGRAMS / "loopback_up.py",
                 "chroot",
                 f"--userspec={user}",
                 root,

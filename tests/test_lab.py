@@ -2,33 +2,24 @@
 
 import os
 import shutil
-import socket
 import subprocess
-import sys
 import time
 import urllib.request
-from pathlib import Path
 
 import pytest
+from helpers import BIN, ROOT, free_port
 
-ROOT = Path(__file__).resolve().parent.parent
-BIN = Path(sys.executable).parent
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
-FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+FLAGS = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync
+    --disable-background-networking --disable-component-update""".split()
 
 
 @pytest.mark.skipif(
     not CHROMIUM, reason="no Chromium on this machine (Debian: apt-get install chromium)"
 )
-def test_run_all_in_jupyterlab(tmp_path):
+def test_run_all_in_jupyterlab_shows_the_plot(tmp_path):
     from playwright.sync_api import sync_playwright
 
     work = tmp_path / "nbs"

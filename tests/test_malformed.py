@@ -1,4 +1,4 @@
-"""What a stranger's data may hold: each case is refused with its own words and place, or read as it must be."""
+"""What strange data may hold: each case is refused by words and place, or read as it must be."""
 
 import gzip
 import json
@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from backports import zstd
+from helpers import PROGRAMS, counts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,11 +17,14 @@ from codex_nb.data.corpus import CorpusConfig, open_corpus
 from codex_nb.data.documents import BadLine, ReadError, check_json, parse_line
 from codex_nb.data.readers import Rejects, read_path
 
-PROVE = bool(os.environ.get("PROVE"))
 FINE = b'{"text": "fine"}'
-msg = lambda *turns: json.dumps(
-    {"messages": [{"role": r, "content": c} for r, c in turns]}
-).encode()
+
+
+def msg(*turns):
+    "A line with a conversation."
+    messages = [{"role": role, "content": content} for role, content in turns]
+    return json.dumps({"messages": messages}).encode()
+
 
 # (what, the line, the reason; None where the line is good)
 LINES = [
@@ -191,8 +195,8 @@ LINES = [
 ]
 
 
-@pytest.mark.parametrize("what,line,reason", LINES, ids=[l[0] for l in LINES])
-def test_a_line(tmp_path, what, line, reason):
+@pytest.mark.parametrize("what,line,reason", LINES, ids=[name for name, *_ in LINES])
+def test_bad_line_is_refused_with_its_place_and_reason(tmp_path, what, line, reason):
     (tmp_path / "a.jsonl").write_bytes(FINE + b"\n" + line + b"\n" + FINE + b"\n")
     if reason is None:
         assert len(list(read_path(tmp_path / "a.jsonl"))) == 3
@@ -211,8 +215,9 @@ def test_a_line(tmp_path, what, line, reason):
     ] == [("a.jsonl", 2)]
 
 
-def test_the_table_is_long_enough():
-    assert len(LINES) + len(FILES) >= 60 and len({l[0] + str(l[1]) for l in LINES}) == len(LINES)
+def test_tables_of_cases_are_long_and_without_repetition():
+    assert len(LINES) + len(FILES) >= 60
+    assert len({name + str(line) for name, line, _ in LINES}) == len(LINES)
 
 
 def many(n=4000):
@@ -371,7 +376,7 @@ FILES = [
 
 
 @pytest.mark.parametrize("what,name,make,reason", FILES, ids=[f[0] for f in FILES])
-def test_a_file(tmp_path, what, name, make, reason):
+def test_bad_file_is_refused_with_its_name_and_reason(tmp_path, what, name, make, reason):
     make(tmp_path / name)
     if reason is None:
         assert list(read_path(tmp_path / name))
@@ -381,15 +386,15 @@ def test_a_file(tmp_path, what, name, make, reason):
     assert str(tmp_path / name) in str(e.value) and reason in str(e.value)
 
 
-def test_a_file_without_permission(tmp_path):
+def test_file_without_permission_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(FINE)
     (tmp_path / "a.jsonl").chmod(0)
-    code = "import os, sys\nfrom codex_nb.data.documents import ReadError\nfrom codex_nb.data.readers import read_path\nif os.getuid() == 0: os.setuid(65534)\ntry: list(read_path(sys.argv[1]))\nexcept ReadError as e: print('ReadError', e)"
     for p in (tmp_path, *tmp_path.parents):
         if p.stat().st_uid == os.getuid() and str(p).startswith("/tmp"):
             p.chmod(p.stat().st_mode | 0o055)
+    program = PROGRAMS / "read_without_permission.py"
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "a.jsonl")], capture_output=True, text=True
+        [sys.executable, program, tmp_path / "a.jsonl"], capture_output=True, text=True
     )
     assert "ReadError" in done.stdout and "Permission denied" in done.stdout, done
 
@@ -417,7 +422,7 @@ def test_stop_writes_nothing_and_quarantine_writes_the_good(tmp_path, monkeypatc
     ] == [d.text for d in c.split("test")]
 
 
-# what any JSON text, and any spoiled one, is said to be must agree with the standard library made strict
+# what a JSON text, also a spoiled one, is called must agree with the standard library made strict
 json_values = st.recursive(
     st.none()
     | st.booleans()
@@ -436,7 +441,7 @@ def strictly(s):
     return json.loads(s, parse_constant=refuse)
 
 
-@settings(max_examples=20_000 if PROVE else 600, deadline=None)
+@settings(max_examples=counts(600, 20_000), deadline=None)
 @given(
     json_values,
     st.booleans(),
@@ -468,13 +473,13 @@ def test_grammar_agrees_with_the_standard_library(value, ascii, spoil):
         ours = False
     try:
         check_json(s)
-        said = True
+        accepted = True
     except BadLine:
-        said = False
-    assert ours == said, s
+        accepted = False
+    assert ours == accepted, s
 
 
-@settings(max_examples=20_000 if PROVE else 600, deadline=None)
+@settings(max_examples=counts(600, 20_000), deadline=None)
 @given(
     st.text(max_size=40),
     st.dictionaries(st.text(max_size=5), json_values, max_size=3),
@@ -486,7 +491,7 @@ def test_grammar_agrees_with_the_standard_library(value, ascii, spoil):
         max_size=2,
     ),
 )
-def test_the_fast_way_takes_no_more_than_the_slow_one(text, meta, spoil):
+def test_fast_parser_accepts_what_the_slow_one_does(text, meta, spoil):
     from codex_nb.data.documents import _read_slowly
 
     s = json.dumps({"text": text, "meta": meta})
@@ -544,7 +549,7 @@ SHREDS = [
 ]
 
 
-@settings(max_examples=20_000 if PROVE else 1000, deadline=None)
+@settings(max_examples=counts(1000, 20_000), deadline=None)
 @given(
     st.lists(st.sampled_from(SHREDS), min_size=1, max_size=8),
     st.booleans(),

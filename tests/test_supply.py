@@ -1,4 +1,4 @@
-"""What this package is made of is known, licensed, locked and linted; and a release comes out whole or not at all."""
+"""The package is made of known, licensed, locked, linted parts; a release is all or nothing."""
 
 import json
 import re
@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import BIN, ROOT
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
-BIN = Path(sys.executable).parent
 
 
 def test_the_lock_is_as_pyproject_and_the_environment():
@@ -22,7 +21,7 @@ def test_the_lock_is_as_pyproject_and_the_environment():
     assert lock.wrong() == [] and len(lock.locked()) > 100 and "://" not in lock.LOCK.read_text()
 
 
-def test_the_check_of_the_lock_sees_it():
+def test_check_of_the_lock_finds_each_fault():
     import lock
 
     one = [(Requirement("a==1.0"), ["0" * 64])]
@@ -67,41 +66,46 @@ def test_bill_of_materials_and_licences():
             ("z", "1", "optional", [], "?"),
         ]
     ) == ["x 1: GPL-3.0", "z 1: ?"]
-    assert {n for n, *_, l in rows if l == "?"} == set()
+    assert {name for name, *_, licence in rows if licence == "?"} == set()
 
 
-def test_linters_find_nothing():
-    for words in (
-        ["ruff", "check", "--quiet"],
-        ["bandit", "-q", "-r", "codex_nb", "tools", "-c", "pyproject.toml"],
-    ):
-        done = subprocess.run(
-            [BIN / words[0], *words[1:]], cwd=ROOT, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+LINTERS = {
+    "format": ["ruff", "format", "--check", "--quiet"],
+    "lint": ["ruff", "check", "--quiet"],
+    "types": ["mypy"],
+    "security": ["bandit", "-q", "-r", "codex_nb", "tools", "-c", "pyproject.toml"],
+}
 
 
-def test_linters_see_it(tmp_path):
-    (tmp_path / "a.py").write_text(
-        "import os, subprocess\nsubprocess.run('x'+input(), shell=True)\n"
-    )
-    for words in (
-        ["ruff", "check", "--config", ROOT / "pyproject.toml", tmp_path],
-        ["bandit", "-q", "-c", ROOT / "pyproject.toml", tmp_path / "a.py"],
+@pytest.mark.parametrize("linter", LINTERS)
+def test_linters_find_nothing(linter):
+    command, *words = LINTERS[linter]
+    done = subprocess.run([BIN / command, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_linters_find_what_is_wrong(tmp_path):
+    bad = tmp_path / "a.py"
+    bad.write_text("import os, subprocess\nx: int = 'a'\nsubprocess.run('x'+input(), shell=True)\n")
+    config = ROOT / "pyproject.toml"
+    for words, message in (
+        (["ruff", "format", "--check", "--config", config, tmp_path], "Would reformat"),
+        (["ruff", "check", "--config", config, tmp_path], "S602"),
+        (["mypy", "--config-file", "", "--cache-dir", tmp_path / "cache", bad], "assignment"),
+        (["bandit", "-q", "-c", config, bad], "B602"),
     ):
         done = subprocess.run([BIN / words[0], *words[1:]], capture_output=True, text=True)
-        assert done.returncode == 1 and re.search("S602|B602", done.stdout), done.stdout
+        assert done.returncode == 1 and message in done.stdout, done.stdout + done.stderr
+
+
+EXAMPLES = re.compile(r"tiger|correct-horse-battery|\{w\[:12\]\}|\bme:")  # in lessons and tests
 
 
 def secrets_in(lines):
     from codex_nb.core.safety import find_secrets
 
-    return [
-        (f.kind, l)
-        for l in lines
-        for f in find_secrets(l, {})
-        if not re.search(r"tiger|correct-horse-battery|\{w\[:12\]\}|\bme:", l[f.start : f.end])
-    ]  # examples in lessons and tests
+    found = [(f, line) for line in lines for f in find_secrets(line, {})]
+    return [(f.kind, line) for f, line in found if not EXAMPLES.search(line[f.start : f.end])]
 
 
 def test_no_secrets_in_history():
@@ -118,9 +122,9 @@ def test_no_secrets_in_history():
         check=True,
     ).stdout
     added = {
-        l[1:]
-        for l in text.splitlines()
-        if l.startswith("+") and not l.startswith("+++") and '"image/png"' not in l
+        line[1:]
+        for line in text.splitlines()
+        if line.startswith("+") and not line.startswith("+++") and '"image/png"' not in line
     }
     assert len(added) > 1000 and secrets_in(added) == []
     assert secrets_in(["key = " + "AKIA" + "ABCDEFGHIJKLMNOP"])
@@ -168,10 +172,9 @@ def git(clone, *words):
     ).stdout.strip()
 
 
-def test_a_release_is_whole_or_nothing(clone):
-    shutil.copytree(
-        ROOT / "tools", clone / "tools", dirs_exist_ok=True
-    )  # as they are here, be they committed or not
+def test_release_is_all_or_nothing(clone):
+    # the tools as they are here, be they committed or not
+    shutil.copytree(ROOT / "tools", clone / "tools", dirs_exist_ok=True)
     (clone / "CHANGELOG.md").write_text("# Changes\n\n## 9.0.0, not yet released\n\n- All new.\n")
     git(clone, "add", "-A")
     git(clone, "commit", "--quiet", "-m", "ready")
@@ -197,16 +200,14 @@ def test_a_release_is_whole_or_nothing(clone):
         and "version: 9.0.0" in (clone / "CITATION.cff").read_text()
         and re.search(r"## 9.0.0, \d{4}-", (clone / "CHANGELOG.md").read_text())
     )
-    sums = dict(
-        reversed(l.split()) for l in (clone / "dist" / "SHA256SUMS").read_text().splitlines()
-    )
-    assert {"codex_nb-9.0.0.tar.gz", "codex_nb-9.0.0-py3-none-any.whl"} == sums.keys() and all(
-        h in git(clone, "tag", "-n9", "v9.0.0") for h in sums.values()
-    )
+    lines = (clone / "dist" / "SHA256SUMS").read_text().splitlines()
+    sums = {name: digest for digest, name in map(str.split, lines)}
+    assert sums.keys() == {"codex_nb-9.0.0.tar.gz", "codex_nb-9.0.0-py3-none-any.whl"}
+    assert all(digest in git(clone, "tag", "-n9", "v9.0.0") for digest in sums.values())
     assert "v9.0.0 is tagged already" in release(clone, "9.0.0").stderr
 
 
-def test_what_is_known_of_faults_is_told():
+def test_known_vulnerabilities_are_reported():
     from vulnerabilities import told
 
     assert told("", "x\nno route") == (
@@ -219,10 +220,10 @@ def test_what_is_known_of_faults_is_told():
         {"name": "c", "skip_reason": "not found"},
     ]
     lines, code = told(json.dumps({"dependencies": found}), "")
-    assert code == 1 and lines == [
-        "b 2: X-1, mended in 3",
-        "2 of 3 packages compared with the database of known faults, 1 faults; nothing is known of the other 1 where pip looks here",
-    ]
+    assert code == 1 and len(lines) == 2 and lines[0] == "b 2: X-1, mended in 3"
+    compared, unknown = lines[1].split("; ")
+    assert compared == "2 of 3 packages compared with the database of known faults, 1 faults"
+    assert unknown == "nothing is known of the other 1 where pip looks here"
     assert told(json.dumps({"dependencies": found[:1]}), "") == (
         ["1 of 1 packages compared with the database of known faults, 0 faults"],
         0,
