@@ -506,7 +506,7 @@ def test_data_is_small_and_as_its_card_says():
 
 def test_every_claim_names_what_is_there():
     "What the audit points to exists, and every chapter that exports stands behind a claim."
-    from codex_nb.deploy.audit import claims
+    from codex_nb.deploy.audit import load_claims
 
     tests = {
         f"tests/{p.name}": {
@@ -514,7 +514,7 @@ def test_every_claim_names_what_is_there():
         }
         for p in (ROOT / "tests").glob("test_*.py")
     }
-    named = {s for c in claims() for s in c.shown_by if not s.startswith("doctor:")}
+    named = {s for c in load_claims() for s in c.shown_by if not s.startswith("doctor:")}
     for s in named:
         if s.startswith("nbs/"):
             assert (ROOT / s).is_file(), s
@@ -524,7 +524,7 @@ def test_every_claim_names_what_is_there():
                 and (s.partition("::")[2] or next(iter(tests[s.partition("::")[0]])))
                 in tests[s.partition("::")[0]]
             ), s
-    assert {module_of(p) for p in CHAPTERS} == {m for c in claims() for m in c.modules}
+    assert {module_of(p) for p in CHAPTERS} == {m for c in load_claims() for m in c.modules}
     assert {s.partition("::")[0] for s in named if s.startswith("tests/")} | {
         "tests/test_lab.py"
     } == tests.keys()  # the lab's test is skipped where there is no browser

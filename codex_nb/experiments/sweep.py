@@ -200,6 +200,7 @@ class Grid:
         value: float | None,  # Its metric; None when it failed
     ) -> None:
         "Nothing to do: a grid is read from its folders."
+        return
 
 
 def _trial_lock(sweep: Path, number: int) -> Lock:

@@ -281,6 +281,7 @@ class CSVSink:
         files: list[Path],  # Not shown
     ) -> None:
         "Nothing to do: the table is complete after each write."
+        return
 
 # %% ../../nbs/tracking/33_sinks.ipynb #2ca3cd45
 def mlflow_uri() -> str:  # `$MLFLOW_TRACKING_URI`, else SQLite in the workspace
