@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['compute_metrics', 'metrics_by_slice', 'summarize', 'summary_table', 'summary_lines', 'plot_reliability',
-           'hardest_documents', 'token_html', 'publish_evaluation', 'read_evaluation']
+           'hardest_documents', 'token_html', 'evaluate', 'publish_evaluation', 'read_evaluation']
 
 # %% ../../nbs/eval/57_evaluate.ipynb #a2e8f0e0
 import csv
@@ -27,12 +27,13 @@ from ..data.tokenizer import Tokenizer
 from .contamination import Overlap
 from .eval_config import EvaluateConfig
 from .metrics import Calibration, compressor_bits_per_byte, perplexity
-from .scoring import Record
+from .scoring import Record, score, target_text
 from .statistics import Interval, bootstrap_ratio, effective_documents
 from .tasks import Answer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from transformers import PreTrainedModel
 
 # %% ../../nbs/eval/57_evaluate.ipynb #cfca918e
 def _column(records: Sequence[Record], name: str) -> np.ndarray:
@@ -296,6 +297,23 @@ def token_html(
     if len(ids) > limit:
         spans.append(f"<i> ... {len(ids) - limit:,} tokens more</i>")
     return f'<div style="{_STYLE}">{"".join(spans)}</div>'
+
+# %% ../../nbs/eval/57_evaluate.ipynb #088b88a9
+def evaluate(
+    model: "PreTrainedModel",  # A causal language model
+    tokenizer: Tokenizer,  # Its tokenizer
+    documents: Iterable[Document | str],  # Held-out documents or texts
+    stride: int | None = None,  # Tokens between windows; default: half the context
+    batch_size: int = 16,  # Windows per forward pass; no result depends on it
+    dtype: str = "fp32",  # Of the matrix products: `fp32` or `bf16`
+    resamples: int = 2000,  # Bootstrap resamples
+    seed: int = 0,  # Of the bootstrap
+) -> tuple[list[Record], dict[str, Any]]:  # A record for each document; as `summarize`
+    "Score documents and summarise them; `ValueError` when there are none."
+    texts = (Document(str(i), d) if isinstance(d, str) else d for i, d in enumerate(documents))
+    given = list(texts)
+    records = score(model, tokenizer, given, stride, batch_size, dtype, detail=True)
+    return records, summarize(records, [target_text(d) for d in given], resamples, seed)
 
 # %% ../../nbs/eval/57_evaluate.ipynb #ee6a91cb
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
