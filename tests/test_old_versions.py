@@ -7,6 +7,7 @@ corpus, fp32, one thread.
 """
 
 import json
+import shutil
 import tarfile
 
 import pytest
@@ -127,3 +128,23 @@ def test_replay_of_an_old_run_holds(home, same_machine):
     if same_machine:
         assert done.returncode == 0 and found["proven"] == "L2", done.stdout
     assert found["diff"]["code"]  # this version's code is not the old one's, and that is said
+
+
+def test_only_names_of_the_old_version_are_no_difference(home):
+    from codex_nb.experiments.run_diff import compare_checkpoints, read_contents
+    from codex_nb.train.checkpoint import read_state
+
+    old, renamed = home / "runs" / "old-train", home / "runs" / "renamed"
+    shutil.copytree(old, renamed)
+    for path in renamed.glob("checkpoints/*/state.json"):
+        assert "keep_apart" in path.read_text() and "stale" in path.read_text()
+        path.write_text(json.dumps(read_state(path.parent)))
+        assert "keep_apart" not in path.read_text() and "stale" not in path.read_text()
+    same, differences = compare_checkpoints(read_contents(old), read_contents(renamed))
+    assert same and not differences
+    for path in renamed.glob("checkpoints/*/state.json"):
+        state = read_state(path.parent)
+        state["data"]["rows"]["isolate_documents"] = "changed"
+        path.write_text(json.dumps(state))
+    _, differences = compare_checkpoints(read_contents(old), read_contents(renamed))
+    assert differences and all("isolate_documents" in str(d) for d in differences)

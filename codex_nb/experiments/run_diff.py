@@ -227,7 +227,9 @@ def _compare_folders(checkpoint: str, a: Path, b: Path) -> list[TensorDifference
         elif file not in files_a:
             differences.append(f"{checkpoint}/{file}: only in B")
         elif sha256_file(files_a[file]) != sha256_file(files_b[file]):
-            differences.append(_compare_files(checkpoint, file, files_a[file], files_b[file]))
+            found = _compare_files(checkpoint, file, files_a[file], files_b[file])
+            if found is not None:
+                differences.append(found)
     return differences
 
 
@@ -239,10 +241,20 @@ def _files(folder: Path) -> dict[str, Path]:
     }
 
 
-def _compare_files(checkpoint: str, file: str, a: Path, b: Path) -> TensorDifference | str:
+def _compare_files(
+    checkpoint: str, file: str, a: Path, b: Path
+) -> TensorDifference | str | None:  # None for state.json where only names of version 0.1 differ
     if file.endswith(".safetensors"):
         found = _compare_tensors(checkpoint, file, a, b)
         return found or f"{checkpoint}/{file}: same tensors, different bytes"
+    if file == "state.json":
+        # Imported here: reading checkpoints loads torch.
+        from codex_nb.train.checkpoint import read_state
+
+        names = list(diff_dicts(read_state(a.parent), read_state(b.parent)))[:5]
+        if not names and _read_json(a) != _read_json(b):
+            return None
+        return f"{checkpoint}/{file}: {', '.join(names) or 'same values, different bytes'}"
     if file.endswith(".json"):
         names = list(diff_dicts(_read_json(a), _read_json(b)))[:5]
         return f"{checkpoint}/{file}: {', '.join(names) or 'same values, different bytes'}"
