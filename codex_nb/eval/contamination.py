@@ -16,7 +16,7 @@ import numpy as np
 from ..data.documents import Document
 
 # %% ../../nbs/eval/55_contamination.ipynb #31689dcb
-BREAK = "\0"  # A word of its own between documents, which no n-gram of an evaluation text has
+BREAK = "\0"  # A separate word between documents, which no n-gram of an evaluation text has
 # Odd multipliers of the two polynomials; odd numbers have inverses modulo 2**64
 _WORD_BASE, _NGRAM_BASE = 0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93
 
