@@ -28,7 +28,7 @@ _Number = TypeVar("_Number", float, np.ndarray)
 
 def loss_of(
     nll: _Number,  # Sum of negative log-likelihoods, nats
-    tokens: _Number,  # _Number of tokens
+    tokens: _Number,  # Number of tokens
 ) -> _Number:  # Nats per token
     "Mean negative log-likelihood."
     return nll / tokens
@@ -36,7 +36,7 @@ def loss_of(
 
 def perplexity(
     nll: _Number,  # Sum of negative log-likelihoods, nats
-    tokens: _Number,  # _Number of tokens
+    tokens: _Number,  # Number of tokens
 ) -> _Number:  # At least 1
     "Exponential of the loss."
     return np.exp(nll / tokens)
@@ -52,7 +52,7 @@ def bits_per_byte(
 
 def accuracy(
     correct: _Number,  # Tokens predicted correctly (or among the k most likely)
-    tokens: _Number,  # _Number of tokens
+    tokens: _Number,  # Number of tokens
 ) -> _Number:  # In [0, 1]
     "Share of tokens predicted correctly."
     return correct / tokens
