@@ -1,4 +1,4 @@
-"""The house is in order: generated files current, imports downward, notebooks clean, nothing forbidden."""
+"""The house is in order: generated files are current, imports go downward, nothing is banned."""
 
 import ast
 import configparser
@@ -9,29 +9,39 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
+from helpers import BIN, LIB, NBS, PROGRAMS, ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-NBS, LIB, BIN = ROOT / "nbs", ROOT / "codex_nb", Path(sys.executable).parent
 CHAPTERS = sorted(NBS.rglob("[0-9][0-9]_*.ipynb"), key=lambda p: p.name)
 NOTEBOOKS = sorted(p for p in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 MODULES = sorted(p for p in LIB.rglob("*.py") if not p.name.startswith("_"))
-page = lambda p: p.relative_to(NBS).as_posix()
-cells = lambda p: json.loads(p.read_text())["cells"]
-code = lambda p: ["".join(c["source"]) for c in cells(p) if c["cell_type"] == "code"]
-module_of = lambda p: next(
-    m[1] for s in code(p) if (m := re.search(r"^#\|\s*default_exp ([\w.]+)", s, re.M))
-)
-tracked = lambda: [
-    ROOT / p
-    for p in subprocess.run(
+
+
+def page(notebook):
+    return notebook.relative_to(NBS).as_posix()
+
+
+def cells(notebook):
+    return json.loads(notebook.read_text())["cells"]
+
+
+def code(notebook):
+    return ["".join(c["source"]) for c in cells(notebook) if c["cell_type"] == "code"]
+
+
+def module_of(chapter):
+    return next(
+        m[1] for s in code(chapter) if (m := re.search(r"^#\|\s*default_exp ([\w.]+)", s, re.M))
+    )
+
+
+def tracked():
+    listed = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.split("\n")
-    if p and (ROOT / p).is_file()
-]
+    )
+    return [ROOT / p for p in listed.stdout.splitlines() if (ROOT / p).is_file()]
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +61,8 @@ def copy(tmp_path_factory):
             "__pycache__",
             ".coverage*",
             ".hypothesis",
+            ".mypy_cache",
+            ".ruff_cache",
         ),
     )
     return to
@@ -89,7 +101,7 @@ def test_no_stored_output_is_an_error():
     ]
 
 
-def tables_that_are_missing(cells):
+def missing_tables(cells):
     "Cells that end in a table, and show none."
     return [
         s
@@ -101,16 +113,14 @@ def tables_that_are_missing(cells):
     ]
 
 
-def test_every_table_is_there():
+def test_every_table_is_stored():
     cell = {
         "cell_type": "code",
         "source": ["x = 1\n", "pd.DataFrame([x,\n", "    2]).style.hide()"],
         "outputs": [],
     }
-    assert tables_that_are_missing([cell]) and not tables_that_are_missing(
-        [cell | {"outputs": [{}]}]
-    )
-    assert not [(p.name, s[:60]) for p in NOTEBOOKS for s in tables_that_are_missing(cells(p))]
+    assert missing_tables([cell]) and not missing_tables([cell | {"outputs": [{}]}])
+    assert not [(p.name, s[:60]) for p in NOTEBOOKS for s in missing_tables(cells(p))]
 
 
 def imports_of(tree, package="codex_nb"):
@@ -220,21 +230,16 @@ def test_nothing_forbidden_in_the_package():
         "import fastcore.test",
     ],
 )
-def test_the_ban_sees_it(source):
+def test_banned_calls_are_found(source):
     assert forbidden(source)
 
 
 def test_import_has_no_side_effects(tmp_path):
-    script = (
-        "import os, sys, threading, logging, json, random; before = (dict(os.environ), threading.active_count(), len(logging.getLogger().handlers), os.getcwd(), random.getstate())\n"
-        "import importlib\nfor m in json.loads(sys.argv[1]): importlib.import_module('codex_nb.'+m)\nimport torch\n"
-        "assert not torch.are_deterministic_algorithms_enabled()\nassert before == (dict(os.environ), threading.active_count(), len(logging.getLogger().handlers), os.getcwd(), random.getstate())\nassert os.listdir('.') == []"
-    )
+    # packages below set variables when they are imported: these are theirs, not ours
     env = {k: v for k, v in os.environ.items() if not k.startswith("COV")}
-    # packages below set variables of their own when imported: these are theirs, not ours
-    foreign = "import torch, sentencepiece, matplotlib, mlflow\nfrom transformers import LlamaForCausalLM\n"
+    modules = json.dumps([module_of(p) for p in CHAPTERS])
     done = subprocess.run(
-        [sys.executable, "-c", foreign + script, json.dumps([module_of(p) for p in CHAPTERS])],
+        [sys.executable, PROGRAMS / "import_quietly.py", modules],
         cwd=tmp_path,
         env=env,
         capture_output=True,
@@ -287,12 +292,10 @@ def test_readme_is_current(tmp_path):
 
 
 def commands_in(text):
-    return [
-        l.split("#")[0].strip()
-        for block in re.findall(r"```sh\n(.*?)```", text, re.S)
-        for l in block.splitlines()
-        if l.split("#")[0].strip()
-    ] + re.findall(r"`((?:make|codex-nb|papermill|mlflow) [^`]+)`", text)
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.S)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    quoted = re.findall(r"`((?:make|codex-nb|papermill|mlflow) [^`]+)`", text)
+    return [line for line in lines if line] + quoted
 
 
 def test_every_command_of_the_readme_exists():
@@ -325,7 +328,7 @@ def test_every_command_of_the_readme_exists():
     assert len(found) > 10
 
 
-def test_readme_s_links_and_extras():
+def test_links_and_extras_of_the_readme_are_right():
     from codex_nb.deploy.doctor import EXTRAS
 
     text = (ROOT / "README.md").read_text()
@@ -334,12 +337,11 @@ def test_readme_s_links_and_extras():
         assert link.startswith("http") or (ROOT / link.partition("#")[0]).exists() and alt, link
     assert len(links) > 40 and any(bang for bang, *_ in links)
     table = dict(re.findall(r"^\| `pip install 'codex_nb\[([\w-]+)\]'` \| (.*?) \|", text, re.M))
-    assert table == {extra: what for extra, what in EXTRAS.values()}
+    assert table == dict(EXTRAS.values())
     source = "".join(p.read_text() for p in MODULES)
-    for said in re.findall(
-        r"^\| `pip install 'codex_nb\[(?!lab)[^|]*\|[^|]*\| (.*?) \|$", text, re.M
-    ):
-        assert said in source, said
+    row = r"^\| `pip install 'codex_nb\[(?!lab)[^|]*\|[^|]*\| (.*?) \|$"
+    for message in re.findall(row, text, re.M):
+        assert message in source, message
 
 
 def test_readme_names_every_chapter():
@@ -351,13 +353,13 @@ def test_readme_names_every_chapter():
 
 
 def test_make_help_lists_every_target():
-    said = subprocess.run(
+    listed = subprocess.run(
         ["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
     targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)[1].split()
     assert {"train", "test", "prove", "release"} <= set(targets)
     for t in targets:
-        assert f"make {t} " in said, t
+        assert f"make {t} " in listed, t
 
 
 def test_environment_variables_are_listed():
@@ -387,7 +389,10 @@ def test_every_page_is_in_the_sidebar():
 
 
 def faults_of_page(p, cells):
-    "Dead links, missing pictures, jumps between headings, pictures that a reader who does not see them learns nothing from."
+    """What is wrong with a page, such as dead links, missing pictures, jumps between headings.
+
+    Also pictures that a reader who does not see them learns nothing from.
+    """
     text = [
         re.sub(r"```.*?```", "", "".join(c["source"]), flags=re.S)
         for c in cells
@@ -484,7 +489,7 @@ def test_pages_process_and_links_live(copy):
         ([("markdown", "# A"), ("code", "plot()")], "fig-alt"),
     ],
 )
-def test_the_check_of_pages_sees_it(cells, what):
+def test_faults_of_pages_are_found(cells, what):
     made = [
         {
             "cell_type": kind,
@@ -530,7 +535,7 @@ def test_every_claim_names_what_is_there():
     } == tests.keys()  # the lab's test is skipped where there is no browser
 
 
-def test_version_has_one_source():
+def test_version_is_that_of_settings_ini():
     import codex_nb
 
     ini = configparser.ConfigParser()
@@ -544,18 +549,19 @@ def test_no_secrets_in_tracked_files():
 
     from codex_nb.core.safety import find_secrets
 
-    names = "ArtifactoryDetector AWSKeyDetector AzureStorageKeyDetector BasicAuthDetector CloudantDetector DiscordBotTokenDetector GitHubTokenDetector GitLabTokenDetector IbmCloudIamDetector JwtTokenDetector MailchimpDetector NpmDetector OpenAIDetector PrivateKeyDetector PypiTokenDetector SendGridDetector SlackDetector StripeDetector TwilioKeyDetector".split()
+    names = """Artifactory AWSKey AzureStorageKey BasicAuth Cloudant DiscordBotToken GitHubToken
+        GitLabToken IbmCloudIam JwtToken Mailchimp Npm OpenAI PrivateKey PypiToken SendGrid Slack
+        Stripe TwilioKey""".split()
 
     def scan(text):
-        with transient_settings({"plugins_used": [{"name": n} for n in names]}):
-            return [s.type for l in text.splitlines() for s in scan_line(l)] + [
-                f.kind for f in find_secrets(text, {})
-            ]
+        with transient_settings({"plugins_used": [{"name": f"{n}Detector"} for n in names]}):
+            found = [s.type for line in text.splitlines() for s in scan_line(line)]
+        return found + [f.kind for f in find_secrets(text, {})]
 
     assert scan("key = " + "AKIA" + "ABCDEFGHIJKLMNOP")
     found = {}
     for p in tracked():
-        if p.suffix in (".lock", ".png"):
+        if p.suffix in (".lock", ".png", ".xz"):
             continue
         text = p.read_text(errors="replace")
         if p.suffix == ".ipynb":
@@ -576,7 +582,7 @@ def test_no_secrets_in_tracked_files():
     assert not found
 
 
-def test_the_project_speaks_of_itself_alone():
+def test_nothing_speaks_of_the_machine_it_was_written_on():
     words = re.compile(r"/work/main|/root/|\.\./shared|/\.library")
     assert not {
         p.name: m[0]
@@ -585,3 +591,52 @@ def test_the_project_speaks_of_itself_alone():
         or p.name in ("Makefile", "run")
         if p.name != "test_house.py" and (m := words.search(p.read_text(errors="replace")))
     }
+
+
+WIDTH = 100
+
+
+def long_lines(name, text):
+    """Lines of code that are too long: (name, line).
+
+    Tables, text from elsewhere and URLs cannot be broken.
+    """
+    return [
+        (name, line)
+        for line in text.splitlines()
+        if len(line) > WIDTH and "://" not in line and not line.lstrip().startswith(("|", "%"))
+    ]
+
+
+def test_no_line_of_code_is_longer_than_a_hundred_columns():
+    files = [p for folder in ("tests", "tools") for p in (ROOT / folder).rglob("*.py")]
+    found = [x for p in [*files, ROOT / "conftest.py"] for x in long_lines(p.name, p.read_text())]
+    # a module's lines are its notebook's, but for the lists that nbdev makes
+    for p in NOTEBOOKS:
+        found += [x for source in code(p) for x in long_lines(page(p), source)]
+    assert not found
+    assert long_lines("x", "y" * 101) and not long_lines("x", f"# https://{'y' * 101}")
+
+
+def test_no_two_pages_have_one_name():
+    names = [p.name for p in NOTEBOOKS]
+    assert sorted(set(names)) == sorted(names)
+    titles = ["".join(cells(p)[0]["source"]).splitlines()[0] for p in NOTEBOOKS]
+    assert sorted(set(titles)) == sorted(titles)
+
+
+def test_package_says_that_it_is_typed():
+    assert (LIB / "py.typed").is_file()  # that the wheel has it, tests/test_bundle.py shows
+
+
+def test_no_program_is_hidden_in_a_string_of_a_test():
+    "Programs are files in tests/programs, where they are formatted, linted and read."
+    hidden = []
+    for p in (ROOT / "tests").glob("*.py"):
+        for node in ast.walk(ast.parse(p.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                lines = node.value.count("\n")
+                imports = re.search(r"^\s*(import \w|from \w[\w.]* import )", node.value, re.M)
+                if lines > 4 and imports:
+                    hidden.append((p.name, node.lineno))
+    assert not hidden

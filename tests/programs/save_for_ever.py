@@ -25,7 +25,7 @@ def acknowledge(artifact):
 
 
 def train():
-    saver = AsyncCheckpointer(after=acknowledge)
+    checkpointer = AsyncCheckpointer(after=acknowledge)
     step = max([int(p.name[5:]) for p in checkpoints(folder)], default=0)
     while True:
         step += 1
