@@ -76,7 +76,10 @@ def test_fast_and_plain_encoding_agree_on_every_character(sample, kind):
         assert [tok.decode(ids) for ids in slow] == some
 
 
-@pytest.mark.parametrize("module", ["core.types", "data.tokens", "data.tokenizer_training"])
+@pytest.mark.parametrize(
+    "module",
+    ["core.types", "data.tokens", "data.tokenizer_training", "eval.eval_config", "eval.statistics"],
+)
 def test_settings_are_imported_without_the_heavy_libraries(module):
     heavy = ["torch", "transformers", "pandas", "matplotlib"]
     code = f"import sys, codex_nb.{module}; print([m for m in {heavy} if m in sys.modules])"
