@@ -158,3 +158,27 @@ def test_sweep_that_cannot_be_is_refused_with_nothing_written(tmp_path):
     (blocked / "__init__.py").write_text("raise ImportError('blocked')")
     words = [*RANGE, "--trials", "2"]
     assert "pip install 'codex_nb[sweep]'" in error(*words, PYTHONPATH=str(blocked.parent))
+
+
+def test_trial_that_cannot_resume_stops_the_worker_and_stays_interrupted(
+    tmp_path, monkeypatch, capsys
+):
+    "Its search is not told that it failed, and no other trial is begun."
+    from codex_nb.experiments import sweep as module
+    from codex_nb.experiments.launch import Outcome
+    from codex_nb.run.run_folder import Run, run_status
+    from codex_nb.run.settings import RunConfig, SweepConfig
+
+    monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
+    monkeypatch.setattr(module, "die_with_parent", lambda: None)
+    cfg = SweepConfig.check("empty", grid={"lr": [1e-3, 2e-3]}, given={"preset": "smoke"})
+    run = Run.start("sweep", cfg, folder=tmp_path / "runs" / "rates")
+    trial = module.trial_folder(run.folder, 0)
+    Run.start("train", RunConfig.check("smoke", lr=1e-3), folder=trial).lock.release()
+    refused = Outcome(trial, "interrupted", 1, "ReadError: data: there is no such file")
+    monkeypatch.setattr(module, "resume", lambda folder: refused)
+    assert module.run_sweep_worker(run.folder) == 1
+    assert "trial 0: ReadError: data: there is no such file" in capsys.readouterr().err
+    assert run_status(trial) == "interrupted"
+    assert not module.trial_folder(run.folder, 1).exists()
+    run.lock.release()

@@ -32,6 +32,7 @@ from codex_nb.experiments.run_diff import (
 from ..run.run_folder import REPLAY_HINTS, run_status, verify_run
 from ..run.run_record import RunError
 from ..run.settings import TRAINING_KINDS, RunConfig
+from ..train.checkpoint import read_state
 from ..train.engine import total_samples
 
 # %% ../../nbs/experiments/73_replay.ipynb #08972b7a
@@ -105,7 +106,7 @@ def _order_problem(
     end = total_samples(cfg.fit, batches, _training_plan(run).get("steps"))
     order = order_digest(len(rows), cfg.seed, end)
     for name in sorted(n for n in run.parts if n.startswith("checkpoints/")):
-        saved = json.loads((run.parts[name] / "state.json").read_bytes())["data"]["order"]
+        saved = read_state(run.parts[name])["data"]["order"]
         if saved != order:
             return (
                 f"{name} was trained in another sample order ({saved[:12]}) than the settings "
