@@ -259,9 +259,10 @@ OPEN_QUESTIONS = [
 # %% ../../nbs/deploy/83_audit.ipynb #6ad288ca
 def audit(
     path: Path | str | None = None,  # Test results; default: those that ship with the package
+    quick: bool = False,  # Check this machine without importing packages
 ) -> dict[str, Any]:  # JSON types
     "Check every claim against its evidence, on this machine."
-    evidence, checks, modules = read_evidence(path), probe(), code_files()
+    evidence, checks, modules = read_evidence(path), probe(quick), code_files()
     works = {c.name: (c.available, c.found) for c in checks}
     results = [check_claim(c, evidence, works, modules) for c in load_claims()]
     about_evidence = asdict(evidence)

@@ -14,9 +14,10 @@ import sqlite3
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata, util
 from pathlib import Path
 
@@ -84,13 +85,18 @@ def remedy_for(
     return f"pip install {package}"
 
 # %% ../../nbs/deploy/80_doctor.ipynb #9a8ce861
+@cache
+def _distributions() -> Mapping[str, list[str]]:  # reads the files of all, which takes a second
+    return metadata.packages_distributions()
+
+
 def _check_package(name: str, needed: bool, purpose: str, quick: bool) -> Check:
     try:
         if not quick:
             importlib.import_module(name)
         elif util.find_spec(name) is None:
             raise ImportError(f"No module named {name!r}")
-        distribution = metadata.packages_distributions().get(name, [name])[0]
+        distribution = _distributions().get(name, [name])[0]
         version = metadata.version(distribution)
     except Exception as e:
         lost = "" if needed else f"; not available without it: {purpose}"
