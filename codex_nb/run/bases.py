@@ -12,7 +12,8 @@ from pathlib import Path
 from ..core.config import ConfigError
 from ..core.store import workspace
 from ..data.tokens import TokenStore
-from ..model.compute import resolve_compute, rough_flops
+from ..model.compute import resolve_compute
+from ..model.model_config import rough_flops
 from ..model.model_registry import find_model
 from codex_nb.run.run_folder import (
     find_in_runs,
