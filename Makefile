@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test prove lab docs readme lock vulnerabilities sbom build release clean
+.PHONY: help setup train check test prove lab docs readme lock vulnerabilities sbom build release clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "make %-16s %s\n", $$1, $$2}' Makefile
@@ -23,10 +23,13 @@ $(STAMP): requirements.lock pyproject.toml
 train: $(STAMP) ## train a tokenizer and a language model on the standard library's source
 	$(BIN)/codex-nb run train -p preset tiny
 
-test: $(STAMP) ## run every notebook and test
+check: $(STAMP) ## look at layout, lint, types, generated files and changed chapters: a minute
+	$(BIN)/python tests/check.py
+
+test: $(STAMP) ## run every notebook and test: ten minutes
 	$(BIN)/python tests/gate.py
 
-prove: $(STAMP) ## run the full counts of what `make test` samples, and keep the evidence
+prove: $(STAMP) ## run everything at full counts, and keep the evidence: hours
 	PROVE=1 $(BIN)/python tests/gate.py --keep
 
 lab: $(STAMP) ## open JupyterLab on the notebooks

@@ -1,15 +1,13 @@
-"""Notebooks under nbval: cells that nbdev skips are skipped.
+"""Notebooks under nbval, and how notebooks and tests are shared out.
 
-With `--warm`, kernels are forked from a process that has imported torch, and what a chapter exports
-is taken from the compiled module: one execution shows that the module does what the chapter says,
-and that the outputs are those stored.
+Cells that nbdev skips are skipped. With `--warm`, kernels are forked from a process that has
+imported torch, and what a chapter exports is taken from the compiled module: one execution shows
+that the module does what the chapter says, and that the outputs are those stored.
 """
 
 import ast
-import json
 import os
 import re
-import subprocess
 import symtable
 import sys
 from pathlib import Path
@@ -32,13 +30,24 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if config.option.warm:
-        import warm
-        from jupyter_client.provisioning import local_provisioner
+    if not config.option.warm:
+        return
+    import warm
+    from jupyter_client.provisioning import local_provisioner
+    from nbval.kernel import RunningKernel
 
-        local_provisioner.launch_kernel = warm.launch_kernel
-        if not os.environ.get("WARM_SERVER"):
-            warm.start_server()  # one for all workers
+    local_provisioner.launch_kernel = warm.launch_kernel
+    if not os.environ.get("WARM_SERVER"):
+        warm.start_server()  # one for all workers
+
+    def stop(kernel):
+        "Let the kernel end by itself, so that what was covered is written."
+        kernel.kc.stop_channels()
+        kernel.km.shutdown_kernel(now=False)
+
+    RunningKernel.stop = stop
+    # what notebooks call `codex-nb` is forked as well
+    os.environ["PATH"] = f"{Path(__file__).parent / 'tests' / 'bin'}:{os.environ['PATH']}"
 
 
 def bound_names(source):
@@ -70,6 +79,38 @@ def from_module(module, source):
     return "\n".join([*future, *lines])
 
 
+# What takes longest is begun first, so that no process waits for another in the end.
+LONGEST = (
+    "nbs/tutorials/8",
+    "nbs/tutorials/3",
+    "nbs/tutorials/6",
+    "nbs/tutorials/2",
+    "nbs/tutorials/4",
+    "tests/test_bundle",
+    "tests/test_resume",
+    "tests/test_distributed",
+    "nbs/tutorials",
+    "tests/test_sweep",
+    "tests/test_signals",
+    "tests/test_sinks",
+    "tests/test_house",
+    "nbs/deploy",
+    "nbs/run",
+    "nbs/experiments",
+    "nbs",
+    "tests/test_launch",
+    "tests/test_judging",
+    "tests/test_replay",
+)
+# Their tests share what is made once in a process.
+TOGETHER = ("test_data.py", "test_house.py", "test_resume.py", "test_sinks.py", "test_tokens.py")
+
+
+def place(nodeid):
+    "Where an item stands in the order."
+    return next((i for i, start in enumerate(LONGEST) if nodeid.startswith(start)), len(LONGEST))
+
+
 def pytest_collection_modifyitems(config, items):
     for item in items:
         cell = getattr(item, "cell", None)
@@ -82,33 +123,22 @@ def pytest_collection_modifyitems(config, items):
             sources = (c["source"] for c in item.parent.nb.cells if c["cell_type"] == "code")
             module = next(m[1] for s in sources if (m := MODULE.search(s)))
             cell["source"] = from_module(module, cell["source"])
+            item.options["check"] = False  # what it shows belongs to the notebook
+    if config.option.warm:
+        items.sort(key=lambda item: place(item.nodeid))
 
 
-def pytest_sessionfinish(session, exitstatus):
-    "`make prove` leaves a file that says which commit was proven, and by how many tests."
-    if not os.environ.get("PROVE") or hasattr(session.config, "workerinput"):
-        return
-    stats = session.config.pluginmanager.get_plugin("terminalreporter").stats
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--abbrev=40", "--dirty"],
-        cwd=session.config.rootpath,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
-    logs = session.config.rootpath / ".ci-logs"
-    logs.mkdir(exist_ok=True)
-    (logs / "prove.json").write_text(
-        json.dumps(
-            {
-                "schema": 1,
-                "commit": commit,
-                "exit": int(exitstatus),
-                **{
-                    k: sorted(r.nodeid for r in stats.get(k, []))
-                    for k in ("passed", "failed", "skipped")
-                },
-            },
-            indent=1,
-        )
-        + "\n"
-    )
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "A notebook, and a file whose tests share something, stay in one process; other tests do not."
+    if not config.option.warm:
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return file if file.endswith((".ipynb", *TOGETHER)) else nodeid
+
+    config.option.loadscopereorder = False
+    return Scheduler(config, log)

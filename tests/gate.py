@@ -1,7 +1,11 @@
-"""`make test`: every check, with the time of each, its log, and a summary; what was shown is kept as evidence.
+"""`make test`: every check, with times, logs and a summary; what was shown is kept as evidence.
 
-`make prove` is the same at full counts, and puts the evidence into the package. `PROVE=1 .venv/bin/python tests/gate.py --again tests/test_x.py` executes a file of tests once more, where the test itself was wrong, and
-renews its results; they say of which commit they are, and are refused when the package is no longer the one that was shown.
+`make prove` executes more: full counts, real processes instead of forked ones, chapters as
+notebooks (nbdev_test, nbval) and against the modules. It puts the evidence into the package.
+
+`PROVE=1 .venv/bin/python tests/gate.py --again tests/test_x.py` executes a file of tests once more,
+where the test itself was wrong, and renews its results; they say of which commit they are, and are
+refused when the package is no longer the one that was shown.
 """
 
 import datetime
@@ -18,83 +22,66 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / ".ci-logs"
+KEPT = ROOT / "data" / "evidence.json"
 BIN = Path(sys.executable).parent
-# run notebooks, benchmarks and tutorials are executed once, by nbval, which also compares what they print
+PYTHON = [BIN / "python", "-m"]
+PROVE = bool(os.environ.get("PROVE"))
+
+NBVAL = "--nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg".split()
+TWO = ["-n", "2", "-p", "no:cacheprovider"]  # processes
+
+
+def pytest(name, *words):
+    "A command that runs pytest, with its results in NAME.xml."
+    return ["-m", "pytest", *words, *TWO, "--durations", "15", "--junitxml", LOGS / f"{name}.xml"]
+
+
+# benchmarks are executed at full counts alone: that they run small says little of them
+SMALL = [] if PROVE else ["--ignore", "nbs/benchmarks"]
+TESTS = pytest("tests", "nbs", "tests", "--warm", *NBVAL, *SMALL)
 PARTS = {
-    "pip check": [[BIN / "python", "-m", "pip", "check"]],
+    "pip check": [[*PYTHON, "pip", "check"]],
     "nbdev_test": [[BIN / "nbdev_test", "--n_workers", "2", "--timing", "--file_re", r"^\d\d_"]],
-    "nbval": [
-        [
-            BIN / "python",
-            "-m",
-            "pytest",
-            "--nbval",
-            "--nbval-current-env",
-            "--nbval-sanitize-with",
-            "tests/nbval.cfg",
-            "nbs",
-            "-n",
-            "2",
-            "--dist",
-            "loadfile",
-            "-p",
-            "no:cacheprovider",
-            "--junitxml",
-            LOGS / "nbval.xml",
-        ]
-    ],
-    "pytest": [
-        [BIN / "python", "-m", "coverage", "erase"],
-        [
-            BIN / "python",
-            "-m",
-            "coverage",
-            "run",
-            "-m",
-            "pytest",
-            "tests",
-            "-n",
-            "2",
-            "--dist",
-            "worksteal",
-            "-p",
-            "no:cacheprovider",
-            "--durations",
-            "10",
-            "--junitxml",
-            LOGS / "pytest.xml",
-        ],
-    ],
+    "nbval": [[BIN / "python", *pytest("nbval", "nbs", *NBVAL, "--dist", "loadfile")]],
+    "tests": [[*PYTHON, "coverage", "erase"], [*PYTHON, "coverage", "run", *TESTS]],
     "coverage": [
-        [BIN / "python", "-m", "coverage", "combine", "-q"],
-        [BIN / "python", "-m", "coverage", "report", "--fail-under", "90"],
+        [*PYTHON, "coverage", "combine", "-q"],
+        [*PYTHON, "coverage", "report", "--fail-under", "90"],
     ],
 }
+if not PROVE:  # one execution in `tests` stands for both
+    PARTS = {name: p for name, p in PARTS.items() if name not in ("nbdev_test", "nbval")}
 
 
-def results(path, notebooks):
+def name_of(case):
+    "The test or notebook that a result belongs to."
+    path = case.get("classname")
+    if path.endswith(".ipynb"):
+        return f"{path.removesuffix('.ipynb').replace('.', '/')}.ipynb"
+    return f"{path.replace('.', '/')}.py::{case.get('name').partition('[')[0]}"
+
+
+def state_of(case):
+    if case.find("skipped") is not None:
+        return "skipped"
+    failed = case.find("failure") is not None or case.find("error") is not None
+    return "failed" if failed else "passed"
+
+
+def results(*paths):
     "Test or notebook -> how often it passed, failed and was skipped."
     out = {}
-    for case in ET.parse(path).iter("testcase"):
-        where = case.get("classname")
-        name = (
-            f"{where.removesuffix('.ipynb').replace('.', '/')}.ipynb"
-            if notebooks
-            else f"{where.replace('.', '/')}.py::{case.get('name').partition('[')[0]}"
-        )
-        r = out.setdefault(name, {"passed": 0, "failed": 0, "skipped": 0})
-        skip = case.find("skipped")
-        state = (
-            "skipped"
-            if skip is not None
-            else "failed"
-            if case.find("failure") is not None or case.find("error") is not None
-            else "passed"
-        )
-        r[state] += 1
-        if skip is not None:
-            r["why"] = skip.get("message", "")[:120]
+    for case in (case for path in paths for case in ET.parse(path).iter("testcase")):
+        counts = out.setdefault(name_of(case), {"passed": 0, "failed": 0, "skipped": 0})
+        state = state_of(case)
+        counts[state] += 1
+        if state == "skipped":
+            counts["why"] = case.find("skipped").get("message", "")[:120]
     return out
+
+
+def git(*words):
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def evidence():
@@ -104,30 +91,24 @@ def evidence():
     sys.path.insert(0, str(ROOT))
     from codex_nb.core.artifacts import code_files
 
-    git = lambda *words: subprocess.run(
-        ["git", *words], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    shown = {}
-    for name in ("nbval", "pytest"):
-        if (LOGS / f"{name}.xml").exists():
-            shown |= results(LOGS / f"{name}.xml", name == "nbval")
+    paths = [LOGS / f"{name}.xml" for name in ("nbval", "tests")]
+    system = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
     return {
         "schema": 1,
         "commit": git("rev-parse", "HEAD"),
         "dirty": bool(git("status", "--porcelain", "--", ".", ":!data/evidence.json")),
         "made": datetime.date.today().isoformat(),
-        "counts": "full" if os.environ.get("PROVE") else "small",
-        "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}",
+        "counts": "full" if PROVE else "small",
+        "machine": f"{system}, torch {torch.__version__}",
         "modules": code_files(),
-        "results": dict(sorted(shown.items())),
+        "results": dict(sorted(results(*filter(Path.exists, paths)).items())),
     }
 
 
-KEPT = ROOT / "data" / "evidence.json"
-
-
-def surroundings(home):  # of every check; notebooks choose for themselves how they draw
-    return {k: v for k, v in os.environ.items() if k != "MPLBACKEND"} | {
+def environment(home):
+    "Of every check; notebooks choose for themselves how they draw."
+    inherited = {k: v for k, v in os.environ.items() if k not in ("MPLBACKEND", "WARM_SERVER")}
+    return inherited | {
         "CODEX_NB_HOME": home,
         "OMP_NUM_THREADS": "1",
         "PATH": f"{BIN}:{os.environ['PATH']}",
@@ -143,39 +124,33 @@ def again(files):
     if now["dirty"]:
         sys.exit("there are changes beside the commit: commit them first")
     with tempfile.TemporaryDirectory() as home:
-        done = subprocess.run(
-            [
-                BIN / "python",
-                "-m",
-                "pytest",
-                *files,
-                "-n",
-                "2",
-                "--dist",
-                "worksteal",
-                "-p",
-                "no:cacheprovider",
-                "--junitxml",
-                LOGS / "again.xml",
-            ],
-            cwd=ROOT,
-            env=surroundings(home),
-        )
+        words = [BIN / "python", *pytest("again", *files, "--dist", "worksteal")]
+        done = subprocess.run(words, cwd=ROOT, env=environment(home))
     if done.returncode:
         return done.returncode
-    fresh = {
-        k: r | {"commit": now["commit"]} for k, r in results(LOGS / "again.xml", False).items()
-    }
-    kept["results"] = dict(
-        sorted(
-            (
-                {k: r for k, r in kept["results"].items() if k.partition("::")[0] not in files}
-                | fresh
-            ).items()
-        )
-    )
+    fresh = results(LOGS / "again.xml")
+    renewed = {name: r | {"commit": now["commit"]} for name, r in fresh.items()}
+    others = {k: r for k, r in kept["results"].items() if k.partition("::")[0] not in files}
+    kept["results"] = dict(sorted((others | renewed).items()))
     KEPT.write_text(json.dumps(kept, indent=0) + "\n")
     return 0
+
+
+def run_part(name):
+    "Run one part; whether it succeeded, and its log."
+    log = LOGS / f"{name.replace(' ', '-')}.log"
+    with tempfile.TemporaryDirectory() as home, open(log, "w") as out:
+        for words in PARTS[name]:
+            done = subprocess.run(
+                [str(w) for w in words],
+                cwd=ROOT,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=environment(home),
+            )
+            if done.returncode:
+                return False, log
+    return True, log
 
 
 def main():
@@ -185,46 +160,26 @@ def main():
     for old in LOGS.glob("*.xml"):
         old.unlink()
     began, failed, counts = time.monotonic(), [], {"passed": 0, "failed": 0, "skipped": 0}
-    for name, commands in PARTS.items():
-        log, start, code = LOGS / f"{name.replace(' ', '-')}.log", time.monotonic(), 0
-        with tempfile.TemporaryDirectory() as home, open(log, "w") as out:
-            for c in commands:
-                code = (
-                    code
-                    or subprocess.run(
-                        [str(x) for x in c],
-                        cwd=ROOT,
-                        stdout=out,
-                        stderr=subprocess.STDOUT,
-                        env=surroundings(home),
-                    ).returncode
-                )
+    for name in PARTS:
+        start = time.monotonic()
+        ok, log = run_part(name)
         text = log.read_text()
-        closing = (
-            re.findall(r"^(?=.*\d+ passed)(?=.* in [\d.]+s).*$", text, re.M)[-1:]
-            if "pytest" in str(commands)
-            else []
-        )
-        for line in closing:
-            for n, what in re.findall(r"(\d+) (passed|failed|skipped)\b", line):
-                counts[what] += int(n)
-        print(
-            f"{'ok    ' if code == 0 else 'FAILED'} {name:12} {time.monotonic() - start:6.0f} s"
-            + ("" if code == 0 else f"   log: {log}"),
-            flush=True,
-        )
-        if code:
+        closing = re.findall(r"^(?=.*\d+ passed)(?=.* in [\d.]+s).*$", text, re.M)
+        for n, state in re.findall(r"(\d+) (passed|failed|skipped)\b", "".join(closing[-1:])):
+            counts[state] += int(n)
+        took = f"{time.monotonic() - start:6.0f} s"
+        state, where = ("ok    ", "") if ok else ("FAILED", f"   log: {log}")
+        print(f"{state} {name:12} {took}{where}", flush=True)
+        if not ok:
             failed.append(name)
             print("\n".join(text.splitlines()[-40:]), flush=True)
-    total = re.findall(r"^TOTAL.*?(\d+)%", (LOGS / "coverage.log").read_text(), re.M)
     for path in [LOGS / "evidence.json", *([KEPT] if "--keep" in sys.argv else [])]:
         path.write_text(json.dumps(evidence(), indent=0) + "\n")
-    print(
-        f"{time.monotonic() - began:.0f} s in all" + (f", coverage {total[-1]} %" if total else "")
-    )
-    print(
-        f"{counts['passed']} passed, {max(counts['failed'], len(failed))} failed, {counts['skipped']} skipped"
-    )
+    total = re.findall(r"^TOTAL.*?(\d+)%", (LOGS / "coverage.log").read_text(), re.M)
+    covered = f", coverage {total[-1]} %" if total else ""
+    print(f"{time.monotonic() - began:.0f} s in all{covered}")
+    counts["failed"] = max(counts["failed"], len(failed))
+    print(", ".join(f"{n} {state}" for state, n in counts.items()))
     sys.exit(1 if failed else 0)
 
 

@@ -14,6 +14,7 @@ import importlib
 import json
 import os
 import resource
+import select
 import shutil
 import signal
 import socket
@@ -23,7 +24,7 @@ import tempfile
 import time
 from pathlib import Path
 
-LIBRARIES = """numpy pandas scipy.stats matplotlib.pyplot matplotlib_inline.backend_inline
+LIBRARIES = """numpy pandas scipy.stats matplotlib.pyplot
     torch torch._dynamo torch.distributed.fsdp safetensors.torch
     transformers.modeling_utils transformers.generation
     transformers.models.llama.modeling_llama transformers.models.gpt2.modeling_gpt2
@@ -92,8 +93,11 @@ def run_command(argv):
     "What `codex-nb ...`, `papermill ...`, `python -m ...` or `python FILE ...` would do."
     import runpy
 
+    import coverage
     from jupyter_client.provisioning import local_provisioner
 
+    if covering := coverage.Coverage.current():
+        covering.stop()  # chapters in kernels are what is counted: commands would become slow
     local_provisioner.launch_kernel = fork_kernel
     for loaded in [m for m in sys.modules if m.partition(".")[0] == "ipykernel"]:
         KERNEL_MODULES[loaded] = sys.modules.pop(loaded)  # it is not in a notebook
@@ -263,11 +267,22 @@ def attend(connection):
         os.close(fd)
     try:
         connection.sendall(b"%d\n" % pid)
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        status = wait_for(pid, connection)
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         connection.sendall(b"%d %.2f\n" % (status, used.ru_utime + used.ru_stime))
     finally:
         os._exit(0)
+
+
+def wait_for(pid, connection):
+    "Wait for a process to end; kill it when the one that asked for it is gone."
+    ended = os.pidfd_open(pid)
+    while True:
+        ready, _, _ = select.select([ended, connection], [], [])
+        if connection in ready and ended not in ready and connection.recv(1) == b"":
+            os.kill(pid, signal.SIGKILL)
+        if ended in ready:
+            return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 # --- for tests

@@ -1,8 +1,10 @@
-"""`make lock`: refresh requirements.lock, then check it; with --check only the latter, with --keep versions stay.
+"""`make lock`: refresh requirements.lock, then check it.
 
-The lock holds everything but torch and its CUDA parts, for Python 3.11 to 3.13, with hashes. torch is installed before
-it, from wherever pip finds it, so it is left out here by a marker that is never true; what torch itself needs besides
-CUDA is named in its place.
+With --check nothing is refreshed; with --keep versions stay.
+
+The lock holds everything but torch and its CUDA parts, for Python 3.11 to 3.13, with hashes. torch
+is installed before it, from wherever pip finds it, so it is left out here by a marker that is never
+true; what torch itself needs besides CUDA is named in its place.
 """
 
 import subprocess
@@ -76,7 +78,8 @@ def refresh(keep=False):
             + text
         )
         IMAGE_LOCK.write_text(
-            "# Made by `make lock`: what the image holds besides torch, in the versions of requirements.lock.\n"
+            "# Made by `make lock`: what the image holds besides torch, "
+            "in the versions of requirements.lock.\n"
             + compiled(IMAGE_EXTRAS, ["pip", "uv", "hatchling"], *pins())
         )
 

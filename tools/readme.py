@@ -26,7 +26,9 @@ def main(to):
     text = re.sub(r"!\[[^\]]*\]\((README_files/[^)]+)\)", lambda m: f"![{next(alt)}]({m[1]})", text)
 
     def link(m):
-        return f"]({'nbs/' + m[1] if (ROOT / 'nbs' / m[1].partition('#')[0]).exists() else m[1]})"  # the page lies in nbs/, the file beside it
+        # the page is in nbs/, the file beside that folder
+        in_nbs = (ROOT / "nbs" / m[1].partition("#")[0]).exists()
+        return f"]({'nbs/' if in_nbs else ''}{m[1]})"
 
     text = re.sub(r"\]\((?!https?:|README_files/)([^)\s]+)\)", link, text)
     (to / "README_files").mkdir(exist_ok=True)

@@ -1,7 +1,8 @@
-"""`make release VERSION=0.2.0`: bump, check, build, commit and tag; when anything fails, the files are as they were.
+"""`make release VERSION=0.2.0`: bump, check, build, commit and tag.
 
-The version stands in settings.ini. From there it goes into codex_nb/__init__.py and CITATION.cff. Nothing is sent
-anywhere: pushing the tag starts the workflow that publishes.
+When anything fails, the files are as they were. The version is that of settings.ini; from there it
+goes into codex_nb/__init__.py and CITATION.cff. Nothing is sent anywhere: pushing the tag starts the
+workflow that publishes.
 """
 
 import argparse
@@ -34,7 +35,10 @@ def version():
 
 def refused(new):
     "Why this cannot be released, one line each."
-    number = lambda v: tuple(map(int, v.split(".")))
+
+    def number(v):
+        return tuple(map(int, v.split(".")))
+
     if not re.fullmatch(r"\d+\.\d+\.\d+", new):
         return [f"VERSION: {new!r} must be three numbers, such as 0.2.0"]
     found = []

@@ -1,4 +1,7 @@
-"""`make sbom`: what this package is made of, from the lock: dist/sbom.cdx.json (CycloneDX 1.6) and dist/licences.md."""
+"""`make sbom`: what this package is made of, from the lock.
+
+It writes dist/sbom.cdx.json (CycloneDX 1.6) and dist/licences.md.
+"""
 
 import re
 import subprocess
@@ -27,7 +30,8 @@ from codex_nb.deploy.bundle import needed_packages  # noqa: E402
 
 # what may be installed beside Apache-2.0 code without asking anybody
 FINE = re.compile(
-    r"MIT|BSD|Apache|ISC|PSF|Python Software Foundation|MPL|Mozilla|Unlicense|CC0|Zlib|HPND|0BSD|LGPL|Lesser General|Public Domain|CNRI"
+    r"MIT|BSD|Apache|ISC|PSF|Python Software Foundation|MPL|Mozilla|Unlicense|CC0|Zlib|HPND|0BSD"
+    r"|LGPL|Lesser General|Public Domain|CNRI"
 )
 # read in the files of those that do not say it where others do
 SAID_ELSEWHERE = {"huey": "MIT", "skops": "MIT"}
@@ -55,7 +59,10 @@ def extras():
 def parts():
     "(name, version, scope, hashes, licence) of every package in the lock, and torch; sorted."
     plain, more = needed_packages(), needed_packages(extras())
-    scope = lambda n: "required" if n in plain else "optional" if n in more else "excluded"
+
+    def scope(n):
+        return "required" if n in plain else "optional" if n in more else "excluded"
+
     rows = {}
     for r, hashes in locked():
         name, version = plain_name(r.name), next(s.version for s in r.specifier)
@@ -122,20 +129,22 @@ def make(rows):
 def table(rows):
     "The licences as Markdown."
     words = {"required": "needed", "optional": "extras", "excluded": "development"}
-    return (
-        "# Licences of what is installed\n\nMade from `requirements.lock`. Scope `needed`: in every installation; `extras`: where asked for; `development`: only to change the package.\n\n| package | version | scope | licence |\n|---|---|---|---|\n"
-        + "".join(
-            f"| {n} | {v} | {words[s]} | {l or 'not for this platform'} |\n"
-            for n, v, s, _, l in rows
-        )
+    head = (
+        "# Licences of what is installed\n\nMade from `requirements.lock`. Scope `needed`: in every "
+        "installation; `extras`: where asked for; `development`: only to change the package.\n\n"
+        "| package | version | scope | licence |\n|---|---|---|---|\n"
+    )
+    return head + "".join(
+        f"| {name} | {version} | {words[scope]} | {licence or 'not for this platform'} |\n"
+        for name, version, scope, _, licence in rows
     )
 
 
 def doubts(rows):
     return [
-        f"{n} {v}: {l}"
-        for n, v, s, _, l in rows
-        if s != "excluded" and l is not None and not FINE.search(l)
+        f"{name} {version}: {licence}"
+        for name, version, scope, _, licence in rows
+        if scope != "excluded" and licence is not None and not FINE.search(licence)
     ]
 
 
@@ -147,9 +156,8 @@ def main():
     (ROOT / "dist").mkdir(exist_ok=True)
     (ROOT / "dist" / "sbom.cdx.json").write_text(text)
     (ROOT / "dist" / "licences.md").write_text(table(rows))
-    print(
-        f"dist/sbom.cdx.json, dist/licences.md: {len(rows)} packages, {sum(r[2] == 'required' for r in rows)} of them needed"
-    )
+    needed = sum(r[2] == "required" for r in rows)
+    print(f"dist/sbom.cdx.json, dist/licences.md: {len(rows)} packages, {needed} of them needed")
     if found := doubts(rows):
         sys.exit("to be looked at: " + "; ".join(found))
 

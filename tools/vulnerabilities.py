@@ -1,4 +1,7 @@
-"""`make vulnerabilities`: ask pip-audit about every locked package, and say of how many nothing could be learned."""
+"""`make vulnerabilities`: ask pip-audit about every locked package.
+
+It says of how many nothing could be learned.
+"""
 
 import json
 import subprocess
@@ -14,9 +17,9 @@ def told(out, error):
     try:
         found = json.loads(out)["dependencies"]
     except (ValueError, KeyError):
-        return [
-            f"not checked: the database of known faults cannot be reached from here: {(error.strip().splitlines() or ['no answer'])[-1]}"
-        ], 0
+        reason = (error.strip().splitlines() or ["no answer"])[-1]
+        unreached = "the database of known faults cannot be reached from here"
+        return [f"not checked: {unreached}: {reason}"], 0
     asked, unknown = [d for d in found if "vulns" in d], [d for d in found if "vulns" not in d]
     bad = [
         f"{d['name']} {d['version']}: {v['id']}"
@@ -24,15 +27,13 @@ def told(out, error):
         for d in asked
         for v in d["vulns"]
     ]
-    return [
-        *bad,
-        f"{len(asked)} of {len(found)} packages compared with the database of known faults, {len(bad)} faults"
-        + (
-            f"; nothing is known of the other {len(unknown)} where pip looks here"
-            if unknown
-            else ""
-        ),
-    ], int(bool(bad))
+    summary = (
+        f"{len(asked)} of {len(found)} packages compared with the database of known faults, "
+        f"{len(bad)} faults"
+    )
+    if unknown:
+        summary += f"; nothing is known of the other {len(unknown)} where pip looks here"
+    return [*bad, summary], int(bool(bad))
 
 
 def main():
