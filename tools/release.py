@@ -1,8 +1,8 @@
 """`make release VERSION=0.2.0`: bump, check, build, commit and tag.
 
 When anything fails, the files are as they were. The version is that of settings.ini; from there it
-goes into codex_nb/__init__.py and CITATION.cff. Nothing is sent anywhere: pushing the tag starts the
-workflow that publishes.
+goes into codex_nb/__init__.py and CITATION.cff. Nothing is sent anywhere: pushing the tag starts
+the workflow that publishes.
 """
 
 import argparse

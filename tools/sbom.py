@@ -130,8 +130,9 @@ def table(rows):
     "The licences as Markdown."
     words = {"required": "needed", "optional": "extras", "excluded": "development"}
     head = (
-        "# Licences of what is installed\n\nMade from `requirements.lock`. Scope `needed`: in every "
-        "installation; `extras`: where asked for; `development`: only to change the package.\n\n"
+        "# Licences of what is installed\n\nMade from `requirements.lock`. Scope `needed`: in "
+        "every installation; `extras`: where asked for; "
+        "`development`: only to change the package.\n\n"
         "| package | version | scope | licence |\n|---|---|---|---|\n"
     )
     return head + "".join(
