@@ -157,8 +157,9 @@ def packages() -> dict[str, str]:  # Name -> version, sorted
     out: dict[str, str] = {}
     # In the order of `sys.path`: the first one of a name is the one that is imported.
     for distribution in metadata.distributions():
-        if distribution.metadata["Name"]:
-            out.setdefault(plain_name(distribution.metadata["Name"]), distribution.version)
+        info = distribution.metadata  # parsed each time it is asked for
+        if info["Name"]:
+            out.setdefault(plain_name(info["Name"]), info["Version"])
     return dict(sorted(out.items()))
 
 
