@@ -8,6 +8,7 @@ __all__ = ['app', 'run', 'resume', 'preflight', 'prepare', 'runs', 'verify', 'ex
 
 # %% ../../nbs/cli/93_main.ipynb #6a029ed7
 import json
+import re
 import signal
 import sys
 import threading
@@ -119,7 +120,7 @@ def _print_outcome(outcome: "Outcome") -> None:
         state = "no run was started, and nothing was written"
         if outcome.folder:
             state = f"the run is {outcome.status}: {outcome.folder}"
-        fail(f"{outcome.error}\n{state}", outcome.code)
+        fail(f"{_explain_missing_package(outcome.error)}\n{state}", outcome.code)
     assert outcome.folder is not None
     for path in sorted((outcome.folder / "evaluations").glob("*/summary.json")):
         metric = json.loads(path.read_bytes())["metrics"].get("bits_per_byte") or {}
@@ -611,13 +612,24 @@ def _report(error: Exception) -> int:  # Exit code
 
 
 def _report_missing_package(error: ImportError) -> int:
+    message = _missing_package((error.name or "").partition(".")[0], str(error))
+    if message is None:
+        raise error
+    print_error(message)
+    return 1
+
+
+def _explain_missing_package(error: str) -> str:  # an error of the notebook's process
+    found = re.match(r"ModuleNotFoundError: (No module named '(\w+)[\w.]*')", error)
+    return (found and _missing_package(found[2], found[1])) or error
+
+
+def _missing_package(package: str, detail: str) -> str | None:  # None if we do not use it
     from codex_nb.deploy.doctor import EXTRAS, NEEDED, remedy_for
 
-    package = (error.name or "").partition(".")[0]
     if package not in (*NEEDED, *EXTRAS):
-        raise error
-    print_error(
-        f"{package} is not installed, or does not work here ({error}); {remedy_for(package)}; "
+        return None
+    return (
+        f"{package} is not installed, or does not work here ({detail}); {remedy_for(package)}; "
         "codex-nb doctor shows what else is missing"
     )
-    return 1
