@@ -220,7 +220,7 @@ def test_broken_sink_is_left_out_and_filled_again(name, seen, breaks, mends, alo
     assert_same_run(trained, alone)  # bit for bit the run that had no sinks
     err = capfd.readouterr().err
     assert list(trained.sinks.broken) == [name], (trained.sinks.broken, err)
-    assert err.count(f"{name} is left out from here on") == 1, err
+    assert err.count(f"{name} is disabled for this run") == 1, err
     assert f"codex-nb export {run.name} --to {name}" in err
     assert in_other(trained.folder) == ALL_STEPS  # the other sink was not touched
     mends(run)
@@ -266,7 +266,7 @@ def test_sink_that_never_answers_is_given_up(alone, capfd):
     asleep.set()
     assert took < 30
     assert_same_run(trained, alone)
-    assert "asleep is left out from here on: it was still busy" in capfd.readouterr().err
+    assert "asleep is disabled for this run: it was still busy" in capfd.readouterr().err
 
 
 def test_run_that_only_judged_is_exported():
@@ -290,4 +290,4 @@ def test_damaged_samples_leave_the_sink_out_by_name(alone, capfd):
     with open(folder / "samples.ndjson", "ab") as f:
         f.write(b"no record\n")
     assert list(export_run(folder, "csv")) == ["csv"]
-    assert "csv is left out from here on: JSONDecodeError" in capfd.readouterr().err
+    assert "csv is disabled for this run: JSONDecodeError" in capfd.readouterr().err

@@ -35,7 +35,7 @@ plugins_app = typer.Typer(
     invoke_without_command=True,
     add_completion=False,
     rich_markup_mode=None,
-    help="List the plug-ins that are registered or installed, and check them.",
+    help="List plug-ins and check them.",
 )
 
 # %% ../../nbs/cli/91_data.ipynb #7e5ab38f
@@ -322,7 +322,7 @@ def store_gc(
 # %% ../../nbs/cli/91_data.ipynb #9027dc3d
 @plugins_app.callback()
 def plugins_list(context: typer.Context, as_json: JsonOption = False) -> None:
-    "List the plug-ins that are registered or installed, and check them."
+    "List plug-ins and check them."
     if context.invoked_subcommand:
         return
     from codex_nb.core.plugins import list_plugins

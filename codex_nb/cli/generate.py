@@ -174,7 +174,7 @@ def compare(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    "Compare settings and metrics of runs, and test whether differences are more than chance."
+    "Compare runs. Shows what differs in settings and metrics, and whether by more than chance."
     from codex_nb.experiments.compare import (
         compare_all,
         comparison_json,

@@ -164,7 +164,7 @@ def prepare(
     ] = "train",
     parameter: ParameterOption = [],
 ) -> None:
-    "Write a run's settings, for torchrun -m codex_nb.run.recipe FOLDER/config.json on a cluster."
+    "Write a run's settings. Start it with torchrun -m codex_nb.run.recipe FOLDER/config.json."
     from codex_nb.experiments.launch import prepare_run
 
     print(prepare_run(notebook, parse_parameters(parameter), folder))
@@ -197,7 +197,7 @@ def verify(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    "Verify a run: every file (level L0), and the samples of each step (L1)."
+    "Verify a run. Level L0 checks every file, level L1 the samples of each step."
     from codex_nb.run.run_folder import find_run, verify_run
 
     folder = find_run(run)
@@ -286,7 +286,7 @@ def replay(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    "Execute a run again and report at which level the results are equal."
+    "Execute a run again. Reports at which level the results are equal."
     from codex_nb.experiments.replay import replay
     from codex_nb.run.run_folder import find_run
 
@@ -313,7 +313,7 @@ def diff(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    "Show how two runs differ: settings, inputs, code, machine, first step, weights, results."
+    "Show how two runs differ. Compares settings, inputs, code, machine, steps, weights, results."
     from codex_nb.core.artifacts import write_file
     from codex_nb.experiments.run_diff import diff_page, diff_runs
     from codex_nb.run.run_folder import find_run
@@ -454,7 +454,7 @@ def prune(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    "Remove checkpoints of an interrupted run, but never the newest intact one."
+    "Remove checkpoints of an interrupted run. The newest intact one is always kept."
     from codex_nb.run.run_folder import RunError, find_run, in_use, run_status
     from codex_nb.run.run_record import RunRecord
     from codex_nb.train.retention import CheckpointConfig, plan, prune
@@ -490,7 +490,7 @@ def doctor(
     thorough: Annotated[bool, typer.Option("--thorough", help="Also compile a function.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    "Check what this installation can do, and print how to fix what it cannot."
+    "Check what this installation can do. Prints how to fix what does not work."
     from codex_nb.deploy.doctor import healthy, probe
 
     checks = probe(quick, thorough)
