@@ -200,7 +200,7 @@ def test_relative_paths_are_meant_from_where_the_run_was_started(tmp_path):
     p.send_signal(signal.SIGTERM)
     p.communicate(timeout=60)
     assert p.returncode == 143
-    assert run_record(home / "runs" / "one")["started_in"] == "../../work"
+    assert run_record(home / "runs" / "one")["launch_dir"] == "../../work"
     again = codex("resume", "one", home=home, cwd=home / "elsewhere")
     assert again.returncode == 0 and "resuming" in again.stdout, again.stderr[-1500:]
     words = ["replay", "one", "--steps", "5", "--quiet"]
@@ -223,12 +223,12 @@ def test_prepared_run_keeps_the_folder_it_was_prepared_in(tmp_path):
     here = dict(home=tmp_path, cwd=tmp_path / "work")
     prepared = codex("prepare", folder, *given, **here)
     assert prepared.returncode == 0, prepared.stderr
-    assert run_record(folder)["started_in"] == "../../work"
+    assert run_record(folder)["launch_dir"] == "../../work"
     words = ["-m", "codex_nb.run.recipe", folder / "config.json"]
     done = command("python", *words, home=tmp_path, cwd=tmp_path / "elsewhere")
     assert done.returncode == 0, done.stderr[-1500:]
     assert "writing to" in done.stdout and "resuming" not in done.stdout
-    assert run_record(folder)["started_in"] == "../../work"
+    assert run_record(folder)["launch_dir"] == "../../work"
     assert "L1 holds" in codex("verify", "one", home=tmp_path).stdout
 
 
