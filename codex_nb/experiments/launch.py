@@ -140,13 +140,13 @@ class _RunWriter:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.text = ""
-        self._run_existed = (folder / "config.json").exists()
+        self.run_existed = (folder / "config.json").exists()
         self._run_locked = False
 
     @property
     def started(self) -> bool:
         "Whether the notebook has started the run, or resumed the one that was there."
-        if not self._run_existed:
+        if not self.run_existed:
             return (self.folder / "config.json").exists()
         return self._run_locked or (self.folder / MANIFEST).exists()
 
@@ -351,6 +351,8 @@ def launch(
     # The kernel has ended: if the run is locked now, another process took it first.
     taken_by_other = name == "RunError" and is_locked(folder / LOCK)
     if not writer.started or taken_by_other:
+        return _not_started(path, folder, code, error)
+    if name == "CheckpointError" and writer.run_existed:  # a resume that was refused
         return _not_started(path, folder, code, error)
     return _seal(path, folder, writer.text, code, error)
 

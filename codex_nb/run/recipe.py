@@ -41,6 +41,7 @@ from codex_nb.run.training_inputs import (
 )
 from ..tracking.metrics_log import metrics_csv
 from codex_nb.train.checkpoint import (
+    CheckpointError,
     model_tensors,
     read_state,
     read_weights,
@@ -71,9 +72,14 @@ def train_model(
             return _train_with_torchrun(run, model, hooks)
         return Trainer(run, corpus, tokenizer, dataset, model, hooks).fit()
     except Exception as e:
-        if not isinstance(e, DiskError):
+        if not _can_resume(run, e):
             run.finish("failed", f"{type(e).__name__}: {e}")
         raise
+
+
+def _can_resume(run: Run, error: Exception) -> bool:
+    "A full disk ends no run, nor does a checkpoint that is refused until a difference is allowed."
+    return isinstance(error, DiskError) or (run.resumed and isinstance(error, CheckpointError))
 
 # %% ../../nbs/run/67_recipe.ipynb #66186e8f
 def _train_with_torchrun(
@@ -150,7 +156,7 @@ def train_rank(
         except Interrupted as e:
             return EXIT_CODES[e.name]
         except Exception as e:
-            if world.main and not attached and not isinstance(e, DiskError):
+            if world.main and not attached and not _can_resume(run, e):
                 run.finish("failed", f"{type(e).__name__}: {e}")
             raise
         if world.main and not attached:
