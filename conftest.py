@@ -1,8 +1,9 @@
 """Notebooks under nbval, and how notebooks and tests are shared out.
 
 Cells that nbdev skips are skipped. With `--warm`, kernels are forked from a process that has
-imported torch, and what a chapter exports is taken from the compiled module: one execution shows
-that the module does what the chapter says, and that the outputs are those stored.
+imported torch, and after a cell that exports, what it defines is taken from the compiled module:
+one execution shows that the notebook runs from top to bottom, that its outputs are those stored,
+and that its lessons hold for the module.
 """
 
 import ast
@@ -25,7 +26,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--warm",
         action="store_true",
-        help="with --nbval: forked kernels, and compiled modules in place of exported cells",
+        help="with --nbval: forked kernels, and lessons about the compiled modules",
     )
 
 
@@ -67,16 +68,30 @@ def bound_names(source):
 
 
 def from_module(module, source):
-    "A cell that takes what `source` defines from the module; no name is there before its cell."
-    given = source.splitlines()
-    future = [line for line in given if line.startswith("from __future__")]
-    always, perhaps = bound_names("\n".join(line for line in given if line not in future))
+    "Lines that take what a cell defines from the compiled module."
+    always, perhaps = bound_names(source)
     lines = [f"import codex_nb.{module} as _module"]
     for name in dict.fromkeys(always):
         lines.append(f"{name} = _module.{name}")
     for name in dict.fromkeys(perhaps):
         lines.append(f"if hasattr(_module, {name!r}): {name} = _module.{name}")
-    return "\n".join([*future, *lines])
+    return lines
+
+
+def teach_the_module(cells):
+    "Let the lessons of a chapter be about its module: before each, take over what was exported."
+    module, exported = None, []
+    for cell in cells:
+        source = cell["source"]
+        if found := MODULE.search(source):
+            module = found[1]
+        elif SKIPPED.search(source):
+            continue
+        elif EXPORTED.search(source):
+            exported += from_module(module, source)
+        elif exported and not source.startswith("%%"):
+            cell["source"] = "\n".join([*exported, source])
+            exported = []
 
 
 # What takes longest is begun first, so that no process waits for another in the end.
@@ -112,6 +127,7 @@ def place(nodeid):
 
 
 def pytest_collection_modifyitems(config, items):
+    notebooks = {}
     for item in items:
         cell = getattr(item, "cell", None)
         if cell is None or cell.get("cell_type") != "code":
@@ -119,12 +135,10 @@ def pytest_collection_modifyitems(config, items):
         cell["execution_count"] = cell.get("execution_count") or 0  # cleaned cells have none
         if SKIPPED.search(cell["source"]):
             item.add_marker(pytest.mark.skip(reason="nbdev skips this cell"))
-        elif config.option.warm and EXPORTED.search(cell["source"]):
-            sources = (c["source"] for c in item.parent.nb.cells if c["cell_type"] == "code")
-            module = next(m[1] for s in sources if (m := MODULE.search(s)))
-            cell["source"] = from_module(module, cell["source"])
-            item.options["check"] = False  # what it shows belongs to the notebook
+        notebooks.setdefault(item.path, []).append(cell)
     if config.option.warm:
+        for cells in notebooks.values():
+            teach_the_module(cells)
         items.sort(key=lambda item: place(item.nodeid))
 
 

@@ -36,9 +36,13 @@ def pytest(name, *words):
     return ["-m", "pytest", *words, *TWO, "--durations", "15", "--junitxml", LOGS / f"{name}.xml"]
 
 
-# benchmarks are executed at full counts alone: that they run small says little of them
-SMALL = [] if PROVE else ["--ignore", "nbs/benchmarks"]
-TESTS = pytest("tests", "nbs", "tests", "--warm", *NBVAL, *SMALL)
+# Benchmarks are executed in `make prove` alone: that they run small says little of them. There,
+# nbval executes everything but the lessons about compiled modules.
+LEFT_OUT = ["--ignore", "nbs/benchmarks"]
+if PROVE:
+    LEFT_OUT += ["--ignore", "nbs/tutorials"]
+    LEFT_OUT += [f"--ignore={p}" for p in (ROOT / "nbs").glob("*.ipynb")]
+TESTS = pytest("tests", "nbs", "tests", "--warm", *NBVAL, *LEFT_OUT)
 PARTS = {
     "pip check": [[*PYTHON, "pip", "check"]],
     "nbdev_test": [[BIN / "nbdev_test", "--n_workers", "2", "--timing", "--file_re", r"^\d\d_"]],

@@ -22,7 +22,8 @@ CHAPTERS = {
     "another-output": ((EXPORT, LESSON), {2: "'something'"}, "Cell outputs differ"),
     "failing-lesson": ((EXPORT, "assert suggest('a', ['b']) == 1"), {}, "AssertionError"),
     "used-before-its-cell": ((LESSON, EXPORT), {1: SHOWN}, "NameError"),
-    "not-in-the-module": (("#| export\nnowhere = 1",), {}, "AttributeError"),
+    "not-in-the-module": (("#| export\nnowhere = 1", "nowhere"), {2: "1"}, "AttributeError"),
+    "for-a-module-alone": (("#| export\nfrom .safety import redact",), {}, "ImportError"),
 }
 
 
@@ -51,7 +52,7 @@ def report(tmp_path_factory):
         text=True,
     )
     failures, _, summary = done.stdout.partition("short test summary info")
-    assert "4 failed" in summary, done.stdout + done.stderr
+    assert "5 failed" in summary, done.stdout + done.stderr
     sections = failures.split("\n____")
     return {name: "".join(s for s in sections if f"{name}.ipynb::" in s) for name in CHAPTERS}
 
