@@ -95,7 +95,7 @@ def test_bundle_installs_trains_judges_and_replays_without_a_network(bundle, tmp
     (run,) = (target / "runs").iterdir()
     # a sink that is not installed is named, with the remedy; and the run goes on
     text = (run / "train.ipynb").read_text()
-    assert "mlflow is left out from here on" in text and "pip install 'codex_nb[mlflow]'" in text
+    assert "mlflow is disabled for this run" in text and "pip install 'codex_nb[mlflow]'" in text
     assert "L0 holds" in installed("verify", run.name)
     assert "proven: L3" in installed("replay", run.name, "--quiet")
     audit = json.loads(installed("audit", "--json"))
