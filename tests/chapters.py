@@ -1,4 +1,4 @@
-"""Run chapters' cells against the compiled modules: exported cells are replaced by the module's names.
+"""Run chapters' cells against the compiled modules; exported cells become the module's names.
 
 A server: it loads the large libraries once, and forks for every line "path TAB log" that it reads.
 """
