@@ -60,7 +60,7 @@ class Signals:
         if self.noted:
             self.noted.write_text(name)
         print(
-            f"{name}: the run stops after this step and saves; once more ends it at once",
+            f"{name}: the run stops after this step and saves; a second signal ends it at once",
             file=sys.stderr,
             flush=True,
         )
