@@ -74,6 +74,7 @@ KERNEL_MODULES = {}
 
 def run_kernel(connection_file, *arguments):
     sys.modules.update(KERNEL_MODULES)
+    fork_workers()
     import matplotlib
     import pandas
     from ipykernel.kernelapp import IPKernelApp
@@ -89,6 +90,27 @@ def run_kernel(connection_file, *arguments):
     app.start()
 
 
+class WarmSubprocess:
+    "The module `subprocess` for `run_workers`: workers of codex_nb are forked by the server."
+
+    def __getattr__(self, name):
+        return getattr(subprocess, name)
+
+    def Popen(self, command, stdout, stderr, env, start_new_session):  # noqa: N802
+        ours = command[:2] == [sys.executable, "-m"] and command[2].startswith("codex_nb.")
+        if not ours or not os.environ.get("WARM_SERVER") or env.get("PYTHONPATH"):
+            return subprocess.Popen(
+                command, stdout=stdout, stderr=stderr, env=env, start_new_session=start_new_session
+            )
+        return Warm(command, os.getcwd(), env, None, stdout, stderr, session=start_new_session)
+
+
+def fork_workers():
+    import codex_nb.train.workers
+
+    codex_nb.train.workers.subprocess = WarmSubprocess()
+
+
 def run_command(argv):
     "What `codex-nb ...`, `papermill ...`, `python -m ...` or `python FILE ...` would do."
     import runpy
@@ -99,6 +121,7 @@ def run_command(argv):
     if covering := coverage.Coverage.current():
         covering.stop()  # chapters in kernels are what is counted: commands would become slow
     local_provisioner.launch_kernel = fork_kernel
+    fork_workers()
     for loaded in [m for m in sys.modules if m.partition(".")[0] == "ipykernel"]:
         KERNEL_MODULES[loaded] = sys.modules.pop(loaded)  # it is not in a notebook
     program, *words = argv

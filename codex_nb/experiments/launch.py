@@ -201,8 +201,8 @@ class SignalForwarder:
         try:
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous_handlers[number] = signal.signal(number, self._on_signal)
-        except ValueError:
-            pass  # only the main thread may handle signals; elsewhere the caller does
+        except ValueError:  # only the main thread may handle signals; elsewhere the caller does
+            self._previous_handlers.clear()
         if self.should_stop:
             self._watcher = threading.Thread(target=self._watch, daemon=True)
             self._watcher.start()

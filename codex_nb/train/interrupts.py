@@ -91,8 +91,8 @@ class Signals:
         self._interruptible = True
         try:
             yield
-        except Interrupted:
-            pass  # `stop` was called, so the loop knows
+        except Interrupted:  # `stop` was called, so the loop knows
+            self._interruptible = False
         finally:
             self._interruptible = False
 
