@@ -58,9 +58,8 @@ app.add_typer(models_app, name="models")
 app.add_typer(tracking_app, name="tracking")
 app.add_typer(plugins_app, name="plugins")
 app.add_typer(store_app, name="store")
-app.command()(generate)
-app.command()(chat)
-app.command()(compare)
+for command in (generate, chat, compare):
+    app.command()(command)
 
 # %% ../../nbs/cli/93_main.ipynb #107db887
 @app.command()
