@@ -53,7 +53,7 @@ BAD = {
     "no such base": ("-p base nowhere", "base: no model 'nowhere'; looked at"),
     "adapter without base": ("-p adapter lora", "an adapter needs a base"),
     "shape and base": ("-p base x -p layers 3", "layers: given together with base"),
-    "processes": ("-p nproc 3", "batch_size: 16 rows cannot be shared equally by 3 processes"),
+    "processes": ("-p nproc 3", "batch_size: 16 rows cannot be divided equally among 3 processes"),
     "kernels": ("-p products onednn -p dtype bf16", "products: onednn is for fp32 on a CPU"),
     "rank": ("-p rank 0", "adapter.rank: given 0; must be int, >= 1"),
     "on_bad": ("-p on_bad ignore", "fit.on_bad: given 'ignore'; must be one of 'stop', 'skip'"),
@@ -97,7 +97,7 @@ def test_every_setting_that_would_change_nothing_is_refused():
         for part, config in parts_of(cls).items():
             for name in config.ignored_when:
                 given = {name: some_value(config, name)} | beside.get(part, {})
-                with pytest.raises(ConfigError, match=f"{name}: given, and would change nothing"):
+                with pytest.raises(ConfigError, match=f"{name}: given, but has no effect"):
                     cls.from_preset(None, **given)
                 seen += 1
     assert seen > 15
@@ -127,5 +127,5 @@ def test_base_that_does_not_fit_is_refused(small_model, tmp_path, monkeypatch):
     assert message in error("train", vocab_size=600, steps=2)
     corpus = open_corpus(CorpusConfig(data="sample"))
     larger = train_tokenizer(corpus, TokenizerConfig(vocab_size=600))
-    message = "leave out tokenizer_path, and the base's own is used"
+    message = "leave out tokenizer_path to use the base's own"
     assert message in error("train", tokenizer_path=str(larger.path), steps=2)

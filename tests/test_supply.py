@@ -89,7 +89,7 @@ def test_linters_find_what_is_wrong(tmp_path):
     bad.write_text("import os, subprocess\nx: int = 'a'\nsubprocess.run('x'+input(), shell=True)\n")
     config = ROOT / "pyproject.toml"
     for words, message in (
-        (["ruff", "format", "--check", "--config", config, tmp_path], "Would reformat"),
+        (["ruff", "format", "--check", "--config", config, tmp_path], "would be reformatted"),
         (["ruff", "check", "--config", config, tmp_path], "S602"),
         (["mypy", "--config-file", "", "--cache-dir", tmp_path / "cache", bad], "assignment"),
         (["bandit", "-q", "-c", config, bad], "B602"),
