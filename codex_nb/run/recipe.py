@@ -78,7 +78,7 @@ def train_model(
 
 
 def _can_resume(run: Run, error: Exception) -> bool:
-    "A full disk ends no run, nor does a checkpoint that is refused until a difference is allowed."
+    "A full disk does not end a run, nor does a checkpoint that cannot be resumed from."
     return isinstance(error, DiskError) or (run.resumed and isinstance(error, CheckpointError))
 
 # %% ../../nbs/run/67_recipe.ipynb #66186e8f
@@ -119,6 +119,8 @@ def _rank_error(output: str, n: int) -> Exception:
         kind = GuardError
     elif any("DiskError" in line for line in lines):
         kind = DiskError
+    elif any("CheckpointError" in line for line in lines):
+        kind = CheckpointError
     detail = "; ".join(lines) or output[-2000:].strip()
     return kind(f"training on {n} processes failed: {detail}")
 
