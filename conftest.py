@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent / "tests"))
 
 SKIPPED = re.compile(r"^#\|\s*(eval:\s*false|slow|cuda)\b", re.M)
 EXPORTED = re.compile(r"^#\|\s*exports?\b", re.M)
+SHIMS = Path(__file__).parent / "tests" / "bin"
 MODULE = re.compile(r"^#\|\s*default_exp ([\w.]+)", re.M)
 
 
@@ -48,7 +49,7 @@ def pytest_configure(config):
 
     RunningKernel.stop = stop
     # what notebooks call `codex-nb` is forked as well
-    os.environ["PATH"] = f"{Path(__file__).parent / 'tests' / 'bin'}:{os.environ['PATH']}"
+    os.environ["PATH"] = f"{SHIMS}:{os.environ['PATH']}"
 
 
 def bound_names(source):
@@ -135,6 +136,8 @@ def pytest_collection_modifyitems(config, items):
         cell["execution_count"] = cell.get("execution_count") or 0  # cleaned cells have none
         if SKIPPED.search(cell["source"]):
             item.add_marker(pytest.mark.skip(reason="nbdev skips this cell"))
+        if config.option.warm and 'os.environ["PATH"] =' in cell["source"]:
+            cell["source"] += f"\nos.environ['PATH'] = f\"{SHIMS}:{{os.environ['PATH']}}\""
         notebooks.setdefault(item.path, []).append(cell)
     if config.option.warm:
         for cells in notebooks.values():

@@ -92,7 +92,7 @@ def test_stopped_evaluation_resumes_without_scoring_again(home, how):
     settings = dict(checkpoint="a-0", split="train", max_documents=240, eval_batch=1, stride=4)
     settings |= dict(resamples=200, max_new_tokens=4, ngram=0)
     words = ["run", "evaluate", "--quiet", "--folder", folder, *flags(settings)]
-    p = start("codex-nb", *words, home=home)
+    p = start("codex-nb", *words, home=home, fresh=PROVE)
     part = folder / "scoring" / "part-0-of-1.ndjson"
 
     def written():

@@ -180,24 +180,31 @@ def test_replay_names_another_number_of_threads(home):
     assert found["diff"]["settings"] == {"threads": [1, 2]}
 
 
-def test_replay_finds_a_changed_line_of_the_package(home, tmp_path):
+def claim_another_tqdm(folder):
+    info = folder / "tqdm-99.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tqdm\nVersion: 99.0\n")
+
+
+def test_replay_finds_a_changed_line_and_another_version_of_a_package(home, tmp_path):
     other = tmp_path / "other" / "codex_nb"
     shutil.copytree(LIB, other, ignore=shutil.ignore_patterns("__pycache__"))
     path = other / "train" / "engine.py"
     source, line = path.read_text(), "(batch_sum / tokens).backward()"
     assert source.count(line) == 1
     path.write_text(source.replace(line, "(batch_sum / tokens * 1.0001).backward()"))
+    claim_another_tqdm(other.parent)
     found = replay(home, "--steps", 6, PYTHONPATH=str(other.parent))
     assert "files.train/engine.py" in found["diff"]["code"] and not found["diff"]["machine"]
+    assert found["diff"]["environment"]["packages.tqdm"][1] == "99.0"
     assert found["held"]["L2"] is False
     first = found["diff"]["first"]
     assert (first["step"], first["what"]) == (1, "grad_norm")
 
 
-def test_replay_names_another_version_of_a_package(home, tmp_path):
-    info = tmp_path / "tqdm-99.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tqdm\nVersion: 99.0\n")
+@pytest.mark.skipif(not PROVE, reason="two processes; that it is named, the test before shows")
+def test_replay_with_another_version_of_a_package_can_still_hold(home, tmp_path):
+    claim_another_tqdm(tmp_path)
     found = replay(home, "--steps", 3, PYTHONPATH=str(tmp_path), code=0)
     assert found["diff"]["environment"]["packages.tqdm"][1] == "99.0" and found["proven"] == "L2"
 

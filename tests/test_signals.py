@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from helpers import (
+    PROVE,
     checkpoint_files,
     codex,
     counts,
@@ -39,8 +40,8 @@ def training(folder, steps=STEPS):
     return ["codex-nb", "run", "train", *flags(SMALL | dict(steps=steps)), "--folder", folder]
 
 
-def launch(folder, home, steps=STEPS):
-    return start(*training(folder, steps), home=home, session=True)
+def launch(folder, home, steps=STEPS, fresh=True):
+    return start(*training(folder, steps), home=home, session=True, fresh=fresh)
 
 
 def kernels(folder):
@@ -128,7 +129,7 @@ def test_second_signal_ends_at_once(tmp_path):
 
 def test_killed_launcher_takes_its_kernel_with_it(tmp_path):
     folder = tmp_path / "runs" / "killed"
-    p = launch(folder, tmp_path)
+    p = launch(folder, tmp_path, fresh=PROVE)
     wait_until(has_checkpoint(folder, p))
     p.kill()
     p.wait()
@@ -143,7 +144,7 @@ def stopped(tmp_path_factory):
 
     def make(home):
         folder = home / "runs" / "part"
-        p = launch(folder, home)
+        p = launch(folder, home, fresh=PROVE)
         wait_until(has_checkpoint(folder, p))
         p.send_signal(signal.SIGTERM)
         p.wait(60)
