@@ -85,7 +85,7 @@ def run_kernel(connection_file, *arguments):
     if not os.environ.get("MPLBACKEND"):
         os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
         matplotlib.rcParams["backend"] = os.environ["MPLBACKEND"]
-    app = IPKernelApp.instance()
+    app = IPKernelApp.instance(parent_handle=os.getppid())  # it ends when its parent does
     app.initialize(["-f", connection_file, *arguments])
     app.start()
 
@@ -235,9 +235,7 @@ def fork_kernel(cmd, stdin=None, stdout=None, stderr=None, env=None, cwd=None, *
     null = os.open(os.devnull, os.O_RDWR)
     out = stdout.fileno() if hasattr(stdout, "fileno") else 1
     err = stderr.fileno() if hasattr(stderr, "fileno") else 2
-    # a kernel ends when the process that is its parent does
-    env = dict(env or os.environ) | {"JPY_PARENT_PID": str(os.getppid())}
-    enter(env, cwd or os.getcwd(), [null, os.dup(out), os.dup(err)])
+    enter(dict(env or os.environ), cwd or os.getcwd(), [null, os.dup(out), os.dup(err)])
     close_inherited(())
     finish(run_kernel, *arguments)
 
