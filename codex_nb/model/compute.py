@@ -24,11 +24,16 @@ from .model_config import ComputeConfig
 from .model_config import rough_flops as rough_flops
 
 # %% ../../nbs/model/22_compute.ipynb #d2a875fb
+# In a notebook another name than in the module: to register an operator again would leave the
+# functions of the first registration with one that is gone.
+_NAMESPACE = __name__.replace(".", "_")
+
+
 def _linear(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:  # x @ w.T
     return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
 
 
-@torch.library.custom_op("codex_nb::onednn_matmul", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::onednn_matmul", mutates_args=())
 def onednn_matmul(
     x: torch.Tensor,  # Shape (..., K), fp32 on the CPU
     w: torch.Tensor,  # Shape (M, K), any strides
@@ -37,7 +42,7 @@ def onednn_matmul(
     return _linear(x, w)
 
 
-@torch.library.custom_op("codex_nb::onednn_matmul_grad", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::onednn_matmul_grad", mutates_args=())
 def onednn_matmul_grad(
     g: torch.Tensor,  # Shape (..., M), gradient of the result
     x: torch.Tensor,  # Shape (..., K), the input
