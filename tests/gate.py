@@ -1,7 +1,8 @@
 """`make test`: every check, with times, logs and a summary; what was shown is kept as evidence.
 
 `make prove` executes more: full counts, real processes instead of forked ones, chapters as
-notebooks (nbdev_test, nbval) and against the modules. It puts the evidence into the package.
+notebooks (nbdev_test, nbval) and against the modules, every tutorial and benchmark. It measures
+what is covered, which makes Python code half as fast, and puts the evidence into the package.
 
 `PROVE=1 .venv/bin/python tests/gate.py --again tests/test_x.py` executes a file of tests once more,
 where the test itself was wrong, and renews its results; they say of which commit they are, and are
@@ -36,25 +37,30 @@ def pytest(name, *words):
     return ["-m", "pytest", *words, *TWO, "--durations", "15", "--junitxml", LOGS / f"{name}.xml"]
 
 
-# Benchmarks are executed in `make prove` alone: that they run small says little of them. There,
-# nbval executes everything but the lessons about compiled modules.
-LEFT_OUT = ["--ignore", "nbs/benchmarks"]
+# What the small form leaves out: benchmarks, which say little when they run small, and tutorials
+# that show with larger runs what test_sweep, test_distributed and test_judging, test_plugins,
+# test_signals and test_launch test.
+if PROVE:  # nbval executes everything but the lessons about compiled modules
+    LEFT_OUT = ["nbs/tutorials", *(f"nbs/{p.name}" for p in (ROOT / "nbs").glob("*.ipynb"))]
+else:
+    names = ["3_better", "6_many_processes", "7_plug_in", "8_when_it_goes_wrong"]
+    LEFT_OUT = [f"nbs/tutorials/{name}.ipynb" for name in names]
+IGNORED = [f"--ignore={path}" for path in ["nbs/benchmarks", *LEFT_OUT]]
+TESTS = pytest("tests", "nbs", "tests", "--warm", *NBVAL, *IGNORED)
+PARTS = {"pip check": [[*PYTHON, "pip", "check"]], "tests": [[*PYTHON, *TESTS[1:]]]}
 if PROVE:
-    LEFT_OUT += ["--ignore", "nbs/tutorials"]
-    LEFT_OUT += [f"--ignore={p}" for p in (ROOT / "nbs").glob("*.ipynb")]
-TESTS = pytest("tests", "nbs", "tests", "--warm", *NBVAL, *LEFT_OUT)
-PARTS = {
-    "pip check": [[*PYTHON, "pip", "check"]],
-    "nbdev_test": [[BIN / "nbdev_test", "--n_workers", "2", "--timing", "--file_re", r"^\d\d_"]],
-    "nbval": [[BIN / "python", *pytest("nbval", "nbs", *NBVAL, "--dist", "loadfile")]],
-    "tests": [[*PYTHON, "coverage", "erase"], [*PYTHON, "coverage", "run", *TESTS]],
-    "coverage": [
-        [*PYTHON, "coverage", "combine", "-q"],
-        [*PYTHON, "coverage", "report", "--fail-under", "90"],
-    ],
-}
-if not PROVE:  # one execution in `tests` stands for both
-    PARTS = {name: p for name, p in PARTS.items() if name not in ("nbdev_test", "nbval")}
+    PARTS = {
+        "pip check": PARTS["pip check"],
+        "nbdev_test": [
+            [BIN / "nbdev_test", "--n_workers", "2", "--timing", "--file_re", r"^\d\d_"]
+        ],
+        "nbval": [[BIN / "python", *pytest("nbval", "nbs", *NBVAL, "--dist", "loadfile")]],
+        "tests": [[*PYTHON, "coverage", "erase"], [*PYTHON, "coverage", "run", *TESTS]],
+        "coverage": [
+            [*PYTHON, "coverage", "combine", "-q"],
+            [*PYTHON, "coverage", "report", "--fail-under", "90"],
+        ],
+    }
 
 
 def name_of(case):
@@ -82,6 +88,13 @@ def results(*paths):
         if state == "skipped":
             counts["why"] = case.find("skipped").get("message", "")[:120]
     return out
+
+
+def failures(part):
+    "Tests, and cells of notebooks, that failed in a part."
+    path = LOGS / f"{part}.xml"
+    cases = ET.parse(path).iter("testcase") if path.exists() else []
+    return [f"{c.get('classname')} {c.get('name')}" for c in cases if state_of(c) == "failed"]
 
 
 def git(*words):
@@ -177,9 +190,12 @@ def main():
         if not ok:
             failed.append(name)
             print("\n".join(text.splitlines()[-40:]), flush=True)
+            for test in failures(name):
+                print(f"failed: {test}", flush=True)
     for path in [LOGS / "evidence.json", *([KEPT] if "--keep" in sys.argv else [])]:
         path.write_text(json.dumps(evidence(), indent=0) + "\n")
-    total = re.findall(r"^TOTAL.*?(\d+)%", (LOGS / "coverage.log").read_text(), re.M)
+    report = LOGS / "coverage.log"
+    total = re.findall(r"^TOTAL.*?(\d+)%", report.read_text(), re.M) if PROVE else []
     covered = f", coverage {total[-1]} %" if total else ""
     print(f"{time.monotonic() - began:.0f} s in all{covered}")
     counts["failed"] = max(counts["failed"], len(failed))

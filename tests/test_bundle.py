@@ -51,6 +51,7 @@ def bundle(small_model, tmp_path, monkeypatch):
     return made.path.rename(tmp_path / "carried"), made.digest
 
 
+@pytest.mark.skipif(not PROVE, reason="two minutes: torch is installed; make prove")
 def test_bundle_installs_trains_judges_and_replays_without_a_network(bundle, tmp_path):
     (carried, digest), target = bundle, tmp_path / "there"
     clean = {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN)}

@@ -6,6 +6,8 @@
 __all__ = ['PluginError', 'Entry', 'register', 'entries', 'known', 'get', 'PluginStatus', 'list_plugins', 'check']
 
 # %% ../../nbs/core/04_plugins.ipynb #f497cfd3
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -61,7 +63,7 @@ def entries(
     "Everything registered or installed; raises `PluginError` when two packages offer one name."
     out = {name: entry for (k, name), entry in _registered.items() if k == kind}
     preferred = _preferred_sources()
-    for point in metadata.entry_points(group=f"codex_nb.{kind}"):
+    for point in _entry_points().select(group=f"codex_nb.{kind}"):
         new = Entry(kind, point.name, point.load, _source_of(point))
         old = out.get(point.name)
         choice = preferred.get((kind, point.name))
@@ -76,6 +78,18 @@ def entries(
     return dict(sorted(out.items()))
 
 # %% ../../nbs/core/04_plugins.ipynb #e2266ccb
+_found: list[Any] = [None, metadata.EntryPoints()]  # the state of `sys.path`, what is there
+
+
+def _entry_points() -> metadata.EntryPoints:
+    "Of all installed packages. To read them takes 10 ms; each check of a setting asks."
+    paths = [path or os.curdir for path in sys.path]
+    state = [(path, os.stat(path).st_mtime_ns) for path in paths if os.path.exists(path)]
+    if _found[0] != state:
+        _found[:] = [state, metadata.entry_points()]
+    return _found[1]
+
+
 def _source_of(point: metadata.EntryPoint) -> str:
     return point.dist.name if point.dist else "unknown"
 
@@ -147,10 +161,10 @@ class PluginStatus:
 def list_plugins() -> list[PluginStatus]:  # By kind, name and source
     "Everything registered or installed, each loaded once."
     found = list(_registered.values())
-    for group in metadata.entry_points().groups:
+    for group in _entry_points().groups:
         if group.startswith("codex_nb."):
             kind = group.removeprefix("codex_nb.")
-            for point in metadata.entry_points(group=group):
+            for point in _entry_points().select(group=group):
                 found.append(Entry(kind, point.name, point.load, _source_of(point)))
     out = []
     for entry in found:

@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 # %% ../../nbs/core/01_safety.ipynb #8840401f
@@ -194,11 +195,16 @@ def find_secrets(
     environ: Mapping[str, str] | None = None,  # Default: this process's environment
 ) -> list[Finding]:  # By place, not overlapping
     "Every secret in `text` that a rule or the environment knows."
-    found = find(text, RULES)
+    found = list(_find_in_long(text) if 1_000 < len(text) < 1_000_000 else find(text, RULES))
     for secret in environment_secrets(environ):
         for match in re.finditer(re.escape(secret), text):
             found.append(Finding("environment", *match.span()))
     return merge_findings(found)
+
+
+@lru_cache(maxsize=64)  # a notebook is redacted after each cell, and its pictures are as before
+def _find_in_long(text: str) -> tuple[Finding, ...]:
+    return tuple(find(text, RULES))
 
 
 def redact(
