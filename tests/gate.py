@@ -29,12 +29,14 @@ PYTHON = [BIN / "python", "-m"]
 PROVE = bool(os.environ.get("PROVE"))
 
 NBVAL = "--nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg".split()
-TWO = ["-n", "2", "-p", "no:cacheprovider"]  # processes
+# One more than there are processors: tests often wait for what they have started
+WORKERS = str(min(8, (os.cpu_count() or 1) + 1))
 
 
 def pytest(name, *words):
     "A command that runs pytest, with its results in NAME.xml."
-    return ["-m", "pytest", *words, *TWO, "--durations", "15", "--junitxml", LOGS / f"{name}.xml"]
+    how = ["-n", WORKERS, "-p", "no:cacheprovider", "--durations", "15"]
+    return ["-m", "pytest", *words, *how, "--junitxml", LOGS / f"{name}.xml"]
 
 
 # What the small form leaves out: benchmarks, which say little when they run small, and tutorials
@@ -52,7 +54,7 @@ if PROVE:
     PARTS = {
         "pip check": PARTS["pip check"],
         "nbdev_test": [
-            [BIN / "nbdev_test", "--n_workers", "2", "--timing", "--file_re", r"^\d\d_"]
+            [BIN / "nbdev_test", "--n_workers", WORKERS, "--timing", "--file_re", r"^\d\d_"]
         ],
         "nbval": [[BIN / "python", *pytest("nbval", "nbs", *NBVAL, "--dist", "loadfile")]],
         "tests": [[*PYTHON, "coverage", "erase"], [*PYTHON, "coverage", "run", *TESTS]],
