@@ -28,10 +28,11 @@ from ..train.checkpoint import latest_checkpoint
 # %% ../../nbs/run/63_bases.ipynb #24cc4dd4
 def find_base(
     name: str | None,  # A path, a registered model, or a run; None: the newest finished run
+    run: Path | str | None = None,  # The folder of the run it is for; default: `$CODEX_NB_RUN`
 ) -> Path:  # A folder with a model; `ConfigError` lists where it was looked for
     "Find the model that a run starts from."
     if name is None:
-        return _recorded_base() or _newest_base()
+        return _recorded_base(run) or _newest_base()
     runs = [r["name"] for r in list_runs() if r["name"].endswith(name)]
     path = Path(name)
     if len(runs) == 1 or (path / "config.json").is_file() and (path / "checkpoints").is_dir():
@@ -39,8 +40,8 @@ def find_base(
     return find_model(name)
 
 
-def _recorded_base() -> Path | None:
-    digest = recorded_parent("base")
+def _recorded_base(run: Path | str | None) -> Path | None:
+    digest = recorded_parent("base", run)
     if digest is None:
         return None
     if path := find_in_runs(digest):

@@ -27,6 +27,7 @@ from ..data.tokens import PackedDataset
 from ..model.adapters import merge_adapter
 from ..model.compute import set_linear_kernels
 from ..model.model_registry import load_model
+from .bases import find_base
 from .callbacks import sinks_of
 from .run_folder import Run
 from .run_record import RunRecord
@@ -140,9 +141,9 @@ def train_rank(
         if cfg.model.device == "cuda" and world.size > 1:
             torch.cuda.set_device(world.local_rank)
         if world.local_rank == 0:
-            prepare_data(cfg)  # built once on each machine; the others find it
+            prepare_data(_with_base(cfg, folder))  # built once on each machine
         world.barrier()
-        corpus, tokenizer, dataset = prepare_data(cfg)
+        corpus, tokenizer, dataset = prepare_data(_with_base(cfg, folder))
         if attached:
             die_with_parent()
             run = Run(folder, record.kind, cfg, None, True)
@@ -150,7 +151,7 @@ def train_rank(
             run = _start_on_rank_0(record.kind, cfg, folder, world, corpus, tokenizer, dataset)
         setup_process(run.cfg, world)
         try:
-            model = model_for(run.cfg, tokenizer)
+            model = model_for(_with_base(run.cfg, folder), tokenizer)
             # torchrun sends its signal twice, and kills after half a minute.
             second_signal = "exit" if world.size == 1 else "ignore"
             trainer = Trainer(run, corpus, tokenizer, dataset, model, (), world, second_signal)
@@ -164,6 +165,14 @@ def train_rank(
         if world.main and not attached:
             finish(run)
         return 0
+
+
+def _with_base(cfg: RunConfig, folder: Path) -> RunConfig:
+    "The same with the base that the run's record names, also if a newer one would be found now."
+    if not cfg.has_base or cfg.model.base is not None:
+        return cfg
+    base = str(find_base(None, folder))
+    return cfg.updated(model=cfg.model.model_copy(update={"base": base}))
 
 
 def _start_on_rank_0(

@@ -349,9 +349,10 @@ def replay_hints(
 
 def recorded_parent(
     role: str,  # e.g. `checkpoint`
+    run: Path | str | None = None,  # A run folder; default: `$CODEX_NB_RUN`
 ) -> str | None:  # A digest; None for a new run
-    "The parent that this process's run already has, if it is resumed or replayed."
-    folder = env_setting("CODEX_NB_RUN")
+    "The parent that a run already has, if it is resumed or replayed."
+    folder = run or env_setting("CODEX_NB_RUN")
     if not folder:
         return None
     known = replay_hints(folder).get("parents", {}) | load_parents(folder)

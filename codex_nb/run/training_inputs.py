@@ -71,7 +71,7 @@ def start_run(
     for role, artifact in parents.items():
         run.add_parent(role, artifact.digest)
     if isinstance(cfg, RunConfig) and cfg.has_base:
-        run.add_parent("base", model_digest(find_base(cfg.model.base)))
+        run.add_parent("base", model_digest(find_base(cfg.model.base, folder)))
     print(f"{'resuming' if run.resumed else 'writing to'} {display_path(run.folder)}")
     return run
 
