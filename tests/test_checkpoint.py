@@ -103,7 +103,7 @@ def test_fault_at_any_operation_of_a_save_leaves_a_whole_checkpoint_or_none(made
 def test_kill_while_saving_loses_no_acknowledged_checkpoint(tmp_path):
     folder, rng = tmp_path / "checkpoints", random.Random(0)
     folder.mkdir()
-    p = start("python", PROGRAMS / "save_for_ever.py", folder, home=tmp_path)
+    p = start("python", PROGRAMS / "save_forever.py", folder, home=tmp_path)
     for i in range(counts(10, 200)):
         p.stdin.write("go\n")
         p.stdin.flush()

@@ -59,7 +59,7 @@ def with_levels(found):
     levels = {level["name"]: level for level in found["levels"]}
     return found | {
         "held": {name: level["holds"] for name, level in levels.items()},
-        "detail": {name: level["said"] for name, level in levels.items()},
+        "detail": {name: level["detail"] for name, level in levels.items()},
     }
 
 

@@ -456,7 +456,8 @@ def prune(
     "Remove checkpoints of an interrupted run. The newest intact one is always kept."
     from codex_nb.run.run_folder import RunError, find_run, in_use, run_status
     from codex_nb.run.run_record import RunRecord
-    from codex_nb.train.retention import CheckpointConfig, plan, prune
+    from codex_nb.train.retention import plan, prune
+    from codex_nb.train.train_config import CheckpointConfig
 
     folder = find_run(run)
     status = run_status(folder)

@@ -44,7 +44,7 @@ def write_tensors(
             os.fsync(f.fileno())
     except OSError as e:
         raise disk_error(e, path) or e
-    finally:  # after an error too, or the thread would wait for ever
+    finally:  # after an error too, or the thread would wait forever
         record = hashing.finish()
     return record
 

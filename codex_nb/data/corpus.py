@@ -507,7 +507,7 @@ def _rank_cutoff(documents: Iterable[Document], budget: float, salt: str) -> flo
     pairs = [(_mixture_rank(d, salt), len(d.full_text.encode())) for d in documents]
     ranks, sizes = map(np.array, zip(*pairs))
     order = np.argsort(ranks)
-    # A hair below the budget: rounding must not add a document when the share is exactly full.
+    # Slightly below the budget: rounding must not add a document when the share is exactly full.
     last = int(np.searchsorted(np.cumsum(sizes[order]), budget * (1 - 1e-12)))
     return ranks[order][min(len(order) - 1, last)]
 

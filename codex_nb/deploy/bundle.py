@@ -225,8 +225,8 @@ Then, in TARGET:
 """
 
 
-# Needed only to resume a run
-TRAINING_STATE = ("optimizer.safetensors", "ema.safetensors")
+# Needed only to resume a run: files, and folders of shards
+TRAINING_STATE = ("optimizer.safetensors", "ema.safetensors", "optimizer", "ema")
 
 
 def _copy_all(chosen: dict[str, Path], folder: Path, ignored: Sequence[str] = ()) -> None:

@@ -48,7 +48,7 @@ def read_bundle(
 
 
 def _canonical_json(value: Any) -> bytes:
-    # as in chapter `artifacts`, which this module cannot import
+    # as in chapter `config`, which this module cannot import
     text = json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     )

@@ -50,7 +50,7 @@ class Level:
 
     def to_dict(self) -> dict[str, Any]:  # JSON types
         "The finding for a program."
-        return {"name": self.name, "holds": self.holds, "said": self.detail}
+        return {"name": self.name, "holds": self.holds, "detail": self.detail}
 
 # %% ../../nbs/experiments/73_replay.ipynb #831fa55e
 def sealed_level(

@@ -264,7 +264,7 @@ class Search:
                 time.sleep(random.uniform(0.05, 0.5))
 
     def _add_trial(self, here: str) -> Any:  # Optuna's trial
-        # `study.ask` would add a trial first and say later whose it is. Were this process killed
+        # `study.ask` adds a trial before it is marked with its machine. If this process were killed
         # between the two, no machine would ever resume the trial.
         key = uuid.uuid4().hex
         create_trial = self.optuna.trial.create_trial

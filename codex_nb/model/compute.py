@@ -21,7 +21,6 @@ from transformers.pytorch_utils import Conv1D
 
 from ..core.config import ConfigError
 from .model_config import ComputeConfig
-from .model_config import rough_flops as rough_flops
 
 # %% ../../nbs/model/22_compute.ipynb #d2a875fb
 # In a notebook another name than in the module: to register an operator again would leave the

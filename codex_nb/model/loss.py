@@ -15,8 +15,7 @@ import torch.nn.functional as F  # noqa: N812 (the name that torch's own documen
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..data.batches import Batch
-from ..data.tokens import IGNORE
+from ..core.types import IGNORE, Batch
 from .causal_lm import autocast, logits_of
 from .compute import compiled_for, onednn_matmul, onednn_matmul_grad
 from .model_config import ComputeConfig

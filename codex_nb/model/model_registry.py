@@ -63,7 +63,7 @@ def find_model(
         _check_unusable(folder)
     unset = "" if env_setting("CODEX_NB_MODELS") else "; $CODEX_NB_MODELS is not set"
     raise ConfigError(
-        f"base: no model {name!r}; looked at {', '.join(str(p.absolute()) for p in folders)}"
+        f"no model {name!r}; looked at {', '.join(str(p.absolute()) for p in folders)}"
         f"{unset}. Bring a folder with config.json, *.safetensors and tokenizer.json, "
         "then: codex-nb models import FOLDER"
     )
@@ -74,13 +74,11 @@ def _check_unusable(folder: Path) -> None:  # a model in a form that is not open
         return
     if any(folder.glob("*.bin")):
         raise ConfigError(
-            f"base: {folder}: its weights are pickled (*.bin), which can run code when opened; "
+            f"{folder}: its weights are pickled (*.bin), which can run code when opened; "
             "save it with safe_serialization where it comes from, and bring model.safetensors"
         )
     if (folder / "config.json").is_file():
-        raise ConfigError(
-            f"base: {folder}: there is a config.json, but no weights in *.safetensors"
-        )
+        raise ConfigError(f"{folder}: there is a config.json, but no weights in *.safetensors")
 
 # %% ../../nbs/model/25_model_registry.ipynb #46ef8a3f
 def _weight_files(folder: Path) -> list[Path]:

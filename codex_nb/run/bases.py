@@ -37,7 +37,10 @@ def find_base(
     path = Path(name)
     if len(runs) == 1 or (path / "config.json").is_file() and (path / "checkpoints").is_dir():
         return _base_in_run(find_run(name))
-    return find_model(name)
+    try:
+        return find_model(name)
+    except ConfigError as e:
+        raise ConfigError(f"base: {e}") from None
 
 
 def _recorded_base(run: Path | str | None) -> Path | None:

@@ -233,7 +233,7 @@ class Sinks:
 
 
 def _figures(folder: Path, curves: set[str], step: int, moment: float) -> list[Row]:
-    # what a sealed run has come to, as its last row, without the last values of curves
+    # the final figures of a sealed run, as its last row, without the last values of curves
     try:
         figures = dict(read_manifest(folder).meta.get("figures", {}))
     except ArtifactError:

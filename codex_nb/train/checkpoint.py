@@ -276,7 +276,7 @@ def write_checkpoint(
                 )
             )
 
-        # Rank 0 may fail here, for want of space; the others must then not wait for the folder.
+        # Rank 0 may fail here, as on a full disk; the others must then not wait for the folder.
         draft = world.run_or_fail_together(begin)
         path = world.broadcast(draft.path if draft else None)
         assert path is not None  # rank 0 has a draft, or all have failed above
@@ -377,7 +377,7 @@ def _check_same_run(
     if refused := [k for k in inexact if k not in allow]:
         raise CheckpointError(
             f"{folder}: resuming would not be bit-for-bit identical: {'; '.join(inexact.values())}."
-            f" To resume all the same: --allow {','.join(refused)}"
+            f" To resume nevertheless: --allow {','.join(refused)}"
         )
     return list(inexact.values())
 

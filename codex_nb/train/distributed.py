@@ -22,8 +22,6 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from .train_config import DistributedConfig  # noqa: F401 - used with this module
-
 # %% ../../nbs/train/42_distributed.ipynb #7ccffabe
 _T = TypeVar("_T")
 

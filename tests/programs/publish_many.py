@@ -1,4 +1,4 @@
-"""Say `ready`, then publish FOLDER/0, FOLDER/1, ... for ever."""
+"""Say `ready`, then publish FOLDER/0, FOLDER/1, ... forever."""
 
 import itertools
 import sys

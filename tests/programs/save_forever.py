@@ -1,4 +1,4 @@
-"""Save and prune checkpoints in FOLDER for ever, in a new process for each line of standard input.
+"""Save and prune checkpoints in FOLDER forever, in a new process for each line of standard input.
 
 A checkpoint is acknowledged by its name on standard output.
 """
