@@ -202,9 +202,13 @@ def verify(
     folder = find_run(run)
     files, order = verify_run(folder), None
     if not quick:
-        from codex_nb.experiments.replay import order_level
+        from codex_nb.core.config import ConfigError
+        from codex_nb.experiments.replay import Level, order_level
 
-        order = order_level(folder)
+        try:
+            order = order_level(folder)
+        except ConfigError as e:  # settings that were changed, or are of another version
+            order = Level("L1", False, str(e))
     if as_json:
         print(json.dumps(files | ({"L1": order.to_dict()} if order else {}), indent=1))
     else:

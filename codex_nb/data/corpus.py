@@ -23,7 +23,7 @@ from ..core.artifacts import Artifact, Draft
 from ..core.config import NOT_IN_DIGEST, Config, ConfigError, canonical_json, identity
 from ..core.policy import Policy, load_policy
 from ..core.store import store_by_content
-from .documents import Document, Message, ReadError
+from .documents import Document, Message, ReadError, as_documents
 from .duplicates import ExactDuplicates, NearDuplicates, match_documents
 from .readers import Rejects, read_path
 
@@ -289,8 +289,9 @@ def _require_text(cfg: CorpusConfig, out: _SplitWriter, how: str, rejects: Rejec
 
 # %% ../../nbs/data/13_corpus.ipynb #1bea6d67
 def build_corpus(
-    documents: Iterable[Document],  # A stream, read once
-    cfg: CorpusConfig,  # Fractions, salt, duplicates
+    documents: Iterable[Document | str],  # A stream of documents or texts, read once
+    cfg: CorpusConfig
+    | None = None,  # Fractions, salt, duplicates; default: a plain one
     source: dict[str, Any] | None = None,  # What else identifies the documents; enters the digest
     skipped: Counter[str] | None = None,  # Skipped files by reason, for the manifest
     rejects: Rejects | None = None,  # Of the reader; its records become part of the corpus
@@ -299,12 +300,13 @@ def build_corpus(
     policy_counts: Counter[str] | None = None,  # Of `apply_policy`, for the manifest
 ) -> Corpus:  # In the store
     "Write documents into a corpus artifact; `ReadError` when a split with a share is empty."
+    cfg = cfg or CorpusConfig()
 
     def write(draft: Draft) -> None:
         buffer, exact = draft.path / ".spool", ExactDuplicates(draft.path / ".hashes")
         if rejects:
             rejects.path = draft.path / "rejects.ndjson"
-        buffered = _buffer(documents, buffer, exact)
+        buffered = _buffer(as_documents(documents), buffer, exact)
         copies = dict(exact.find().tolist())
         how: str = cfg.split_by
         if how == "auto":

@@ -22,7 +22,7 @@ from ..core.artifacts import Artifact, ArtifactError, open_artifact, publish
 from ..core.config import Config, identity
 from ..core.repro import seed_for
 from ..core.safety import redact_json
-from ..data.documents import Document
+from ..data.documents import Document, as_documents
 from ..data.tokenizer import Tokenizer
 from .contamination import Overlap
 from .eval_config import EvaluateConfig
@@ -310,8 +310,12 @@ def evaluate(
     seed: int = 0,  # Of the bootstrap
 ) -> tuple[list[Record], dict[str, Any]]:  # A record for each document; as `summarize`
     "Score documents and summarise them; `ValueError` when there are none."
-    texts = (Document(str(i), d) if isinstance(d, str) else d for i, d in enumerate(documents))
-    given = list(texts)
+    if not isinstance(tokenizer, Tokenizer):
+        raise TypeError(
+            f"tokenizer is a {type(tokenizer).__name__}, must be a codex_nb Tokenizer: "
+            "import_tokenizer(FOLDER) makes one of a Hugging Face folder"
+        )
+    given = list(as_documents(documents))
     records = score(model, tokenizer, given, stride, batch_size, dtype, detail=True)
     return records, summarize(records, [target_text(d) for d in given], resamples, seed)
 

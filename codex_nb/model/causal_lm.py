@@ -236,6 +236,9 @@ def open_model(
     device: str = "cpu",  # Where the model goes
 ) -> PreTrainedModel:  # fp32, in evaluation mode
     "Load a model from a local folder; `ArtifactError` when it cannot be opened."
+    # transformers would look for a folder that does not exist on the internet
+    if not (Path(folder) / "config.json").is_file():
+        raise ArtifactError(f"{folder}: there is no config.json here, so this is no model")
     check_weights(folder)
     try:
         with hide_progress_bars():

@@ -12,6 +12,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import chdir
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,7 +138,9 @@ def train_rank(
         raise ConfigError(f"{config}: a run of kind {record.kind!r} does not train")
     cfg = record.settings()
     assert isinstance(cfg, RunConfig)
-    with init_distributed(cfg.model.device) as world:
+    # paths in the settings are meant from where the run was launched
+    here = record.launch_folder(folder) or Path.cwd()
+    with chdir(here), init_distributed(cfg.model.device) as world:
         if cfg.model.device == "cuda" and world.size > 1:
             torch.cuda.set_device(world.local_rank)
         if world.local_rank == 0:

@@ -58,9 +58,11 @@ def new_run_folder(
     kind: str,  # e.g. `train`
     name: str = "",  # e.g. the preset
 ) -> Path:  # Not created yet
-    "Choose a name under `runs/`: time, kind, name, four random digits."
+    "Choose a name under `runs/`: time, kind, name, a letter and three random digits."
     stamp = datetime.now().strftime(STAMP)
-    return workspace() / "runs" / "-".join(filter(None, (stamp, kind, name, secrets.token_hex(2))))
+    # The letter keeps it from being read as a number, as `9e42` would be, where it stands alone.
+    ending = secrets.choice("abcdef") + secrets.token_hex(2)[1:]
+    return workspace() / "runs" / "-".join(filter(None, (stamp, kind, name, ending)))
 
 # %% ../../nbs/run/62_run_folder.ipynb #5d77d618
 C = TypeVar("C", bound=Config)
@@ -284,7 +286,8 @@ def list_runs(
 
 def _start_time(folder: Path) -> tuple[str, int]:
     "For sorting: the time in a run's name, which survives copying, then that of its first file."
-    written = (folder / "config.json").stat().st_mtime_ns
+    first = folder / "environment.json"  # not there while a run is only prepared
+    written = (first if first.is_file() else folder / "config.json").stat().st_mtime_ns
     stamp = re.match(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d", folder.name)
     return stamp[0] if stamp else datetime.fromtimestamp(written / 1e9).strftime(STAMP), written
 

@@ -27,11 +27,24 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise RunError(f"{path}: there is no such file, so this folder holds no run") from None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise RunError(f"{path}: cannot be read ({e})") from None
     if not isinstance(value, dict):
         raise RunError(f"{path}: holds a {type(value).__name__} instead of an object")
     return value
+
+
+def _check_types(path: Path, stored: dict[str, Any], types: dict[str, type[Any]]) -> None:
+    "`RunError` for a value that is there and has another type."
+    for name in stored.keys() & types.keys():
+        value: Any = stored[name]
+        kind = types[name]
+        if value is None and name in ("launch_dir", "started_in"):
+            continue
+        if type(value) is not kind or (isinstance(value, str) and "\0" in value):
+            given = repr(value)
+            given = given if len(given) < 60 else f"{given[:57]}..."
+            raise RunError(f"{path}: {name} is {given}, which is no {kind.__name__}")
 
 # %% ../../nbs/run/61_run_record.ipynb #3ac604de
 def load_parents(
@@ -39,7 +52,9 @@ def load_parents(
 ) -> dict[str, str]:  # Role -> digest; empty when none was recorded
     "What a run was made from, as far as it is known."
     path = Path(folder) / "parents.json"
-    return _read_json(path) if path.is_file() else {}
+    parents = _read_json(path) if path.is_file() else {}
+    _check_types(path, parents, dict.fromkeys(parents, str))
+    return parents
 
 
 def record_parent(
@@ -53,6 +68,8 @@ def record_parent(
 
 # %% ../../nbs/run/61_run_record.ipynb #2b3a59eb
 RECORD_SCHEMA = 2
+_TYPES = {"schema": int, "kind": str, "config": dict, "identity": dict, "digest": str}
+_TYPES |= {"sources": dict, "launch_dir": str, "started_in": str}
 
 
 @dataclass(frozen=True)
@@ -67,6 +84,7 @@ class RunRecord:
     sources: dict[str, str] = field(default_factory=dict)  # Leaf name -> where its value came from
     launch_dir: str | None = None  # Where it was launched, relative to the run folder
     parents: dict[str, str] = field(default_factory=dict)  # Role -> digest
+    path: Path | None = field(default=None, compare=False)  # The file it was read from
 
     @classmethod
     def of(
@@ -97,6 +115,7 @@ class RunRecord:
         "Read a run's record."
         path = Path(folder) / "config.json"
         stored = _read_json(path)
+        _check_types(path, stored, _TYPES)
         schema = stored.get("schema", 1)
         if schema > RECORD_SCHEMA:
             raise RunError(
@@ -107,6 +126,7 @@ class RunRecord:
         if missing:
             raise RunError(f"{path}: {', '.join(missing)} missing; this is no run's record")
         sources = dict(stored.get("sources", {}))
+        _check_types(path, sources, dict.fromkeys(sources, str))
         return cls(
             stored["kind"],
             stored["config"],
@@ -116,6 +136,7 @@ class RunRecord:
             sources,
             stored.get("launch_dir", stored.get("started_in")),
             load_parents(folder),
+            path,
         )
 
     def save(
@@ -139,7 +160,11 @@ class RunRecord:
         "The settings, typed, with their sources."
         if self.kind not in KINDS:
             raise ConfigError(f"kind: there are no runs of kind {self.kind!r} in this version")
-        return KINDS[self.kind].from_dict(self.config).with_sources(self.preset, self.sources)
+        try:
+            cfg = KINDS[self.kind].from_dict(self.config)
+        except ValueError as e:
+            raise ConfigError(f"{self.path}: {e}") from None
+        return cfg.with_sources(self.preset, self.sources)
 
     def launch_folder(
         self,
@@ -149,7 +174,7 @@ class RunRecord:
         if self.launch_dir is None:
             return None
         path = (Path(folder).resolve() / self.launch_dir).resolve()
-        return path if path.is_dir() and path.is_relative_to(workspace().resolve()) else None
+        return path if os.path.isdir(path) and path.is_relative_to(workspace().resolve()) else None
 
 
 def _launch_dir(folder: Path) -> str | None:

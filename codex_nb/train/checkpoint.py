@@ -352,12 +352,15 @@ def _check_complete(artifact: Artifact, adapted: bool, averaged: bool) -> dict[s
 
 
 def _differences(was: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
-    "Name -> both values in words, for all that differs."
-    return {
-        k: f"{k} was {was.get(k)!r}, now {now.get(k)!r}"
-        for k in sorted({*was, *now})
-        if was.get(k) != now.get(k)
-    }
+    "Name -> both values in words, for all that differs; of nested values the innermost."
+    out: dict[str, str] = {}
+    for k in sorted({*was, *now}):
+        old, new = was.get(k), now.get(k)
+        if isinstance(old, dict) and isinstance(new, dict):
+            out |= _differences(old, new)
+        elif old != new:
+            out[k] = f"{k} was {old!r}, now {new!r}"
+    return out
 
 
 def _check_same_run(
@@ -371,7 +374,8 @@ def _check_same_run(
     ]
     if different:
         raise CheckpointError(
-            f"{folder}: cannot resume, this would be another run: {'; '.join(different)}"
+            f"{folder}: cannot resume, this would be another run: {'; '.join(different)}; "
+            "start a new run, or restore the settings of this one"
         )
     inexact = _differences(state["exact"], metadata.exact | numeric_identity())
     if refused := [k for k in inexact if k not in allow]:
