@@ -290,8 +290,7 @@ def _require_text(cfg: CorpusConfig, out: _SplitWriter, how: str, rejects: Rejec
 # %% ../../nbs/data/13_corpus.ipynb #1bea6d67
 def build_corpus(
     documents: Iterable[Document | str],  # A stream of documents or texts, read once
-    cfg: CorpusConfig
-    | None = None,  # Fractions, salt, duplicates; default: a plain one
+    cfg: CorpusConfig | None = None,  # Fractions, salt, duplicates; default: a plain one
     source: dict[str, Any] | None = None,  # What else identifies the documents; enters the digest
     skipped: Counter[str] | None = None,  # Skipped files by reason, for the manifest
     rejects: Rejects | None = None,  # Of the reader; its records become part of the corpus
