@@ -75,7 +75,7 @@ def make_place(home):
             home / "path" / "to" / "text" / name,
             ignore=shutil.ignore_patterns("__pycache__"),
         )
-    shutil.copyfile(ROOT / "data" / "chat.jsonl", home / "talks.jsonl")
+    shutil.copyfile(ROOT / "data" / "chat.jsonl", home / "chats.jsonl")
     (home / "nbs").mkdir()
     for p in NBS.glob("*.ipynb"):
         shutil.copyfile(p, home / "nbs" / p.name)
