@@ -140,6 +140,7 @@ class _RunWriter:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.saved = "{}"
+        self.kernel_ready = False  # Whether it has begun a cell
         self.run_existed = (folder / "config.json").exists()
         self._run_locked = False
 
@@ -152,6 +153,7 @@ class _RunWriter:
 
     def write(self, buf: str, path: str) -> None:
         self.saved = buf
+        self.kernel_ready = self.kernel_ready or '"status": "running"' in buf
         # papermill writes before and after each cell, while the kernel is alive.
         self._run_locked = self._run_locked or is_locked(self.folder / LOCK)
         if self.started and not (self.folder / MANIFEST).exists():
@@ -192,8 +194,9 @@ class SignalForwarder:
         self,
         marker: Path,  # The file by which the notebook confirms a signal
         should_stop: Callable[[], bool] | None = None,  # True interrupts the run like a signal
+        kernel_ready: Callable[[], bool] = lambda: True,  # False while it is starting
     ) -> None:
-        self.marker = marker
+        self.marker, self.kernel_ready = marker, kernel_ready
         self.should_stop = should_stop
         self.name: str | None = None  # Of the signal that arrived
         self._finished = threading.Event()
@@ -263,7 +266,8 @@ class SignalForwarder:
                     times = kernel.cpu_times()
                     if times.user + times.system > cpu_seconds + 0.05:
                         cpu_seconds, active_at = times.user + times.system, time.monotonic()
-                    if time.monotonic() - active_at > IDLE_SECONDS:
+                    # One that is still importing would end with a traceback.
+                    if time.monotonic() - active_at > IDLE_SECONDS or not self.kernel_ready():
                         kernel.kill()
                     else:
                         kernel.send_signal(signal.SIGINT)
@@ -347,7 +351,8 @@ def launch(
             "also where there is no network; bring it up (ip link set lo up)"
         )
     writer = _RunWriter(folder)
-    signals = SignalForwarder(folder / SIGNAL_MARKER, should_stop)
+    marker = folder / SIGNAL_MARKER
+    signals = SignalForwarder(marker, should_stop, lambda: writer.kernel_ready)
     name, error = _execute(path, given, writer, signals, echo, cwd)
     code = 0 if name is None else _EXIT_CODES.get(name, 1)
     if code and signals.name:
