@@ -49,7 +49,7 @@ else:
     LEFT_OUT = [f"nbs/tutorials/{name}.ipynb" for name in names]
 IGNORED = [f"--ignore={path}" for path in ["nbs/benchmarks", *LEFT_OUT]]
 TESTS = pytest("tests", "nbs", "tests", "--warm", *NBVAL, *IGNORED)
-PARTS = {"pip check": [[*PYTHON, "pip", "check"]], "tests": [[*PYTHON, *TESTS[1:]]]}
+PARTS = {"pip check": [[*PYTHON, "pip", "check"]], "tests": [[BIN / "python", *TESTS]]}
 if PROVE:
     PARTS = {
         "pip check": PARTS["pip check"],

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import metadata
 from typing import Any
 
@@ -78,16 +79,17 @@ def entries(
     return dict(sorted(out.items()))
 
 # %% ../../nbs/core/04_plugins.ipynb #e2266ccb
-_found: list[Any] = [None, metadata.EntryPoints()]  # the state of `sys.path`, what is there
-
-
 def _entry_points() -> metadata.EntryPoints:
-    "Of all installed packages. To read them takes 10 ms; each check of a setting asks."
+    "Of all installed packages; read again when a folder of `sys.path` has changed."
     paths = [path or os.curdir for path in sys.path]
-    state = [(path, os.stat(path).st_mtime_ns) for path in paths if os.path.exists(path)]
-    if _found[0] != state:
-        _found[:] = [state, metadata.entry_points()]
-    return _found[1]
+    return _read_entry_points(
+        tuple((p, os.stat(p).st_mtime_ns) for p in paths if os.path.exists(p))
+    )
+
+
+@lru_cache(maxsize=1)  # to read them takes 10 ms, and each check of a setting asks
+def _read_entry_points(state: tuple[tuple[str, int], ...]) -> Any:  # mypy sees the type of 3.10
+    return metadata.entry_points()
 
 
 def _source_of(point: metadata.EntryPoint) -> str:
