@@ -4,7 +4,8 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train check test prove lab docs readme lock vulnerabilities sbom build release clean
+.PHONY: help setup train export check test prove lab docs readme
+.PHONY: lock vulnerabilities sbom build release clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "make %-16s %s\n", $$1, $$2}' Makefile
@@ -22,6 +23,9 @@ $(STAMP): requirements.lock pyproject.toml
 
 train: $(STAMP) ## train a tokenizer and a language model on the standard library's source
 	$(BIN)/codex-nb run train -p preset tiny
+
+export: $(STAMP) ## write the modules of codex_nb/ from their notebooks
+	$(BIN)/python tools/export.py
 
 check: $(STAMP) ## look at layout, lint, types, generated files and changed chapters: a minute
 	$(BIN)/python tests/check.py

@@ -71,12 +71,12 @@ def generated():
         for p in (copy / "codex_nb").rglob("*.py"):
             if p.name != "__init__.py":
                 p.unlink()
-        failed = run(BIN / "nbdev_export", cwd=copy)
+        failed = run(BIN / "python", ROOT / "tools" / "export.py", cwd=copy)
         modules = differing(ROOT / "codex_nb", copy / "codex_nb", ".py")
         failed = failed or run(BIN / "nbdev_clean", cwd=copy)
         notebooks = differing(ROOT / "nbs", copy / "nbs", ".ipynb")
     problems = [failed] if failed else []
-    problems += [f"codex_nb/{n}: not as its notebook says: nbdev_export" for n in modules]
+    problems += [f"codex_nb/{n}: not as its notebook says: make export" for n in modules]
     problems += [f"nbs/{n}: not clean: nbdev_clean" for n in notebooks]
     return "\n".join(problems)
 

@@ -82,7 +82,8 @@ def test_modules_are_in_step_with_notebooks(copy):
     for p in (copy / "codex_nb").rglob("*.py"):
         if p.name != "__init__.py":
             p.unlink()
-    subprocess.run([BIN / "nbdev_export"], cwd=copy, check=True, capture_output=True)
+    words = [sys.executable, "tools/export.py"]
+    subprocess.run(words, cwd=copy, check=True, capture_output=True)
     assert files(copy / "codex_nb") == files(LIB)
 
 
@@ -356,7 +357,8 @@ def test_make_help_lists_every_target():
     listed = subprocess.run(
         ["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
-    targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)[1].split()
+    phony = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)
+    targets = " ".join(phony).split()
     assert {"train", "test", "prove", "release"} <= set(targets)
     for t in targets:
         assert f"make {t} " in listed, t
@@ -619,7 +621,8 @@ def long_lines(name, text):
 def test_no_line_of_code_is_longer_than_a_hundred_columns():
     files = [p for folder in ("tests", "tools") for p in (ROOT / folder).rglob("*.py")]
     found = [x for p in [*files, ROOT / "conftest.py"] for x in long_lines(p.name, p.read_text())]
-    # a module's lines are its notebook's, but for the lists that nbdev makes
+    # of the modules, `_modidx.py` is an index for nbdev: data
+    found += [x for p in MODULES for x in long_lines(p.name, p.read_text())]
     for p in NOTEBOOKS:
         found += [x for source in code(p) for x in long_lines(page(p), source)]
     assert not found

@@ -70,7 +70,7 @@ def bump(new):
     replace(ROOT / "CITATION.cff", r"^version: .*$", f"version: {new}")
     replace(ROOT / "CHANGELOG.md", rf"^## {re.escape(new)}\b.*$", f"## {new}, {today}")
     subprocess.run(
-        [BIN / "nbdev_export"],
+        [sys.executable, ROOT / "tools" / "export.py"],
         cwd=ROOT,
         check=True,
         capture_output=True,
