@@ -1,6 +1,7 @@
 # Every target sets up what it needs: `.venv` is made once and found ready afterwards.
 PYTHON ?= python3
 BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
@@ -12,13 +13,18 @@ help: ## list the targets
 
 setup: $(STAMP) ## create .venv with the locked packages
 
-# torch comes first and by itself, from wherever pip finds it; the lock holds everything else, with hashes.
+# torch comes first and by itself, from wherever pip finds it; the lock holds everything else, with
+# hashes.
 $(STAMP): requirements.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v[:2] <= (3, 13) else f"codex_nb needs Python 3.11 to 3.13, {sys.executable} is {v[0]}.{v[1]}; name another one: make PYTHON=python3.12 ...")'
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit( \
+	    0 if (3, 11) <= v[:2] <= (3, 13) else \
+	    f"codex_nb needs Python 3.11 to 3.13, {sys.executable} is {v[0]}.{v[1]}; " \
+	    "name another one: make PYTHON=python3.12 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e . > .venv/install.log 2>&1 || { cat .venv/install.log; exit 1; }
+	$(INSTALL) torch==2.13.0
+	$(INSTALL) --require-hashes --no-deps -r requirements.lock
+	@$(INSTALL) --no-deps --no-build-isolation -e . > .venv/install.log 2>&1 \
+	    || { cat .venv/install.log; exit 1; }
 	@touch $(STAMP)
 
 train: $(STAMP) ## train a tokenizer and a language model on the standard library's source
@@ -40,7 +46,10 @@ lab: $(STAMP) ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs
 
 docs: $(STAMP) ## render the site; needs Quarto
-	@command -v quarto >/dev/null || { echo "make docs needs Quarto, which is not on this machine: install it from quarto.org, then run this again"; exit 1; }
+	@command -v quarto >/dev/null || { \
+	    echo "make docs needs Quarto, which is not on this machine:" \
+	        "install it from quarto.org, then run this again"; \
+	    exit 1; }
 	$(BIN)/nbdev_docs
 
 readme: $(STAMP) ## make README.md from nbs/index.ipynb
@@ -63,5 +72,6 @@ release: $(STAMP) ## bump to VERSION, check, build, commit and tag
 	$(BIN)/python tools/release.py $(VERSION)
 
 clean: ## remove .venv, caches and built files; runs/ and store/ stay
-	rm -rf .venv _docs _proc build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .ci-logs .coverage .coverage.*
+	rm -rf .venv _docs _proc build dist *.egg-info .ci-logs .coverage .coverage.*
+	rm -rf .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

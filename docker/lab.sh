@@ -2,7 +2,7 @@
 # JupyterLab in the workspace, with the run notebooks in it. JUPYTER_TOKEN must be set.
 set -eu
 : "${JUPYTER_TOKEN:?set JUPYTER_TOKEN to a secret of your own}"
-notebooks=$(python -c 'import codex_nb, pathlib; print(pathlib.Path(codex_nb.__file__).parent/"notebooks")')
+package=$(python -c 'import codex_nb, os; print(os.path.dirname(codex_nb.__file__))')
 mkdir -p nbs
-for n in "$notebooks"/*.ipynb; do [ -e "nbs/${n##*/}" ] || cp "$n" nbs/; done
+for n in "$package"/notebooks/*.ipynb; do [ -e "nbs/${n##*/}" ] || cp "$n" nbs/; done
 exec jupyter lab --no-browser --ip 0.0.0.0 --port "${PORT:-8888}" --ServerApp.root_dir "$PWD"
