@@ -51,6 +51,27 @@ def bundle(small_model, tmp_path, monkeypatch):
     return made.path.rename(tmp_path / "carried"), made.digest
 
 
+def empty_wheels(needed, folder, wheel_folders):
+    for name, version in needed.items():
+        (folder / f"{name.replace('-', '_')}-{version}-py3-none-any.whl").touch()
+
+
+def test_state_of_training_is_left_out_of_a_bundle(small_model, tmp_path):
+    "Of one process it is a file; of several, a folder of shards."
+    from codex_nb.deploy.bundle import make_bundle
+
+    model = tmp_path / "small"
+    shutil.copytree(small_model, model)
+    kept = {p.name for p in model.iterdir()}
+    for name in ("optimizer", "ema"):
+        (model / name).mkdir()
+        (model / name / "__0_0.distcp").write_bytes(b"shard")
+        (model / f"{name}.safetensors").write_bytes(b"whole")
+    made = make_bundle(tmp_path / "bundle", models=(model,), fetch=empty_wheels)
+    assert {p.name for p in (made.path / "models" / "small").iterdir()} == kept
+    assert not [p for p in made.path.rglob("*") if p.name.startswith(("optimizer", "ema", "__0"))]
+
+
 @pytest.mark.skipif(not PROVE, reason="two minutes: torch is installed; make prove")
 def test_bundle_installs_trains_judges_and_replays_without_a_network(bundle, tmp_path):
     (carried, digest), target = bundle, tmp_path / "there"

@@ -140,6 +140,23 @@ def test_finished_run_is_kept_listed_evaluated_and_verified(tmp_path):
     assert "L0 does not hold" in changed.stdout
 
 
+def test_verify_reports_both_levels_where_the_settings_cannot_be_read(tmp_path):
+    "As after an edit, or from a version that has other settings."
+    folder = tmp_path / "runs" / "mine"
+    done = codex("run", "train", *flags(SMALL), "--folder", folder, "--quiet", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    record = run_record(folder)
+    record["config"]["fit"]["stepz"] = 3
+    (folder / "config.json").write_text(json.dumps(record))
+    text = codex("verify", "mine", home=tmp_path)
+    assert text.returncode == 1 and not text.stderr, text.stderr
+    assert "config.json: " in text.stdout and "L0 does not hold" in text.stdout
+    assert text.stdout.splitlines()[-1].startswith("L1 does not hold: ")
+    assert "stepz" in text.stdout
+    found = json.loads(codex("verify", "mine", "--json", home=tmp_path).stdout)
+    assert not found["ok"] and found["L1"]["holds"] is False
+
+
 def test_run_that_fails_is_sealed_with_what_it_had(tmp_path):
     done = program("launch_spoiled.py", tmp_path, home=tmp_path)
     first, error = done.stdout.splitlines()[-2:]
@@ -190,8 +207,9 @@ def test_killed_run_is_interrupted_and_resumes_to_its_end(tmp_path):
 def test_relative_paths_are_meant_from_where_the_run_was_started(tmp_path):
     "Resumed and replayed from another folder."
     home = tmp_path / "home"
-    for name in ("texts", "work", "elsewhere"):
-        (home / name).mkdir(parents=True)
+    elsewhere = home / "else" / "where"  # from here, ../texts is nothing
+    for folder in (home / "texts", home / "work", elsewhere):
+        folder.mkdir(parents=True)
     shutil.copyfile(ROOT / "data" / "sample.jsonl", home / "texts" / "tales.jsonl")
     settings = SMALL | dict(data="../texts", steps=150, save_every=20, eval_every=500)
     words = ["run", "train", *flags(settings), "--folder", "../runs/one"]
@@ -201,10 +219,10 @@ def test_relative_paths_are_meant_from_where_the_run_was_started(tmp_path):
     p.communicate(timeout=60)
     assert p.returncode == 143
     assert run_record(home / "runs" / "one")["launch_dir"] == "../../work"
-    again = codex("resume", "one", home=home, cwd=home / "elsewhere")
+    again = codex("resume", "one", home=home, cwd=elsewhere)
     assert again.returncode == 0 and "resuming" in again.stdout, again.stderr[-1500:]
     words = ["replay", "one", "--steps", "5", "--quiet"]
-    replayed = codex(*words, home=home, cwd=home / "elsewhere")
+    replayed = codex(*words, home=home, cwd=elsewhere)
     assert replayed.returncode == 0 and "proven: L2" in replayed.stdout, replayed.stdout[-1500:]
     # given away, it names no folder that is not there
     away = tmp_path / "away" / "deep" / "one"
@@ -215,9 +233,13 @@ def test_relative_paths_are_meant_from_where_the_run_was_started(tmp_path):
 
 
 def test_prepared_run_keeps_the_folder_it_was_prepared_in(tmp_path):
-    "Prepared in one folder and trained from another; its first start is no continuation."
-    for name in ("texts", "work", "elsewhere"):
-        (tmp_path / name).mkdir()
+    """Prepared in one folder and trained from another, by hand.
+
+    Relative paths are meant from the first; and its first start is no continuation.
+    """
+    elsewhere = tmp_path / "else" / "where"  # from here, ../texts is nothing
+    for there in (tmp_path / "texts", tmp_path / "work", elsewhere):
+        there.mkdir(parents=True)
     shutil.copyfile(ROOT / "data" / "sample.jsonl", tmp_path / "texts" / "tales.jsonl")
     folder, given = tmp_path / "runs" / "one", flags(SMALL | dict(data="../texts"))
     here = dict(home=tmp_path, cwd=tmp_path / "work")
@@ -225,7 +247,7 @@ def test_prepared_run_keeps_the_folder_it_was_prepared_in(tmp_path):
     assert prepared.returncode == 0, prepared.stderr
     assert run_record(folder)["launch_dir"] == "../../work"
     words = ["-m", "codex_nb.run.recipe", folder / "config.json"]
-    done = command("python", *words, home=tmp_path, cwd=tmp_path / "elsewhere")
+    done = command("python", *words, home=tmp_path, cwd=elsewhere)
     assert done.returncode == 0, done.stderr[-1500:]
     assert "writing to" in done.stdout and "resuming" not in done.stdout
     assert run_record(folder)["launch_dir"] == "../../work"
