@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['seed_for', 'generator', 'seed_everything', 'rng_state', 'set_rng_state',
-           'set_determinism', 'determinism', 'lock_file', 'code_changes', 'plain_name', 'packages',
-           'read_lock', 'environment', 'numeric_identity', 'tensors_digest']
+           'fix_cublas_workspace', 'set_determinism', 'determinism', 'lock_file', 'code_changes',
+           'plain_name', 'packages', 'read_lock', 'environment', 'numeric_identity',
+           'tensors_digest']
 
 # %% ../../nbs/core/03_repro.ipynb #b4b715fa
 import hashlib
@@ -105,6 +106,13 @@ def set_rng_state(
         torch.cuda.set_rng_state_all([from_hex(text) for text in state["cuda"]])
 
 # %% ../../nbs/core/03_repro.ipynb #2edc3880
+def fix_cublas_workspace() -> None:
+    "Let cuBLAS use the same workspace each time, unless `CUBLAS_WORKSPACE_CONFIG` is set already."
+    # torch reads this once, at the first product of the process. After a product without it,
+    # deterministic algorithms refuse every later one, so whoever opens a GPU calls this first.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 def set_determinism(
     level: Literal["deterministic", "off"],  # `off` allows kernels whose result depends on timing
 ) -> None:
@@ -115,8 +123,7 @@ def set_determinism(
         raise ValueError(f"determinism must be 'deterministic' or 'off', got {level!r}")
     on = level == "deterministic"
     if on:
-        # cuBLAS needs a fixed workspace. torch reads this once, at its first matrix product.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        fix_cublas_workspace()
     torch.use_deterministic_algorithms(on)
     torch.backends.cudnn.benchmark = not on
     torch.backends.cudnn.deterministic = on

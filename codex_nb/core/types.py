@@ -30,6 +30,8 @@ class Batch(NamedTuple):
         "Copy the batch to a device."
         import torch
 
-        # Only a copy from pinned memory runs beside the computation; any other blocks.
-        pin = torch.device(device).type == "cuda"
-        return Batch(*((x.pin_memory() if pin else x).to(device, non_blocking=True) for x in self))
+        if torch.device(device).type != "cuda":
+            return Batch(*(x.to(device) for x in self))
+        # Only a copy from contiguous, pinned memory runs beside the computation; any other blocks.
+        pinned = (x.contiguous().pin_memory() for x in self)
+        return Batch(*(x.to(device, non_blocking=True) for x in pinned))

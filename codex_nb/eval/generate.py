@@ -209,14 +209,16 @@ def _decode(
 ) -> Iterator[dict[int, int]]:  # For each step, index of a text -> its token
     "Generate token by token; a text that has ended leaves the batch."
     decoder = _BatchDecoder(model, [list(p) for p in prompts])
+    # Tokens are chosen on the CPU. Each choice waits for the device anyway, and a GPU has no
+    # deterministic cumulative sum of floating-point numbers.
     active = list(range(len(prompts)))  # the text in each row of the batch
     seen: torch.Tensor | None = None
     for step in range(cfg.max_new_tokens):
-        logits = decoder.next_logits()
+        logits = decoder.next_logits().float().cpu()
         if cfg.repetition_penalty != 1:
             if seen is None:
                 shape = len(prompts), logits.shape[-1]
-                seen = torch.zeros(shape, dtype=torch.bool, device=logits.device)
+                seen = torch.zeros(shape, dtype=torch.bool)
             for i, text in zip(active, decoder.texts):
                 seen[i, text] = True
         logits = process_logits(logits, cfg, None if seen is None else seen[active])

@@ -81,7 +81,7 @@ def add_adapter(
         use_dora=cfg.adapter == "dora",
     )
     with torch.random.fork_rng(devices=[]), ignore_peft_warnings():
-        torch.manual_seed(seed_for(seed, "adapter"))
+        torch.default_generator.manual_seed(seed_for(seed, "adapter"))
         adapted = peft.get_peft_model(model, settings).train()
     adapted.peft_config["default"].base_model_name_or_path = base or None
     return adapted

@@ -28,7 +28,7 @@ from transformers.utils import logging as hf_logging
 from ..core.artifacts import ArtifactError
 from ..core.config import ConfigError
 from ..core.plugins import get
-from ..core.repro import seed_for
+from ..core.repro import fix_cublas_workspace, seed_for
 from ..core.tensors import tensor_table
 from ..core.types import Batch
 from .model_config import ModelConfig
@@ -38,6 +38,7 @@ def resolve_device(
     name: str,  # `auto`, or a torch device such as `cpu`, `cuda:1`, `mps`
 ) -> str:  # A device that works
     "Choose a device, or check the one asked for; `ConfigError` says why it cannot be used."
+    fix_cublas_workspace()
     if name == "auto":
         return _best_device()
     try:
@@ -70,6 +71,7 @@ def resolve_dtype(
     if name == "auto":
         return _best_dtype(device)
     if name == "bf16":
+        fix_cublas_workspace()
         try:
             x = torch.ones(8, 8, device=device, dtype=torch.bfloat16)
             if (x @ x).float().sum().item() != 512:
@@ -153,7 +155,8 @@ def build_model(
     )
     hf_config: PretrainedConfig = get("model", cfg.arch)(cfg, common)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_for(seed, "weights"))
+        # `torch.manual_seed` would also seed the GPUs, and dropout draws there.
+        torch.default_generator.manual_seed(seed_for(seed, "weights"))
         model = AutoModelForCausalLM.from_config(
             hf_config, dtype=torch.float32, attn_implementation="sdpa"
         )
@@ -237,6 +240,7 @@ def open_model(
     device: str = "cpu",  # Where the model goes
 ) -> PreTrainedModel:  # fp32, in evaluation mode
     "Load a model from a local folder; `ArtifactError` when it cannot be opened."
+    fix_cublas_workspace()
     # transformers would look for a folder that does not exist on the internet
     if not (Path(folder) / "config.json").is_file():
         raise ArtifactError(f"{folder}: there is no config.json here, so this is no model")

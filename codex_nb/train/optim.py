@@ -214,7 +214,7 @@ def check_schedule(
 def _probe_model() -> nn.Module:
     "Two layers and a norm, always with the same weights."
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         return nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 4))
 
 
