@@ -125,6 +125,8 @@ def set_determinism(
     if on:
         fix_cublas_workspace()
     torch.use_deterministic_algorithms(on)
+    # Nothing here reads memory that it has not written; to fill it first is wasted.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not on
     torch.backends.cudnn.deterministic = on
 

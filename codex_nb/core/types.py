@@ -22,6 +22,8 @@ class Batch(NamedTuple):
     targets_BT: "torch.Tensor"  # int64, the id that follows each input; `IGNORE` where not scored
     positions_BT: "torch.Tensor"  # int64, position in the document, or in the row
     sample_ids_B: "torch.Tensor"  # int64, index of each row in its dataset
+    # int32, where documents begin in the flattened rows, and their end: as in flash attention
+    cu_seqlens: "torch.Tensor | None" = None
 
     def to(
         self,
@@ -30,8 +32,12 @@ class Batch(NamedTuple):
         "Copy the batch to a device."
         import torch
 
-        if torch.device(device).type != "cuda":
-            return Batch(*(x.to(device) for x in self))
-        # Only a copy from contiguous, pinned memory runs beside the computation; any other blocks.
-        pinned = (x.contiguous().pin_memory() for x in self)
-        return Batch(*(x.to(device, non_blocking=True) for x in pinned))
+        on_gpu = torch.device(device).type == "cuda"
+
+        def copy(x: "torch.Tensor") -> "torch.Tensor":
+            # Only a copy from contiguous, pinned memory runs beside the computation; others block.
+            x = x.contiguous().pin_memory() if on_gpu else x
+            return x.to(device, non_blocking=True)
+
+        tensors = {name: x for name, x in self._asdict().items() if x is not None}
+        return Batch(**{name: copy(x) for name, x in tensors.items()})

@@ -87,8 +87,12 @@ def to_batch(
 ) -> Batch:  # On the CPU
     "Gather rows into a batch."
     index = np.asarray(index, np.int64)
-    ids_BT, targets_BT, positions_BT = map(torch.from_numpy, rows.gather(index))
-    return Batch(ids_BT, targets_BT, positions_BT, torch.from_numpy(index))
+    ids_BT, targets_BT, positions_BT = rows.gather(index)
+    # A document begins where a row does, and where the positions do not go on.
+    begins_BT = np.ones(positions_BT.shape, bool)
+    begins_BT[:, 1:] = positions_BT[:, 1:] != positions_BT[:, :-1] + 1
+    cu_seqlens = np.append(np.flatnonzero(begins_BT), begins_BT.size).astype(np.int32)
+    return Batch(*map(torch.from_numpy, (ids_BT, targets_BT, positions_BT, index, cu_seqlens)))
 
 # %% ../../nbs/data/18_batches.ipynb #beddc805
 class BatchSampler:

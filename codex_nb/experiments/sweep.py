@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['parse_grid', 'parse_space', 'Trial', 'trial_folder', 'sweep_config', 'grid_trials',
-           'check_sweep', 'Grid', 'Search', 'run_sweep_worker', 'run_trials', 'trial_value',
-           'trial_interval', 'list_trials']
+           'check_sweep', 'Grid', 'Search', 'run_sweep_worker', 'visible_gpus', 'run_trials',
+           'trial_value', 'trial_interval', 'list_trials']
 
 # %% ../../nbs/experiments/74_sweep.ipynb #75b91019
 import itertools
@@ -338,18 +338,30 @@ def _run_trial(cfg: SweepConfig, trial: Trial) -> Outcome:
     return launch(cfg.of, given, trial.folder)
 
 # %% ../../nbs/experiments/74_sweep.ipynb #88e3df59
+def visible_gpus(
+    visible: str | None,  # `CUDA_VISIBLE_DEVICES`, or None where it is not set
+    count: int,  # GPUs that torch sees
+) -> list[str]:  # Numbers, or names of GPUs and of parts of them
+    "The GPUs that this process may use, each as `CUDA_VISIBLE_DEVICES` names it."
+    if visible is None:
+        return [str(i) for i in range(count)]
+    # What follows a name that does not exist is ignored, and so not counted.
+    return [name.strip() for name in visible.split(",")][:count]
+
+
 def run_trials(
     run: Run[SweepConfig],  # A sweep that has started
 ) -> None:  # `Interrupted` after a signal, `RuntimeError` when a trial could not start
     "Run all trials of a sweep."
     import torch
 
-    sweep, jobs, n_gpus = run.folder.absolute(), run.cfg.jobs, torch.cuda.device_count()
+    sweep, jobs = run.folder.absolute(), run.cfg.jobs
     # A trial is a run like any other, and not allowed what its sweep was allowed.
     env = {k: v for k, v in os.environ.items() if k not in ("CODEX_NB_RUN", "CODEX_NB_ALLOW")}
+    gpus = visible_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count())
     environments = [env] * jobs
-    if n_gpus > 1:
-        environments = [env | {"CUDA_VISIBLE_DEVICES": str(k % n_gpus)} for k in range(jobs)]
+    if len(gpus) > 1:
+        environments = [env | {"CUDA_VISIBLE_DEVICES": gpus[k % len(gpus)]} for k in range(jobs)]
     command = [sys.executable, "-m", "codex_nb.experiments.sweep", str(sweep)]
     progress = _TrialProgress(sweep, run.cfg.metric)
     try:

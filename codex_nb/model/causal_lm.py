@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['resolve_device', 'resolve_dtype', 'autocast', 'llama', 'gpt2', 'build_model',
-           'logits_of', 'count_parameters', 'flops_per_token', 'check_weights',
+           'document_mask', 'logits_of', 'count_parameters', 'flops_per_token', 'check_weights',
            'hide_progress_bars', 'open_model', 'check_model']
 
 # %% ../../nbs/model/21_causal_lm.ipynb #f0ea9410
@@ -164,12 +164,28 @@ def build_model(
     return model.to(device).train()
 
 # %% ../../nbs/model/21_causal_lm.ipynb #c319c71d
+def document_mask(
+    model: PreTrainedModel,  # A causal language model
+    cu_seqlens: torch.Tensor | None,  # As in a `Batch`
+) -> dict[str, torch.Tensor]:  # Arguments for the model; empty where it finds documents itself
+    "Tell a model with `varlen` attention where documents begin."
+    if cu_seqlens is None or model.config._attn_implementation != "varlen":
+        return {}
+    # transformers hands a mask of four dimensions to the attention function as it is
+    return {"attention_mask": cu_seqlens[None, None, None]}
+
+
 def logits_of(
     model: PreTrainedModel,  # A causal language model
     batch: Batch,  # On the model's device
 ) -> torch.Tensor:  # Shape (B, T, V), in the dtype of the products
     "Predict the next token at every position of a batch."
-    return model(input_ids=batch.ids_BT, position_ids=batch.positions_BT, use_cache=False).logits
+    return model(
+        input_ids=batch.ids_BT,
+        position_ids=batch.positions_BT,
+        use_cache=False,
+        **document_mask(model, batch.cu_seqlens),
+    ).logits
 
 # %% ../../nbs/model/21_causal_lm.ipynb #5d75489d
 def count_parameters(

@@ -79,12 +79,13 @@ class ComputeConfig(Config):
 
     # `auto`: on for CUDA, and for CPU runs long enough to pay for compiling
     compile: Literal["auto", "on", "off"] = "auto"
-    # `eager`: matrix products and a softmax; `sdpa`: torch's fused kernels
-    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    # `eager`: matrix products and a softmax; `sdpa`: torch's fused kernels; `varlen`: flash
+    # attention over the documents of packed rows, for bf16 on CUDA
+    attention: Literal["auto", "sdpa", "eager", "varlen"] = "auto"
     # Library for fp32 matrix products on a CPU
     products: Literal["auto", "torch", "onednn"] = "auto"
     recompute: bool = False  # Activation checkpointing: recompute in the backward pass
-    # Tokens whose logits are in memory at once; default: at most 512, and about 64 MB
+    # Tokens whose logits are in memory at once; default: at most 512 and about 64 MB, on CUDA 1 GB
     loss_chunk: int | None = Field(None, ge=16)
 
 # %% ../../nbs/model/20_model_config.ipynb #f5018319

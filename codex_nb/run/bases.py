@@ -8,6 +8,7 @@ __all__ = ['find_base', 'resolve_compute_settings']
 # %% ../../nbs/run/63_bases.ipynb #0afc188e
 import json
 from pathlib import Path
+from typing import Any
 
 from ..core.config import ConfigError
 from ..core.store import workspace
@@ -90,17 +91,25 @@ def resolve_compute_settings(
             predictions = fit.tokens or round((fit.epochs or 0) * in_store)
         flops = predictions * rough_flops(*_shape(cfg), seq_len)
     device, dtype = cfg.model.device, cfg.model.dtype
-    return cfg.updated(compute=resolve_compute(cfg.compute, device, dtype, seq_len, flops))
+    model_config = _model_config(cfg)
+    compute = resolve_compute(cfg.compute, device, dtype, seq_len, flops, model_config)
+    return cfg.updated(compute=compute)
+
+
+def _model_config(cfg: RunConfig) -> dict[str, Any]:  # As in the model's `config.json`
+    if not cfg.has_base:
+        return {"model_type": cfg.model.arch, "attention_dropout": cfg.model.dropout}
+    folder = find_base(cfg.model.base)
+    if not (folder / "config.json").is_file():  # an adapter: its base has the shape
+        adapter = json.loads((folder / "adapter_config.json").read_bytes())
+        folder = find_model(adapter["base_model_name_or_path"])
+    return json.loads((folder / "config.json").read_bytes())
 
 
 def _shape(cfg: RunConfig) -> tuple[int, int, int]:  # layers, width, vocabulary size
     if not cfg.has_base:
         return cfg.model.layers, cfg.model.width, cfg.tokenizer.vocab_size
-    folder = find_base(cfg.model.base)
-    if not (folder / "config.json").is_file():  # an adapter: its base has the shape
-        adapter = json.loads((folder / "adapter_config.json").read_bytes())
-        folder = find_model(adapter["base_model_name_or_path"])
-    config = json.loads((folder / "config.json").read_bytes())
+    config = _model_config(cfg)
 
     def first(*names: str) -> int:  # GPT-2 has names of its own
         return next((config[n] for n in names if config.get(n)), 1)

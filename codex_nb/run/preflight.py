@@ -23,7 +23,9 @@ from ..model.loss import LMLoss
 from .bases import resolve_compute_settings
 from .settings import RunConfig
 from .training_inputs import model_for, prepare_data
-from ..train.engine import total_samples
+from ..tracking.timers import synchronize
+from ..train.engine import total_samples, train_step
+from ..train.optim import make_optimizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -109,28 +111,30 @@ def preflight(
 def _try_step(
     model: "PreTrainedModel", batches: BatchSampler, cfg: RunConfig
 ) -> tuple[float, int, int | None]:  # seconds, bytes of activations, peak bytes on a GPU
-    cuda = cfg.model.device.startswith("cuda")
-    objective = LMLoss(model, cfg.model.dtype, cfg.compute.model_copy(update={"compile": "off"}))
+    device = torch.device(cfg.model.device)
+    on_cuda = device.type == "cuda"
+    # On a GPU compiling changes memory and time by half; on a CPU it takes longer than it is worth.
+    compute = cfg.compute if on_cuda else cfg.compute.model_copy(update={"compile": "off"})
+    shape = batches.micro_batch, cfg.model.seq_len
+    objective = LMLoss(model, cfg.model.dtype, compute, shape)
 
-    def forward(batch: Batch) -> torch.Tensor:
-        batch = batch.to(cfg.model.device)
-        return objective(batch.ids_BT, batch.targets_BT, batch.positions_BT)
+    def loss(_: Any, b: Batch) -> tuple[torch.Tensor, None]:
+        return objective(b.ids_BT, b.targets_BT, b.positions_BT, b.cu_seqlens), None
 
     model.train()
-    activations = _activation_bytes(lambda: forward(batches.step(0)[0]), model)
-    seconds = 0.0
-    for _ in range(2):  # the first warms up
-        if cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
+    activations = _activation_bytes(lambda: loss(model, batches.step(0)[0].to(device))[0], model)
+    optimizer, seconds = make_optimizer(model, cfg.optim), 0.0
+    for _ in range(3):  # the first ones warm up, and make the moments
+        synchronize(device)
+        if on_cuda:
+            torch.cuda.reset_peak_memory_stats(device)
         start = time.perf_counter()
-        for batch in batches.step(0):
-            forward(batch).backward()
-        if cuda:
-            torch.cuda.synchronize()
+        # A rate of 0 leaves the weights as they are.
+        train_step(model, batches.step(0), loss, optimizer, 0.0, cfg.fit.clip)
+        synchronize(device)
         seconds = time.perf_counter() - start
-        model.zero_grad(set_to_none=True)
-    return round(seconds, 4), activations, torch.cuda.max_memory_allocated() if cuda else None
+    peak = torch.cuda.max_memory_allocated(device) if on_cuda else None
+    return round(seconds, 4), activations, peak
 
 
 def _activation_bytes(forward: Callable[[], torch.Tensor], model: torch.nn.Module) -> int:

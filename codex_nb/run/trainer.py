@@ -153,8 +153,8 @@ class Trainer:
         )
         state = self._resume_from_latest(optimizer, metadata, ema)
 
-        def loss(_: Any, batch: Batch) -> tuple[torch.Tensor, None]:
-            return wrapped(batch.ids_BT, batch.targets_BT, batch.positions_BT), None
+        def loss(_: Any, b: Batch) -> tuple[torch.Tensor, None]:
+            return wrapped(b.ids_BT, b.targets_BT, b.positions_BT, b.cu_seqlens), None
 
         # One process stops at once; several note the request and agree after each step.
         requests: list[str] = []
@@ -223,8 +223,8 @@ class Trainer:
             return hints
         path = self.run.folder / "plan.json"
 
-        def loss(_: Any, batch: Batch) -> tuple[torch.Tensor, None]:
-            return objective(batch.ids_BT, batch.targets_BT, batch.positions_BT), None
+        def loss(_: Any, b: Batch) -> tuple[torch.Tensor, None]:
+            return objective(b.ids_BT, b.targets_BT, b.positions_BT, b.cu_seqlens), None
 
         if not path.exists():  # all ranks measure, since each computes a part of the batch
             steps = estimate_steps(self.cfg.fit.minutes, self.model, batches, loss)
@@ -262,7 +262,7 @@ class Trainer:
         if not self.world.main:
             cfg = cfg.model_copy(update={"monitor": False})
         flops = flops_per_token(self.model, model_cfg.seq_len) / self.world.size
-        size = 4096 if model_cfg.device == "cuda" else 512
+        size = 4096 if model_cfg.device.startswith("cuda") else 512
         peak = measure_peak_flops(model_cfg.device, model_cfg.dtype, size) if cfg.monitor else 1
 
         def readings() -> dict[str, float]:

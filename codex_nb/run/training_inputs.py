@@ -37,8 +37,12 @@ def setup_process(
     cfg: Any,  # A `RunConfig`, `JudgeConfig` or another with seed, determinism and threads
     world: World = World(),  # Every rank draws its own random numbers
 ) -> None:
-    "Set determinism, threads and seeds of this process."
+    "Set determinism, threads, the GPU and seeds of this process."
     set_determinism(cfg.determinism)
+    name = cfg.model.device if isinstance(cfg, RunConfig) else getattr(cfg, "device", "cpu")
+    device = torch.device(name)
+    if device.type == "cuda":  # what names no GPU, such as an event, means the current one
+        torch.cuda.set_device(world.local_rank if device.index is None else device.index)
     if cfg.threads:
         torch.set_num_threads(max(1, cfg.threads // world.size))
     seed_everything(cfg.seed + world.rank * 1_000_003)

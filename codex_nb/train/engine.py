@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ..core.types import IGNORE, Batch
 from ..data.batches import BatchSampler, batch_fingerprint
-from ..tracking.timers import StepClock, Throughput
+from ..tracking.timers import StepClock, Throughput, synchronize
 from .distributed import World, full_tensor
 from .optim import EMA, Optimizer, guarded_step
 from .train_config import FitConfig
@@ -80,8 +80,9 @@ def train_step(
 ) -> dict[str, Any]:  # `loss` (mean, nats), `grad_norm` (before clipping), `tokens`, `applied`
     """Accumulate gradients over the micro-batches and update once.
 
-    `loss` and `grad_norm` are scalars on the device. `applied` is a bool, or None where only the
-    device knows. `ValueError` when the step holds no token to predict.
+    `loss`, `grad_norm` and `ok`, whether the step was good, are scalars on the device. `applied` is
+    a bool, or None where only the device knows. `ValueError` when the step holds no token to
+    predict.
     """
     device = next(model.parameters()).device
     clock = clock or StepClock()
@@ -112,7 +113,7 @@ def train_step(
     ok = torch.isfinite(mean) & torch.isfinite(norm) & (mean <= limit)
     applied = guarded_step(optimizer, ok)
     optimizer.zero_grad()
-    return {"loss": mean, "grad_norm": norm, "tokens": tokens, "applied": applied}
+    return {"loss": mean, "grad_norm": norm, "tokens": tokens, "applied": applied, "ok": ok}
 
 
 def describe_samples(
@@ -195,6 +196,10 @@ class TrainState:
         records = []
         for r, (loss, norm) in zip(pending, values):
             applied = math.isfinite(loss) and math.isfinite(norm) and loss <= r["limit"]
+            uncounted = r.pop("uncounted", 0)
+            if uncounted:
+                self.tokens += uncounted if applied else 0
+                r["tokens"] = self.tokens
             records.append(r | {"loss": loss, "grad_norm": norm, "applied": applied})
         for r in records:
             if r["applied"]:
@@ -256,7 +261,8 @@ def fit(
     state.model, state.optimizer, state.ema = model, optimizer, ema
     state.rows, state.on_bad = len(batches.rows), cfg.on_bad
     state.total_steps = math.ceil(end / batches.batch_size)
-    state.clock = StepClock(next(model.parameters()).device)
+    device = next(model.parameters()).device
+    state.clock = StepClock(device)
     began = time.monotonic()
     try:
         _call(hooks, state, "start")
@@ -276,9 +282,13 @@ def fit(
             if cfg.minutes and world.broadcast(time.monotonic() - began > cfg.minutes * 60):
                 state.stop(f"{cfg.minutes:g} minutes are over")
             due = [h for h in hooks if _is_due(h, state)]
-            if due:
+            if due and (device.type == "cpu" or any(_takes_time(h) for h in due)):
+                # A GPU has only been told what to do: the steps end when it has done it.
+                synchronize(device)
                 state.throughput.pause()
+            if due:
                 _call(due, state, "step")
+        synchronize(device)
         state.throughput.pause()
         # Hooks that were not due at the last step run now; the others just have.
         _call([h for h in hooks if not _is_due(h, state)], state, "step")
@@ -292,6 +302,11 @@ def fit(
 # %% ../../nbs/train/47_engine.ipynb #6d79ca45
 def _is_due(hook: Hook, state: TrainState) -> bool:
     return hook.when == "step" and state.step % hook.every == 0
+
+
+def _takes_time(hook: Hook) -> bool:
+    "Unlike a hook of every step, which runs while a GPU still works on the steps before."
+    return hook.every > 1 or hook.part != "hooks"
 
 
 def _call(hooks: Sequence[Hook], state: TrainState, when: str) -> None:
@@ -324,16 +339,17 @@ def _advance(
         "fed": batch_fingerprint(micro_batches),
     }
     # On a GPU `applied` is None: whether it was is learned in `drain_metrics`.
-    rejected = result["applied"] is False
+    applied, rejected = result["applied"], result["applied"] is False
     if rejected and state.on_bad == "stop":
         raise guard_error(record | {k: float(record[k]) for k in ("loss", "grad_norm")})
     state.step += 1
-    if not rejected:
+    if applied:
         state.tokens += result["tokens"]
-        if state.ema:
-            state.ema.update(state.model)
+    if state.ema and not rejected:
+        state.ema.update(state.model, None if applied else result["ok"])
     state.throughput.add(result["tokens"])
-    state._pending.append(record | {"tokens": state.tokens})
+    uncounted = result["tokens"] if applied is None else 0
+    state._pending.append(record | {"tokens": state.tokens, "uncounted": uncounted})
 
 # %% ../../nbs/train/47_engine.ipynb #0cf8a0e2
 def estimate_steps(
@@ -351,8 +367,7 @@ def estimate_steps(
             start = time.perf_counter()
             for b in micro_batches:
                 loss(model, b.to(device))[0].backward()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronize(device)
             times.append(time.perf_counter() - start)
     model.zero_grad(set_to_none=True)
     median = sorted(times[1:])[probes // 2]

@@ -319,12 +319,20 @@ class EMA:
     def update(
         self,
         model: nn.Module,  # After a step
+        applied: torch.Tensor | None = None,  # bool scalar: False keeps the average; None moves it
     ) -> None:
         "Move toward the weights."
         parameters = dict(model.named_parameters())
         current: list[torch.Tensor] = [parameters[n] for n in self.tensors]
+        average = list(self.tensors.values())
         # One kernel for all tensors, instead of one each.
-        torch._foreach_lerp_(list(self.tensors.values()), current, 1 - self.decay)
+        if applied is None:
+            torch._foreach_lerp_(average, current, 1 - self.decay)
+            return
+        # Only the device knows: a fraction of 0 moves nothing.
+        difference = torch._foreach_sub(current, average)
+        torch._foreach_mul_(difference, applied * (1 - self.decay))
+        torch._foreach_add_(average, difference)
 
     @torch.no_grad()
     def swap(
