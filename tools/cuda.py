@@ -15,6 +15,7 @@ import datetime
 import functools
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -112,8 +113,11 @@ def prepared(args, preset="smoke", vocabulary=None, **values):
     return Prepared(cfg, tokenizer, batches, model, objective, optimizer)
 
 
-def stepper(made):
-    "A function that makes the step of a given number; its values stay on the device."
+def stepper(made, documents=None):
+    """A function that makes the step of a given number; its values stay on the device.
+
+    With `documents`, `cu_seqlens` is filled up to so many, and has one shape.
+    """
     from codex_nb.train.engine import train_step
 
     cfg, batches, vocabulary = made.cfg, made.batches, made.model.config.vocab_size
@@ -126,9 +130,19 @@ def stepper(made):
         micro = batches.step(i * batches.batch_size)
         if spread > 1:
             micro = [b._replace(ids_BT=b.ids_BT * spread) for b in micro]
+        if documents:
+            micro = [b._replace(cu_seqlens=filled(b.cu_seqlens, documents)) for b in micro]
         return train_step(made.model, micro, loss, made.optimizer, cfg.optim.lr, cfg.fit.clip)
 
     return step
+
+
+def filled(cu_seqlens, documents):
+    "The same documents, and empty ones at the end."
+    import torch
+
+    missing = documents + 1 - len(cu_seqlens)
+    return torch.cat([cu_seqlens, cu_seqlens[-1:].expand(missing)])
 
 
 def synchronize():
@@ -364,7 +378,7 @@ def command_line(args):
     small = ["-p", "steps=20", "-p", "eval_every=10", "-p", "save_every=10"]
     program = "import sys; from codex_nb.cli.main import main; sys.exit(main())"
     commands = {
-        "train": ["run", "train", "-p", "preset=smoke", *where, *small],
+        "train": ["run", "train", "-p", "preset=smoke", *where, *small, *eager],
         "evaluate": ["run", "evaluate", *where],
         "finetune": ["run", "finetune", "-p", "preset=smoke", *where, *small, *eager],
         "generate": ["generate", "--device", device, "--prompt", "import"],
@@ -386,12 +400,13 @@ def command_line(args):
             "seconds": round(time.monotonic() - start, 1),
             "output": (done.stdout + done.stderr)[-1200:],
         }
+        Path(args.out).write_text(json.dumps({"figures": found}))  # what is known by now
     return found
 
 
 RESUMED = {
     "adamw": dict(optimizer="adamw", arch="gpt2", dropout=0.1),
-    "muon": dict(optimizer="muon"),
+    "muon eager": dict(optimizer="muon", compile="off"),
     "adamw eager, averaged": dict(optimizer="adamw", compile="off", ema=0.9, micro_batch=4),
 }
 
@@ -601,12 +616,14 @@ def profile(args):
             kinds, kernels = {}, {}
             for e in p.key_averages():
                 ms = getattr(e, "self_device_time_total", 0) / 3000
-                if ms <= 0 or e.key.startswith(("aten::", "Torch-", "## ", "autograd::")):
+                # What launched a kernel has its time as well, and is not counted again.
+                if ms <= 0 or e.device_type == torch.autograd.DeviceType.CPU or "#" in e.key:
                     continue
                 kinds[kind_of(e.key)] = kinds.get(kind_of(e.key), 0) + ms
                 kernels[e.key[:90]] = ms
             top = sorted(kernels.items(), key=lambda x: -x[1])[:14]
             return {
+                "milliseconds of kernels in a step": round(sum(kinds.values()), 2),
                 "milliseconds by kind": {k: round(v, 2) for k, v in kinds.items()},
                 "longest": {k: round(v, 2) for k, v in top},
             }
@@ -629,16 +646,19 @@ def race(args):
     for name, values in {
         "ours, off": dict(determinism="off"),
         "ours, deterministic": dict(determinism="deterministic"),
-        "ours, off, one document a row": dict(determinism="off", isolate_documents=False),
+        "ours, CUDA graphs": dict(determinism="off"),
     }.items():
 
         def make(name=name, values=values):
             made = large(args, **values)
-            step = stepper(made)
+            graphs = name.endswith("graphs")
+            step = stepper(made, 512 if graphs else None)
             found["shape"] = made.model.config.to_dict()
             found["tokens"] = made.batches.tokens
             found.setdefault("attention", {})[name] = made.cfg.compute.attention
-            return functools.partial(run_steps, step, values["determinism"], set_determinism)
+            return functools.partial(
+                run_steps, step, values["determinism"], set_determinism, graphs
+            )
 
         runner = outcome(make)
         if isinstance(runner, str):
@@ -652,6 +672,7 @@ def race(args):
         else:
             runners["nanoGPT"] = runner
     times = {name: [] for name in runners}
+    queued = {name: [] for name in runners}  # Until the CPU was done
     for name, runner in list(runners.items()):
         ended = outcome(lambda: runner(0, 4))
         if isinstance(ended, str):
@@ -662,12 +683,21 @@ def race(args):
             synchronize()
             start = time.perf_counter()
             runner(4 + r * steps, steps)
+            queued[name].append((time.perf_counter() - start) / steps)
             synchronize()
             times[name].append((time.perf_counter() - start) / steps)
     shape = found.pop("shape", {})
     found["shape"] = {k: shape.get(k) for k in ("n_embd", "n_layer", "n_head", "vocab_size")}
     speed = {n: found["tokens"] / statistics.median(t) for n, t in times.items() if t}
     found["tokens/s"] = {n: round(s) for n, s in speed.items()}
+    found["milliseconds a step"] = {
+        n: {
+            "in all": round(1000 * statistics.median(t), 2),
+            "until queued": round(1000 * statistics.median(queued[n]), 2),
+        }
+        for n, t in times.items()
+        if t
+    }
     found["rounds"] = {n: [round(found["tokens"] / t) for t in ts] for n, ts in times.items()}
     if "nanoGPT" in speed:
         found["of nanoGPT"] = {n: round(s / speed["nanoGPT"], 3) for n, s in speed.items()}
@@ -676,8 +706,11 @@ def race(args):
     return found
 
 
-def run_steps(step, level, set_determinism, first, n):
+def run_steps(step, level, set_determinism, graphs, first, n):
+    import torch
+
     set_determinism(level)
+    torch._inductor.config.triton.cudagraphs = graphs  # read when something is compiled
     for i in range(first, first + n):
         step(i)
 
@@ -727,7 +760,6 @@ def nanogpt(args, shape, tokens, set_determinism):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return loss.item()
 
     return run
 
@@ -797,10 +829,19 @@ def run_check(args, name, kind, folder):
     with open(log, "w") as f, contextlib.suppress(subprocess.TimeoutExpired):
         command = [sys.executable, __file__, *words]
         subprocess.run(command, env=env, stdout=f, stderr=f, timeout=args.seconds)
-    found = {"seconds": round(time.monotonic() - start, 1)}
+    found = {"seconds": round(time.monotonic() - start, 1), "code": code_digest()}
     if path.is_file():
         return found | json.loads(path.read_text())
     return found | {"error": f"it did not end: {log.read_text(errors='replace')[-1500:]}"}
+
+
+@functools.cache
+def code_digest():
+    "Which code was looked at: SHA-256 of the package's modules, the first digits."
+    from codex_nb.core.artifacts import code_files
+    from codex_nb.core.config import digest_of
+
+    return digest_of(code_files())[:16]
 
 
 def run_one(args):
@@ -824,7 +865,7 @@ def main():
     parser.add_argument("--beside", type=int, default=8, help="checks of correctness at once")
     parser.add_argument("--check", help=argparse.SUPPRESS)
     parser.add_argument("--part", help=argparse.SUPPRESS)
-    parser.add_argument("--kind", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--kind", default="", help="kinds of those checks: a regular expression")
     args = parser.parse_args()
     if args.part:
         return part_of_resume(args)
@@ -854,6 +895,7 @@ def main():
         if "race" in names:  # compiles what the race needs, into the cache
             pool.submit(run_check, args, "race", "warm", folder)
         beside = [(n, k) for n in names if n not in ALONE for k in KINDS.get(n, [""])]
+        beside = [(n, k) for n, k in beside if not k or re.search(args.kind, k)]
         list(pool.map(lambda job: keep(*job), beside))
     for name in names:
         if name in ALONE:
