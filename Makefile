@@ -5,7 +5,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train export check test prove lab docs readme
+.PHONY: help setup train export check test prove cuda lab docs readme
 .PHONY: lock vulnerabilities sbom build release clean
 
 help: ## list the targets
@@ -41,6 +41,10 @@ test: $(STAMP) ## run every notebook and test: ten minutes
 
 prove: $(STAMP) ## run everything at full counts, and keep the evidence: hours
 	PROVE=1 $(BIN)/python tests/gate.py --keep
+
+# Not in `.venv` where there is none: a machine with a GPU has a torch of its own.
+cuda: ## check what only an NVIDIA GPU can show, into data/cuda.json: eight minutes
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tools/cuda.py
 
 lab: $(STAMP) ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs

@@ -113,11 +113,8 @@ def prepared(args, preset="smoke", vocabulary=None, **values):
     return Prepared(cfg, tokenizer, batches, model, objective, optimizer)
 
 
-def stepper(made, documents=None):
-    """A function that makes the step of a given number; its values stay on the device.
-
-    With `documents`, `cu_seqlens` is filled up to so many, and has one shape.
-    """
+def stepper(made):
+    "A function that makes the step of a given number; its values stay on the device."
     from codex_nb.train.engine import train_step
 
     cfg, batches, vocabulary = made.cfg, made.batches, made.model.config.vocab_size
@@ -130,19 +127,9 @@ def stepper(made, documents=None):
         micro = batches.step(i * batches.batch_size)
         if spread > 1:
             micro = [b._replace(ids_BT=b.ids_BT * spread) for b in micro]
-        if documents:
-            micro = [b._replace(cu_seqlens=filled(b.cu_seqlens, documents)) for b in micro]
         return train_step(made.model, micro, loss, made.optimizer, cfg.optim.lr, cfg.fit.clip)
 
     return step
-
-
-def filled(cu_seqlens, documents):
-    "The same documents, and empty ones at the end."
-    import torch
-
-    missing = documents + 1 - len(cu_seqlens)
-    return torch.cat([cu_seqlens, cu_seqlens[-1:].expand(missing)])
 
 
 def synchronize():
@@ -224,7 +211,6 @@ def end_of(run, state):
     last = [r["values"] for r in lines if r["split"] == "validation"][-1]
     compute = run.cfg.compute
     return {
-        "run": str(run.folder),
         "steps": state.step,
         "validation": last,
         "compile": compute.compile,
@@ -369,11 +355,21 @@ def close_to_the_cpu(args):
     }
 
 
+RUN = "RUN"  # The first training run of `command_line`
+
+
+def told(done):
+    "The end of what a command printed, without the folder that it ran in."
+    home = os.environ["CODEX_NB_HOME"]
+    return (done.stdout + done.stderr).replace(home, "HOME")[-1500:]
+
+
 @check()
 def command_line(args):
     "train, evaluate, finetune and generate as typed."
     device = "cuda:0" if args.device.startswith("cuda") else args.device
-    where = ["-p", f"device={device}", "-p", "dtype=bf16"]
+    dtype = "bf16" if args.device.startswith("cuda") else "fp32"  # most CPUs only emulate bf16
+    where = ["-p", f"device={device}", "-p", f"dtype={dtype}"]
     eager = ["-p", "compile=off"]
     small = ["-p", "steps=20", "-p", "eval_every=10", "-p", "save_every=10"]
     program = "import sys; from codex_nb.cli.main import main; sys.exit(main())"
@@ -381,13 +377,16 @@ def command_line(args):
         "train": ["run", "train", "-p", "preset=smoke", *where, *small, *eager],
         "evaluate": ["run", "evaluate", *where],
         "finetune": ["run", "finetune", "-p", "preset=smoke", *where, *small, *eager],
-        "generate": ["generate", "--device", device, "--prompt", "import"],
-        "replay": ["replay"],
+        "generate": ["generate", RUN, "--device", device, "--prompt", "import"],
+        "verify": ["verify", RUN],
+        "replay": ["replay", RUN],
         "doctor": ["doctor"],
     }
     found = {}
     for name, words in commands.items():
         start = time.monotonic()
+        runs = sorted((Path(os.environ["CODEX_NB_HOME"]) / "runs").glob("*-train-*"))
+        words = [str(runs[0]) if word is RUN else word for word in words]
         done = subprocess.run(
             [sys.executable, "-c", program, *words],
             env=os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
@@ -395,11 +394,9 @@ def command_line(args):
             text=True,
             timeout=240,
         )
-        found[name] = {
-            "code": done.returncode,
-            "seconds": round(time.monotonic() - start, 1),
-            "output": (done.stdout + done.stderr)[-1200:],
-        }
+        found[name] = {"code": done.returncode, "seconds": round(time.monotonic() - start, 1)}
+        if done.returncode or name == "replay":
+            found[name]["output"] = told(done)
         Path(args.out).write_text(json.dumps({"figures": found}))  # what is known by now
     return found
 
@@ -499,8 +496,7 @@ def out_of_memory(args):
         text=True,
         timeout=240,
     )
-    output = done.stdout + done.stderr
-    return {"code": done.returncode, "lines": output.count("\n"), "output": output[-1500:]}
+    return {"code": done.returncode, "output": told(done)}
 
 
 @check()
@@ -646,19 +642,15 @@ def race(args):
     for name, values in {
         "ours, off": dict(determinism="off"),
         "ours, deterministic": dict(determinism="deterministic"),
-        "ours, CUDA graphs": dict(determinism="off"),
     }.items():
 
         def make(name=name, values=values):
             made = large(args, **values)
-            graphs = name.endswith("graphs")
-            step = stepper(made, 512 if graphs else None)
+            step = stepper(made)
             found["shape"] = made.model.config.to_dict()
             found["tokens"] = made.batches.tokens
             found.setdefault("attention", {})[name] = made.cfg.compute.attention
-            return functools.partial(
-                run_steps, step, values["determinism"], set_determinism, graphs
-            )
+            return functools.partial(run_steps, step, values["determinism"], set_determinism)
 
         runner = outcome(make)
         if isinstance(runner, str):
@@ -706,11 +698,8 @@ def race(args):
     return found
 
 
-def run_steps(step, level, set_determinism, graphs, first, n):
-    import torch
-
+def run_steps(step, level, set_determinism, first, n):
     set_determinism(level)
-    torch._inductor.config.triton.cudagraphs = graphs  # read when something is compiled
     for i in range(first, first + n):
         step(i)
 

@@ -10,13 +10,13 @@ __all__ = ['PLAIN_ATTENTION', 'WORTH_COMPILING', 'onednn_matmul', 'onednn_matmul
            'InferenceKernels']
 
 # %% ../../nbs/model/22_compute.ipynb #6b5dd018
+import importlib.util
 import inspect
 import os
 import platform
 import shutil
 from collections.abc import Callable, Mapping
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +204,8 @@ def has_varlen_kernel(
     device: str,  # As `resolve_device` returns it
 ) -> bool:
     "Whether flash attention over documents can run on a device."
-    if not device.startswith("cuda") or find_spec("torch.nn.attention.varlen") is None:
+    module = "torch.nn.attention.varlen"
+    if not device.startswith("cuda") or importlib.util.find_spec(module) is None:
         return False
     from torch.nn.attention.varlen import varlen_attn
 
@@ -227,7 +228,7 @@ def compiler_problem() -> str | None:  # None when a C++ compiler was found
 
 def gpu_compiler_problem() -> str | None:  # None when Triton and a C compiler were found
     "Why `torch.compile` cannot be used on a GPU here."
-    if find_spec("triton") is None:
+    if importlib.util.find_spec("triton") is None:
         return "triton is not installed, which compiles for GPUs"
     # Triton compiles a launcher for each kernel.
     names = [os.environ.get("CC", "cc"), "gcc", "clang"]

@@ -302,7 +302,6 @@ RunConfig.presets = {
         batch_size=64,
         micro_batch=16,
         lr=6e-4,
-        dropout=0.1,
         eval_every=1000,
         save_every=1000,
     ),
