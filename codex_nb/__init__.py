@@ -34,7 +34,7 @@ _EXPORTS = {
     "eval.statistics": ["bootstrap_ratio", "paired_difference"],
     "run.settings": ["CompareConfig", "FinetuneConfig", "JudgeConfig", "RunConfig", "SweepConfig"],
     "run.run_record": ["RunRecord"],
-    "run.run_folder": ["Run", "find_run", "list_runs", "new_run_folder", "verify_run"],
+    "run.run_folder": ["Run", "find_run", "list_runs", "new_run_folder"],
     "run.bases": ["find_base"],
     "run.training_inputs": [
         "dataset_for",
@@ -47,6 +47,7 @@ _EXPORTS = {
     "run.trainer": ["Trainer"],
     "run.recipe": ["export_merged", "finish", "train_model"],
     "run.judging": ["judge", "judge_task", "train_and_judge"],
+    "experiments.verify": ["verify_run"],
     "experiments.replay": ["replay"],
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}

@@ -197,7 +197,8 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     "Verify a run. Level L0 checks every file, level L1 the samples of each step."
-    from codex_nb.run.run_folder import find_run, verify_run
+    from codex_nb.experiments.verify import verify_run
+    from codex_nb.run.run_folder import find_run
 
     folder = find_run(run)
     files, order = verify_run(folder), None

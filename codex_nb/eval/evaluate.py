@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['compute_metrics', 'metrics_by_slice', 'summarize', 'summary_table', 'summary_lines',
-           'plot_reliability', 'hardest_documents', 'token_html', 'evaluate', 'publish_evaluation',
-           'read_evaluation']
+           'plot_reliability', 'hardest_documents', 'token_html', 'evaluate', 'flat_record',
+           'publish_evaluation', 'read_evaluation']
 
 # %% ../../nbs/eval/57_evaluate.ipynb #a2e8f0e0
 import csv
@@ -321,8 +321,10 @@ def evaluate(
     return records, summarize(records, [target_text(d) for d in given], resamples, seed)
 
 # %% ../../nbs/eval/57_evaluate.ipynb #ee6a91cb
-def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    "A record as a row of a spreadsheet."
+def flat_record(
+    row: dict[str, Any],  # A record as in `records.ndjson`
+) -> dict[str, Any]:  # Without nested values
+    "A record as a row of `records.csv`."
     nested = ("meta", "scores", "overlap")
     flat = {k: v for k, v in row.items() if k not in ("bins", *nested)}
     for name in nested:
@@ -350,7 +352,7 @@ def publish_evaluation(
             for row in rows:
                 f.write(json.dumps(row, ensure_ascii=False) + "\n")
         with open(draft.path / "records.csv", "w", encoding="utf-8", newline="") as f:
-            flat = [_flat(row) for row in rows]
+            flat = [flat_record(row) for row in rows]
             writer = csv.DictWriter(f, list(dict.fromkeys(k for row in flat for k in row)))
             writer.writeheader()
             writer.writerows(flat)

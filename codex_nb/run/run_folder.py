@@ -6,7 +6,7 @@
 __all__ = ['LOCK', 'STAMP', 'C', 'REPLAY_HINTS', 'REBUILDABLE', 'run_status', 'new_run_folder',
            'Run', 'register_external_run', 'run_parts', 'seal_run', 'last_values', 'attach',
            'list_runs', 'latest_finished_run', 'in_use', 'find_run', 'find_in_runs', 'replay_hints',
-           'recorded_parent', 'verify_run']
+           'recorded_parent', 'verify_files']
 
 # %% ../../nbs/run/62_run_folder.ipynb #77664bd1
 import json
@@ -367,7 +367,7 @@ def recorded_parent(
 REBUILDABLE = ("corpus", "tokenizer", "tokens")
 
 
-def verify_run(
+def verify_files(
     folder: Path | str,  # A run folder
 ) -> dict[str, Any]:  # `ok`, `status`, `problems`, and `parents`: role -> what was found
     "Verify a run at level L0."
