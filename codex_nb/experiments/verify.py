@@ -119,7 +119,7 @@ def _artifacts_in(folder: Path) -> list[Path]:
 
 # %% ../../nbs/experiments/71_verify.ipynb #27698af4
 def check_evaluations(folder: Path, record: RunRecord) -> Contradictions:
-    "An evaluation must be of this run's checkpoint and settings, and its summary that of its records."
+    "An evaluation must be of this run's checkpoint and settings, and sum up its own records."
     cfg = record.settings()
     if not isinstance(cfg, (RunConfig, JudgeConfig)):
         return
@@ -219,7 +219,8 @@ def contradictions(
 ) -> list[str]:  # One line for each; `RunError` when the folder holds no run
     "Whatever in a run contradicts something else in it."
     folder = Path(folder)
-    record, out = RunRecord.load(folder), []
+    record = RunRecord.load(folder)
+    out: list[str] = []
     for check in CHECKS:
         try:
             out += check(folder, record)
