@@ -28,7 +28,7 @@ _EXPORTS = {
     "train.checkpoint": ["require_checkpoint"],
     "train.engine": ["Hook", "TrainState", "fit"],
     "eval.eval_config": ["GenerateConfig"],
-    "eval.evaluate": ["evaluate", "summary_lines", "summary_table"],
+    "eval.evaluate": ["as_table", "evaluate", "summary_lines", "summary_table"],
     "eval.generate": ["generate", "reply"],
     "eval.scoring": ["sample_documents", "score"],
     "eval.statistics": ["bootstrap_ratio", "paired_difference"],

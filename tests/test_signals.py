@@ -1,18 +1,26 @@
-"""SIGTERM and SIGINT at any moment: a checkpoint, the documented exit code, and the same end."""
+"""SIGTERM, SIGINT and SIGHUP at any moment: a checkpoint, the exit code, and the same end."""
 
+import contextlib
+import fcntl
 import json
+import os
+import pty
 import random
 import shutil
 import signal
+import subprocess
+import termios
 import time
 from pathlib import Path
 
 import pytest
 from helpers import (
+    BIN,
     PROVE,
     checkpoint_files,
     codex,
     counts,
+    environment,
     flags,
     shared_folder,
     start,
@@ -113,6 +121,35 @@ def test_signal_at_any_moment_leaves_a_run_that_resumes_bitwise(n, tmp_path, str
     assert again.returncode == 0, again.stderr
     assert train_steps(folder) == list(range(1, STEPS + 1))
     assert checkpoint_files(folder, STEPS) == straight
+
+
+def test_closed_terminal_stops_a_run_as_a_signal_does(tmp_path):
+    from codex_nb.train.checkpoint import latest_checkpoint
+
+    folder = tmp_path / "runs" / "hung-up"
+    ours, theirs = pty.openpty()
+
+    def own_terminal():
+        os.setsid()
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+
+    command = [BIN / "codex-nb", *training(folder, 100_000)[1:]]
+    ends = dict(stdin=theirs, stdout=theirs, stderr=theirs)
+    p = subprocess.Popen(command, env=environment(tmp_path), preexec_fn=own_terminal, **ends)
+    os.close(theirs)
+    os.set_blocking(ours, False)
+
+    def begun():
+        with contextlib.suppress(BlockingIOError):
+            os.read(ours, 65536)  # a terminal that nobody reads would hold the run up
+        return has_checkpoint(folder, p)()
+
+    wait_until(begun)
+    os.close(ours)
+    assert p.wait(60) == 129
+    newest, _ = latest_checkpoint(folder / "checkpoints")
+    assert int(newest.path.name[5:]) == train_steps(folder)[-1]
+    assert kernels(folder) == []
 
 
 def test_second_signal_ends_at_once(tmp_path):

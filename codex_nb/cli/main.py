@@ -105,13 +105,18 @@ def resume(
             help="A setting that cannot change the result, such as nproc. May be repeated.",
         ),
     ] = [],
+    notebook: Annotated[
+        Path | None,
+        typer.Option("--notebook", help="Execute this notebook; default: the package's own."),
+    ] = None,
     quiet: QuietOption = False,
 ) -> None:
     "Resume an interrupted run."
     from codex_nb.experiments.launch import resume
     from codex_nb.run.run_folder import find_run
 
-    _print_outcome(resume(find_run(run), not quiet, allow, parse_parameters(parameter)))
+    changes = parse_parameters(parameter)
+    _print_outcome(resume(find_run(run), not quiet, allow, changes, notebook))
 
 
 def _print_outcome(outcome: "Outcome") -> None:

@@ -427,7 +427,9 @@ def _hf_tokenizer(tokenizer: Tokenizer) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     if tokenizer._hf is None:
-        tokenizer._hf = AutoTokenizer.from_pretrained(tokenizer.path, local_files_only=True)
+        tokenizer._hf = AutoTokenizer.from_pretrained(
+            tokenizer.path, local_files_only=True, trust_remote_code=False
+        )
     if not tokenizer._hf.chat_template:
         raise TokenizerError(f"{tokenizer.path}: has no chat template; add chat_template.jinja")
     return tokenizer._hf

@@ -21,7 +21,13 @@ from ..core.store import find_stored, workspace
 from ..data.batches import BatchSampler, batch_fingerprint, order_digest
 from ..data.tokens import PackedDataset, TokenStore
 from .compare import CompareError, EvaluatedModel, compare, open_evaluated
-from .launch import Outcome, find_notebook, launch, recorded_parameters
+from codex_nb.experiments.launch import (
+    WRITES_OUTSIDE,
+    Outcome,
+    launch,
+    package_notebook,
+    recorded_parameters,
+)
 from codex_nb.experiments.run_diff import (
     RunContents,
     RunDiff,
@@ -133,7 +139,7 @@ def notebook_differs(
     own = Path(folder) / f"{kind}.ipynb"
     if not own.is_file():
         return ""
-    a, b = _code_cells(own), _code_cells(find_notebook(kind))
+    a, b = _code_cells(own), _code_cells(package_notebook(kind))
     n = sum(cell not in b for cell in a) + sum(cell not in a for cell in b)
     return f"{n} cells of {own.name} in the run differ from this package's notebook" if n else ""
 
@@ -345,7 +351,7 @@ class Replay:
 
 # %% ../../nbs/experiments/74_replay.ipynb #e959aa32
 # Settings that publish a run: a replay is no new result.
-EXCLUDED_ON_REPLAY = ("prometheus_port", "prometheus_file", "sinks", "study")
+EXCLUDED_ON_REPLAY = (*WRITES_OUTSIDE, "sinks")
 
 
 def replay(
@@ -375,7 +381,9 @@ def replay(
     levels = [sealed_level(run)]
     stop = StopCondition(original, folder, None if whole_run else max_step) if trains else None
     cwd = original.record.launch_folder(run)
-    outcome = launch(notebook, given | (parameters or {}), folder, echo, stop, cwd)
+    given |= parameters or {}
+    isolated = not own_notebook
+    outcome = launch(notebook, given, folder, echo, stop, cwd, isolated=isolated)
     if outcome.folder is None:
         shutil.rmtree(folder, ignore_errors=True)
         missing_data = "ReadError: data:" in str(outcome.error)
@@ -408,7 +416,7 @@ def _check_replayable(
     if kind in TRAINING_KINDS and not original.steps:
         raise RunError(f"{run}: no step was recorded, so there is nothing to compare with")
     if not own_notebook:
-        return kind
+        return str(package_notebook(kind))
     notebook = run / f"{kind}.ipynb"
     if not notebook.is_file():
         raise RunError(f"{run}: holds no {kind}.ipynb to execute")

@@ -14,6 +14,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Collection
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -309,9 +310,18 @@ def in_use(
     folders = {*(inside.iterdir() if inside.is_dir() else []), *_external_runs()}
     out: set[str] = set()
     for p in folders:
-        if (p / "parents.json").is_file() and run_status(p) in ("running", "interrupted"):
-            out |= {*load_parents(p).values()}
+        # A damaged run keeps what it names, if that can be read; `list_runs` calls it damaged.
+        with suppress(ArtifactError, ValueError, KeyError, TypeError, OSError):
+            if _may_go_on(p):
+                out |= {*load_parents(p).values()}
     return out
+
+
+def _may_go_on(folder: Path) -> bool:
+    try:
+        return run_status(folder) in ("running", "interrupted")
+    except (ArtifactError, ValueError, KeyError, TypeError, OSError):
+        return True
 
 
 def find_run(
@@ -338,8 +348,9 @@ def find_in_runs(
 ) -> Path | None:  # Its folder; None when no run here holds it
     "Find an artifact inside the runs of this workspace."
     for p in sorted((workspace() / "runs").glob(f"*/*/*/{MANIFEST}")):
-        if json.loads(p.read_bytes()).get("digest") == digest:
-            return p.parent
+        with suppress(ArtifactError):  # a damaged one is none that was asked for
+            if read_manifest(p.parent).digest == digest:
+                return p.parent
     return None
 
 

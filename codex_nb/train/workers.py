@@ -46,7 +46,9 @@ def run_workers(
     workers = []
     try:
         for i, (command, e) in enumerate(zip(commands, environments)):
-            workers.append(_Worker(i, command, e, folder))
+            # Their working folder is the run's, which may be a stranger's: import nothing there.
+            safe = {**e, "PYTHONSAFEPATH": "1"}
+            workers.append(_Worker(i, command, safe, folder))
 
         def terminate(reason: str) -> None:
             for w in workers:
