@@ -369,7 +369,7 @@ def launch(
     if code and signals.name:
         error, code = f"interrupted by {signals.name}", EXIT_CODES[signals.name]
     # The kernel has ended: if the run is locked now, another process took it first.
-    taken_by_other = name == "RunError" and is_locked(folder / LOCK)
+    taken_by_other = is_locked(folder / LOCK)
     if not writer.started or taken_by_other:
         return _not_started(path, folder, code, error)
     if name == "CheckpointError" and writer.run_existed:  # a resume that was refused
