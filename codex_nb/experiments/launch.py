@@ -414,7 +414,9 @@ def _execute(
     # papermill warns of parameters that the parameters cell does not name; ours are checked.
     logging.getLogger("papermill").setLevel(logging.ERROR)
     variables = {"CODEX_NB_RUN": str(writer.folder), "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
-    options = ["--IPKernelApp.log_level=50"]
+    # A kernel that is ended while it shuts down would write tracebacks of its event loop.
+    quiet = "__import__('logging').getLogger('tornado').setLevel(100)"
+    options = ["--IPKernelApp.log_level=50", f"--IPKernelApp.exec_lines={quiet}"]
     if isolated:  # neither Python nor IPython puts the working folder on `sys.path`
         variables["PYTHONSAFEPATH"] = "1"
         options.append("--IPKernelApp.ignore_cwd=True")
