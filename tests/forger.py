@@ -371,6 +371,12 @@ def corpus(run):
 
 
 @forgery
+def another_machine_with_a_corpus(run):
+    edit(run / "environment.json", lambda e: e.update(cpu="another"))
+    _rename_corpus(run, "ab" * 32)
+
+
+@forgery
 def corpus_of_the_run_alone(run):
     edit(run / "parents.json", lambda p: p.update(corpus="ab" * 32))
 
@@ -544,7 +550,6 @@ def _faster(rows):
 def speeds(run):
     edit_lines(run / "metrics.ndjson", _faster)
     derive(run)
-    figures = {"train.tokens_per_second": 9 * 10**6}
     figures = {
         f"{r['split']}.{k}": v
         for r in rows_of(run / "metrics.ndjson")
