@@ -23,7 +23,7 @@ from ..eval.evaluate import flat_record, summarize
 from ..eval.scoring import Record
 from ..eval.tasks import Answer, summarize_answers
 from ..run.run_folder import last_values, run_parts, verify_files
-from ..run.run_record import RunRecord
+from ..run.run_record import RunError, RunRecord
 from ..run.settings import KINDS, JudgeConfig, RunConfig
 from ..tracking.metrics_log import metrics_csv, read_metrics
 
@@ -244,5 +244,8 @@ def verify_run(
     "Verify a run at level L0."
     found = verify_files(folder)
     if found["ok"]:  # or each damage would be told twice
-        found["problems"] += contradictions(folder)
+        try:
+            found["problems"] += contradictions(folder)
+        except RunError as e:
+            found["problems"].append(str(e))
     return found | {"ok": not found["problems"]}
