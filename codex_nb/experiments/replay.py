@@ -455,7 +455,7 @@ def _batches_level(original: RunContents, folder: Path, max_step: int) -> Level:
 
 def _batch_records(run: RunContents) -> list[dict]:  # training records, their fingerprints only
     return [
-        r | {"exact": {"fed": r["exact"]["fed"]}}
+        r | {"exact": {"fed": r["exact"]["fed"]}, "values": {}}
         for r in run.metrics
         if r["split"] == "train" and "fed" in r["exact"]
     ]

@@ -83,8 +83,8 @@ def _record_contradictions(r: dict[str, Any]) -> Contradictions:
             yield f"{name} is {value!r}, but exactly {float.fromhex(exact)!r}"
     skipped = "skipped" in r["values"]  # a step that was left out by a guard has no loss
     for name in () if skipped else MEASURED.get(r["split"].removesuffix("_ema"), ()):
-        if name not in r["exact"]:
-            yield f"has no exact {name}"
+        if name not in r["exact"] or name not in r["values"]:
+            yield f"has no exact {name}, or does not show it"
 
 
 def _save_contradictions(r: dict[str, Any], last: int) -> Contradictions:
