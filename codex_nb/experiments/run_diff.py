@@ -362,7 +362,7 @@ def compare_files(
                 out.append(f"{name}: describes another artifact")
         elif sha256_file(path) != sha256_file(files_b[name]):
             out.append(f"{name}: differs")
-    if _exact_values(a.metrics) != _exact_values(b.metrics):
+    if list(_exact_values(a.metrics).items()) != list(_exact_values(b.metrics).items()):
         out.append("metrics.ndjson: differs")
     return out
 
