@@ -153,6 +153,7 @@ def test_replay_finds_swapped_merges_of_the_tokenizer(home):
 
 
 def test_replay_finds_another_seed(home):
+    shutil.rmtree(home / "runs" / "claimed" / "evaluations")  # it names the seed too: L0
     change_setting(home, ["seed"], 1)
     verified = codex("verify", "claimed", home=home)
     assert verified.stdout.splitlines()[-1].startswith("L1 does not hold")
@@ -167,7 +168,7 @@ def test_replay_finds_another_learning_rate(home):
     found = replay(home)
     assert found["held"]["L1"] is True and found["held"]["L2"] is False and found["proven"] == "L1"
     first = found["diff"]["first"]
-    assert (first["step"], first["what"]) == (2, "loss")
+    assert (first["step"], first["what"]) == (1, "lr")
     assert any("schedule.optim.lr" in x for x in found["diff"]["checkpoints"])
 
 
@@ -230,18 +231,21 @@ def test_replay_finds_a_changed_weight(home, monkeypatch):
 
 
 def test_replay_finds_a_changed_line_of_the_record(home, monkeypatch):
-    from codex_nb.run.run_folder import verify_run
+    from codex_nb.experiments.verify import verify_run
+    from codex_nb.tracking.metrics_log import metrics_csv
 
     path = home / "runs" / "claimed" / "metrics.ndjson"
     lines = path.read_text().splitlines()
     records = [json.loads(line) for line in lines]
     i = next(i for i, r in enumerate(records) if (r["split"], r["step"]) == ("train", 7))
     exact = records[i]["exact"]
-    exact["loss"] = (float.fromhex(exact["loss"]) * 0.9).hex()
+    records[i]["values"]["loss"] = loss = float.fromhex(exact["loss"]) * 0.9
+    exact["loss"] = loss.hex()
     lines[i] = json.dumps(records[i])
     path.write_text("\n".join(lines) + "\n")
     monkeypatch.setenv("CODEX_NB_HOME", str(home))
     assert "metrics.ndjson" in verify_run(home / "runs" / "claimed")["problems"][0]
+    metrics_csv(path, path.with_suffix(".csv"))
     seal_again(home)
     found = replay(home)
     first = found["diff"]["first"]
@@ -250,6 +254,7 @@ def test_replay_finds_a_changed_line_of_the_record(home, monkeypatch):
     if PROVE:
         lines.pop(i)
         path.write_text("\n".join(lines) + "\n")
+        metrics_csv(path, path.with_suffix(".csv"))
         seal_again(home)
         first = replay(home)["diff"]["first"]
         assert (first["step"], first["what"]) == (7, "record")

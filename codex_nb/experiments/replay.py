@@ -32,6 +32,7 @@ from codex_nb.experiments.run_diff import (
     RunContents,
     RunDiff,
     diff_runs,
+    find_causes,
     find_first_difference,
     read_contents,
 )
@@ -243,7 +244,8 @@ def result_level(
         bool(-margin <= interval.low and interval.high <= margin),
         f"bits per byte {bits_per_byte - interval.value:.4f}, replayed {interval.value:+.5f} "
         f"[{interval.low:+.5f}, {interval.high:+.5f}] over {difference.documents:,} documents; "
-        f"the tolerance is {margin:.5f} ({tolerance:.2%})",
+        f"the tolerance is {margin:.5f} ({tolerance:.2%}). Not proven: weights, samples, the log "
+        f"after step {FIRST_STEPS}, and what L3 does not prove",
     )
 
 
@@ -253,6 +255,8 @@ FIRST_STEPS = 5  # before differences in the last bits grow
 def _not_close(
     run: RunContents, replayed: RunContents, a: EvaluatedModel, b: EvaluatedModel, tolerance: float
 ) -> str:  # What is not as in the replay; empty when all is
+    for role, (x, y) in find_causes(run, replayed).inputs.items():
+        return f"input {role}: {x}, the replay has {y}"
     if problem := _other_start(run, replayed, tolerance):
         return problem
     documents = [[(r.id, r.sha256) for r in e.records] for e in (a, b)]
@@ -459,7 +463,7 @@ def _batches_level(original: RunContents, folder: Path, max_step: int) -> Level:
 
 def _batch_records(run: RunContents) -> list[dict]:  # training records, their fingerprints only
     return [
-        r | {"exact": {"fed": r["exact"]["fed"]}}
+        r | {"exact": {"fed": r["exact"]["fed"]}, "values": {}}
         for r in run.metrics
         if r["split"] == "train" and "fed" in r["exact"]
     ]
@@ -506,15 +510,20 @@ def _identical_level(original: RunContents, folder: Path, diff: RunDiff) -> Leve
         *map(str, diff.checkpoints),
         *(f"{k}: {a}, {b}" for k, (a, b) in diff.outputs.items()),
     ]
-    if wrong or diff.files:
-        return Level("L3", False, (wrong + diff.files)[0])
+    manifests = [read_manifest(f) for f in (original.folder, folder) if (f / MANIFEST).is_file()]
+    wrong += diff.files
+    if len({m.meta["status"] for m in manifests}) > 1:
+        wrong.append(f"the run is {manifests[0].meta['status']}, the replay is not")
+    if wrong:
+        return Level("L3", False, wrong[0])
     made = ", ".join(sorted([*diff.same_checkpoints, *diff.same_evaluations]))
     detail = f"{made}, samples and log are what these settings and this data give on this machine"
-    manifests = [f for f in (original.folder, folder) if (f / MANIFEST).is_file()]
-    digests = [read_manifest(f).digest for f in manifests]
-    if len(digests) == 2 and digests[0] == digests[1]:
-        detail += f"; the digest of the run is {digests[0][:12]}"
+    if len(manifests) == 2 and manifests[0].digest == manifests[1].digest:
+        detail += f"; the digest of the run is {manifests[0].digest[:12]}"
     return Level("L3", True, f"{detail}. Not proven: {UNPROVEN}")
 
 
-UNPROVEN = "times, speeds, load, environment, plots, and what the notebook printed"
+UNPROVEN = (
+    "times, speeds, load, the environment with the code and packages that it names, settings "
+    "that cannot change the result, plots, and what the notebook printed"
+)

@@ -10,6 +10,7 @@ __all__ = ['TIMINGS', 'ONE_EXECUTION', 'RunContents', 'read_contents', 'Causes',
 # %% ../../nbs/experiments/72_run_diff.ipynb #b696a94a
 import html
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,7 @@ def find_first_difference(
     return None
 
 
-def _exact_values(metrics: list[dict], last: int) -> dict[tuple[int, int, str], dict]:
+def _exact_values(metrics: list[dict], last: float = math.inf) -> dict[tuple[int, int, str], dict]:
     return {
         (r["step"], _SPLIT_ORDER.get(r["split"], 2), r["split"]): _comparable(r)
         for r in metrics
@@ -232,7 +233,11 @@ def _compare_folders(checkpoint: str, a: Path, b: Path) -> list[TensorDifference
         elif file not in files_a:
             differences.append(f"{checkpoint}/{file}: only in B")
         elif sha256_file(files_a[file]) != sha256_file(files_b[file]):
-            found = _compare_files(checkpoint, file, files_a[file], files_b[file])
+            found: TensorDifference | str | None
+            try:
+                found = _compare_files(checkpoint, file, files_a[file], files_b[file])
+            except Exception as e:  # a damaged file holds anything
+                found = f"{checkpoint}/{file}: cannot be read: {e}"
             if found is not None:
                 differences.append(found)
     return differences
@@ -353,10 +358,12 @@ def compare_files(
             out.append(f"{name}: only in A")
         elif path.name == MANIFEST:
             m, n = read_manifest(path.parent), read_manifest(files_b[name].parent)
-            if (m.digest, m.config, m.parents) != (n.digest, n.config, n.parents):
+            if (m.digest, m.meta) != (n.digest, n.meta):
                 out.append(f"{name}: describes another artifact")
         elif sha256_file(path) != sha256_file(files_b[name]):
             out.append(f"{name}: differs")
+    if list(_exact_values(a.metrics).items()) != list(_exact_values(b.metrics).items()):
+        out.append("metrics.ndjson: differs")
     return out
 
 
