@@ -167,7 +167,7 @@ def _exact_values(metrics: list[dict], last: float = math.inf) -> dict[tuple[int
 
 def _comparable(r: dict) -> dict:
     shown = {k: v for k, v in r["values"].items() if k not in r["exact"] and k not in TIMINGS}
-    return r["exact"] | shown | {"tokens": r["tokens"]}
+    return r["exact"] | shown | {"tokens": r.get("tokens")}
 
 
 def _differing_names(x: dict, y: dict) -> list[str]:
