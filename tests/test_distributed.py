@@ -148,7 +148,7 @@ def alone(tmp_path_factory):
     "n,parallel", [(2, "ddp"), (2, "fsdp")] + ([(4, "ddp"), (4, "fsdp")] if PROVE else [])
 )
 def test_ranks_take_the_same_samples_to_the_same_losses(n, parallel, tmp_path, alone):
-    from codex_nb.run.run_folder import verify_run
+    from codex_nb.experiments.verify import verify_run
 
     config = prepared(tmp_path, "several", parallel=parallel)
     train_on(n, config, tmp_path)
@@ -177,7 +177,7 @@ def test_resume_on_1_and_on_4_processes_after_2(tmp_path, alone):
 
 def test_sharded_checkpoint_is_resumed_by_2_then_4_then_1(tmp_path, alone):
     "Each rank writes its shards of optimizer and average; other numbers of ranks read them."
-    from codex_nb.run.run_folder import verify_run
+    from codex_nb.experiments.verify import verify_run
 
     config = prepared(tmp_path, "shards", parallel="fsdp", ema=0.9)
     train_on(2, config, tmp_path)
@@ -324,6 +324,20 @@ def test_job_of_a_notebook_restarts_from_its_last_checkpoint(tmp_path):
     assert job.returncode == 0, err[-3000:] + out[-2000:]
     assert list(train_losses(folder)) == list(range(1, counts(101, 401)))
     assert not ranks or "resuming from step-" in out
+
+
+def test_killed_rank_leaves_a_run_that_can_be_resumed(tmp_path):
+    folder = tmp_path / "runs" / "killed"
+    job = launched(
+        *(folder, tmp_path),
+        **dict(steps=1000, eval_every=1000, save_every=20, max_documents=4, resamples=100),
+    )
+    wait_until(lambda: job.poll() is not None or list(folder.glob("checkpoints/step-*")))
+    ranks_of(job, "1")[0].kill()
+    _, err = job.communicate(timeout=120)
+    assert job.returncode == 75, err[-3000:]
+    assert "perhaps because memory ran out; resume the run" in err
+    assert "the run is interrupted" in err and not (folder / "manifest.json").exists()
 
 
 def test_restarted_ranks_do_not_meet_those_before(tmp_path):

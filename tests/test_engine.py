@@ -66,7 +66,7 @@ def test_loop_does_not_wait_for_the_device_between_loggings():
                 [Hook(lambda s: s.drain_metrics(), 57)],
                 ema=EMA(model, 0.9),
             )
-    assert state.step == 57 and state.tokens == 57 * 64
+    assert state.step == 57 and state.tokens == 0  # counted when it is known which steps were good
 
 
 def test_bad_step_on_a_device_changes_nothing():

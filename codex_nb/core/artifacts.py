@@ -289,7 +289,7 @@ def read_manifest(
         m = Manifest(**body)
         digest = content_digest(m.kind, m.config, m.parents, m.files)
         is_intact = check == digest_of(body) and m.digest == digest
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as e:
         raise ArtifactError(f"{path}: unreadable: {e}") from None
     if not is_intact:
         raise ArtifactError(f"{path}: the manifest was changed after it was written")
@@ -305,7 +305,9 @@ def problems(
         manifest = read_manifest(folder)
     except ArtifactError as e:
         return [str(e)]
-    listed, out = manifest.files | manifest.attachments, []
+    listed, out = manifest.files | manifest.attachments, list[str]()
+    if (folder / MANIFEST).is_symlink():
+        out.append(f"{folder / MANIFEST}: a link, must be a file")
     present = {p.relative_to(folder).as_posix(): p for p in _artifact_files(folder)}
     for name in sorted(present.keys() - listed.keys() - {MANIFEST}):
         out.append(f"{folder / name}: not in the manifest")

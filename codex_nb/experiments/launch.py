@@ -38,7 +38,14 @@ from ..core.safety import find_secrets, looks_secret, redact, redact_notebook
 from ..core.store import is_locked, workspace
 from ..run.run_folder import LOCK, attach, new_run_folder, run_status, seal_run
 from ..run.run_record import RunError, RunRecord
-from ..train.interrupts import EXIT_CODES, SIGNAL_MARKER, leave_terminal, stop_signals
+from codex_nb.train.interrupts import (
+    EXIT_CODES,
+    RESUMABLE,
+    RESUMABLE_CODES,
+    SIGNAL_MARKER,
+    leave_terminal,
+    stop_signals,
+)
 
 if TYPE_CHECKING:
     import psutil
@@ -296,7 +303,7 @@ class Outcome:
     # `finished`, `failed`, `interrupted`, `running` (by another process), or `refused`: no run.
     status: str
     # 0: done. 1: wrong input, or an error. 3: stopped by a guard. 74: disk failure.
-    # 130 and 143: interrupted.
+    # 75: memory ran out, or a process was killed. 129, 130 and 143: interrupted by a signal.
     code: int
     # What went wrong, redacted.
     error: str | None = None
@@ -306,7 +313,7 @@ _EXIT_CODES = {
     "GuardError": 3,
     "NonFiniteError": 3,
     "LossSpikeError": 3,
-    "DiskError": 74,
+    **RESUMABLE,
     "KeyboardInterrupt": 130,
     "Interrupted": 130,
 }
@@ -391,7 +398,7 @@ def _seal(notebook: Path, folder: Path, text: str, code: int, error: str | None)
         attach(folder, notebook.name, text)
     else:
         write_file(folder / notebook.name, text)
-        if code not in (74, *EXIT_CODES.values()):
+        if code not in RESUMABLE_CODES:
             seal_run(folder, "failed", error or "the notebook ended without sealing its run")
     status = run_status(folder)
     return Outcome(folder, status, code or (0 if status == "finished" else 1), error)

@@ -30,7 +30,7 @@ from .launch import Outcome, check_parameters, launch, parse_value, resume
 from ..run.run_folder import Run
 from ..run.run_record import RunRecord
 from ..run.settings import KINDS, SweepConfig
-from ..train.interrupts import EXIT_CODES, die_with_parent
+from ..train.interrupts import RESUMABLE_CODES, ProcessKilled, die_with_parent
 from ..train.workers import WorkerError, run_workers
 
 # %% ../../nbs/experiments/75_sweep.ipynb #98518be0
@@ -317,7 +317,7 @@ def run_sweep_worker(
         # A sealed trial is left of a process that died before it could report it.
         if not (trial.folder / MANIFEST).exists():
             outcome = _run_trial(cfg, trial)
-            if outcome.code in (74, *EXIT_CODES.values()):
+            if outcome.code in RESUMABLE_CODES:
                 return outcome.code  # the trial can be resumed
             if outcome.status not in ("finished", "failed"):
                 print(f"trial {trial.number}: {outcome.error}", file=sys.stderr)
@@ -367,7 +367,8 @@ def run_trials(
     try:
         run_workers([command] * jobs, sweep, environments, sweep, progress, stop_on_failure=False)
     except WorkerError as e:
-        raise RuntimeError(
+        error = ProcessKilled if e.returncode < 0 else RuntimeError
+        raise error(
             f"a process of the sweep failed: {str(e)[-1500:]}; "
             f"resume with: codex-nb resume {sweep.name}"
         ) from None

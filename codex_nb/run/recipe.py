@@ -52,7 +52,7 @@ from codex_nb.train.checkpoint import (
 )
 from ..train.distributed import World, exit_process, init_distributed
 from ..train.engine import GuardError, Hook, TrainState
-from ..train.interrupts import EXIT_CODES, Interrupted, die_with_parent
+from ..train.interrupts import EXIT_CODES, Interrupted, ProcessKilled, die_with_parent
 from ..train.workers import WorkerError, run_workers
 
 if TYPE_CHECKING:
@@ -80,8 +80,9 @@ def train_model(
 
 
 def _can_resume(run: Run, error: Exception) -> bool:
-    "A full disk does not end a run, nor does a checkpoint that cannot be resumed from."
-    return isinstance(error, DiskError) or (run.resumed and isinstance(error, CheckpointError))
+    "A full disk or memory does not end a run, nor a checkpoint that cannot be resumed from."
+    ends = isinstance(error, (DiskError, MemoryError, ProcessKilled))
+    return ends or (run.resumed and isinstance(error, CheckpointError))
 
 # %% ../../nbs/run/67_recipe.ipynb #66186e8f
 def _train_with_torchrun(
@@ -123,6 +124,11 @@ def _rank_error(output: str, n: int) -> Exception:
         kind = DiskError
     elif any("CheckpointError" in line for line in lines):
         kind = CheckpointError
+    elif any("MemoryError" in line for line in lines):
+        kind = MemoryError
+    elif "SIGKILL" in output:
+        where = "one of them was killed, perhaps because memory ran out"
+        return ProcessKilled(f"training on {n} processes ended: {where}; resume the run")
     detail = "; ".join(lines) or output[-2000:].strip()
     return kind(f"training on {n} processes failed: {detail}")
 
