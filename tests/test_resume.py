@@ -1,10 +1,21 @@
 """A run that is stopped and resumed in a new process ends as one that was not, bit for bit."""
 
+import json
 import os
+import shutil
 import signal
 
 import pytest
-from helpers import PROVE, checkpoint_files, counts, program, read_lines, shared_folder
+from helpers import (
+    PROVE,
+    checkpoint_files,
+    codex,
+    counts,
+    flags,
+    program,
+    read_lines,
+    shared_folder,
+)
 
 
 def train_part(home, name, stop, dtype, arch, how="soft"):
@@ -207,3 +218,22 @@ def test_resume_of_a_compiled_model_is_bitwise(bench, tmp_path, monkeypatch):
     given = dict(compile="on", dtype="bf16", micro_batch=64, steps=16)
     straight = run_in_parts(bench, tmp_path / "straight", given, [])
     assert run_in_parts(bench, tmp_path / "parts", given, [5, 12]) == straight
+
+
+def test_run_resumed_at_its_end_measures_nothing_twice(tmp_path):
+    "As after a signal while the last evaluation was made."
+    folder = tmp_path / "runs" / "ended"
+    small = dict(width=32, seq_len=32, batch_size=4, steps=5, eval_every=2, eval_documents=2)
+    small |= dict(max_documents=4, max_new_tokens=4, resamples=100)
+    done = codex("run", "train", *flags(small), "--folder", folder, home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    before = json.loads((folder / "manifest.json").read_text())["digest"]
+    (folder / "manifest.json").unlink()
+    shutil.rmtree(folder / "evaluations")
+    again = codex("resume", folder, home=tmp_path)
+    assert again.returncode == 0, again.stderr
+    records = read_lines(folder / "metrics.ndjson")
+    assert [r["step"] for r in records if r["split"] == "validation"] == [2, 4, 5]
+    assert len(read_lines(folder / "samples.ndjson")) == 3
+    assert json.loads((folder / "manifest.json").read_text())["digest"] == before
+    assert "L0 holds" in codex("verify", folder, home=tmp_path).stdout

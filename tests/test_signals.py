@@ -75,14 +75,20 @@ def has_begun(folder, process):
 
 @pytest.fixture(scope="session")
 def straight(tmp_path_factory):
-    "The last checkpoint of a run that nobody stopped."
+    "What a run that nobody stopped ends with."
 
     def make(home):
         done = codex(*training(home / "runs" / "straight")[1:], home=home)
         assert done.returncode == 0, done.stderr
 
     home = shared_folder(tmp_path_factory, "never-stopped", make)
-    return checkpoint_files(home / "runs" / "straight", STEPS)
+    return result(home / "runs" / "straight")
+
+
+def result(folder):
+    "The files of the last checkpoint, and the digest of the run."
+    digest = json.loads((folder / "manifest.json").read_text())["digest"]
+    return checkpoint_files(folder, STEPS) | {"run": digest}
 
 
 @pytest.mark.parametrize("n", range(counts(2, 50)))
@@ -101,7 +107,7 @@ def test_signal_at_any_moment_leaves_a_run_that_resumes_bitwise(n, tmp_path, str
     out, err = p.communicate(timeout=120)
     if p.returncode == 0:  # it had ended already
         assert "finished: " in out
-        assert checkpoint_files(folder, STEPS) == straight
+        assert result(folder) == straight
         return
     assert p.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[sent], (p.returncode, err)
     assert "Traceback" not in err and "zmq" not in err.lower(), err
@@ -120,7 +126,7 @@ def test_signal_at_any_moment_leaves_a_run_that_resumes_bitwise(n, tmp_path, str
     again = codex("resume", folder, home=tmp_path)
     assert again.returncode == 0, again.stderr
     assert train_steps(folder) == list(range(1, STEPS + 1))
-    assert checkpoint_files(folder, STEPS) == straight
+    assert result(folder) == straight
 
 
 def test_closed_terminal_stops_a_run_as_a_signal_does(tmp_path):

@@ -380,7 +380,8 @@ def read_evaluation(
 ) -> tuple[Artifact, list[Any], dict[str, Any]]:  # Verified: manifest, records, summary
     "Open an evaluation; `ArtifactError` when damaged, or when its records are of another kind."
     a = open_artifact(folder, "evaluation")
-    lines = (a.path / "records.ndjson").read_text("utf-8").splitlines()
+    # Not `splitlines`: a record may hold line separators of Unicode.
+    lines = (a.path / "records.ndjson").read_text("utf-8").rstrip("\n").split("\n")
     rows = [json.loads(line) for line in lines]
     names = {f.name for f in fields(of)}
     records = []

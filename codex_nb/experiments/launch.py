@@ -450,6 +450,9 @@ def _execute(
             return "DiskError", str(full)
         if signals.name:  # the kernel died of the signal
             return "KeyboardInterrupt", f"interrupted by {signals.name}"
+        if type(e).__name__ == "DeadKernelError":
+            reason = "the kernel was killed, perhaps because memory ran out; resume the run"
+            return "ProcessKilled", reason
         raise
     finally:
         papermill_io._handlers = [h for h in papermill_io._handlers if h[1] is not writer]

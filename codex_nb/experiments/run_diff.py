@@ -324,7 +324,7 @@ def _compare_evaluations(name: str, a: Path, b: Path) -> dict[str, tuple]:
 
 
 def _evaluation_records(folder: Path) -> dict[tuple, dict]:  # (id, hash) of a document -> record
-    lines = (folder / "records.ndjson").read_text("utf-8").splitlines()
+    lines = (folder / "records.ndjson").read_text("utf-8").rstrip("\n").split("\n")
     records = [json.loads(line) for line in lines]
     return {(r["id"], r.get("sha256")): r for r in records}
 

@@ -11,6 +11,7 @@ __all__ = ['Contradictions', 'MEASURED', 'CHECKS', 'check_settings', 'check_metr
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,13 +34,15 @@ Contradictions = Iterator[str]
 
 def check_settings(folder: Path, record: RunRecord) -> Contradictions:
     "The identity must be that of the settings, and the digest that of the identity."
+    if digest_of(record.identity) != record.digest:
+        yield f"{folder}/config.json: the digest is not that of the identity"
+    if record.kind not in KINDS:  # of a package that extends this one
+        return
     kind = KINDS[record.kind]
     computed = identity(kind.from_dict(record.config))
     stated = identity(kind.from_dict(_overlay(record.config, record.identity)))
     for name, (a, b) in diff_dicts(stated, computed).items():
         yield f"{folder}/config.json: {name} is {a!r} in the identity, {b!r} in the settings"
-    if digest_of(record.identity) != record.digest:
-        yield f"{folder}/config.json: the digest is not that of the identity"
 
 
 def _overlay(base: Any, top: Any) -> Any:
@@ -128,7 +131,7 @@ def _artifacts_in(folder: Path) -> list[Path]:
 # %% ../../nbs/experiments/71_verify.ipynb #27698af4
 def check_evaluations(folder: Path, record: RunRecord) -> Contradictions:
     "An evaluation must be of this run's checkpoint and settings, and sum up its own records."
-    cfg = record.settings()
+    cfg = record.settings() if record.kind in KINDS else None
     if not isinstance(cfg, (RunConfig, JudgeConfig)):
         return
     own = {read_manifest(p).digest for p in _artifacts_in(folder / "checkpoints")}
@@ -150,7 +153,8 @@ def check_evaluations(folder: Path, record: RunRecord) -> Contradictions:
 
 
 def _check_summary(folder: Path, cfg: RunConfig | JudgeConfig, is_task: bool) -> Contradictions:
-    lines = (folder / "records.ndjson").read_text("utf-8").splitlines()
+    # Not `splitlines`: a record may hold line separators of Unicode.
+    lines = (folder / "records.ndjson").read_text("utf-8").rstrip("\n").split("\n")
     rows = [json.loads(line) for line in lines]
     if len(set(lines)) < len(lines):
         yield f"{folder}/records.ndjson: holds a record twice"
@@ -169,10 +173,21 @@ def _check_summary(folder: Path, cfg: RunConfig | JudgeConfig, is_task: bool) ->
         again |= {"split": e.split, "seed": cfg.seed}
         stated = ("compressors", "documents_in_split", "not_searched")
     again = json.loads(json.dumps(again | {k: summary[k] for k in stated if k in summary}))
-    for name, (a, b) in list(diff_dicts(summary, again).items())[:3]:
-        yield f"{folder}/summary.json: {name} is {a!r}, the records give {b!r}"
+    # Where time ran out for the resamples, there is no saying how many another machine makes.
+    cut_short = "resamples in" in json.dumps([summary, again])
+    differing = [
+        f"{folder}/summary.json: {name} is {a!r}, the records give {b!r}"
+        for name, (a, b) in diff_dicts(summary, again).items()
+        if not _is_close(a, b) and not (cut_short and name.endswith(("low", "high", "notes")))
+    ]
+    yield from differing[:3]
     if read_manifest(folder).meta != {k: v["value"] for k, v in summary["metrics"].items()}:
         yield f"{folder}/{MANIFEST}: its figures are not those of the summary"
+
+
+def _is_close(a: Any, b: Any) -> bool:
+    "Numbers that a matrix product on another processor may make differ in their last bits."
+    return isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=1e-9)
 
 
 def _table_of(rows: list[dict[str, Any]]) -> bytes:

@@ -195,6 +195,11 @@ def varlen_problem(
         return "its attention looks through a window"
     if config.get("attention_dropout") or config.get("attn_pdrop"):
         return "it drops attention weights while training"
+    width = config.get("hidden_size") or config.get("n_embd") or 0
+    heads = config.get("num_attention_heads") or config.get("n_head") or 1
+    head_width = config.get("head_dim") or width // heads
+    if head_width % 8 or head_width > 256:
+        return f"its heads are {head_width} wide, and the kernel takes multiples of 8 up to 256"
     if config.get("scale_attn_by_inverse_layer_idx") or config.get("reorder_and_upcast_attn"):
         return "its attention is computed in a way of its own"
     return None

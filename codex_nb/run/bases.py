@@ -98,7 +98,9 @@ def resolve_compute_settings(
 
 def _model_config(cfg: RunConfig) -> dict[str, Any]:  # As in the model's `config.json`
     if not cfg.has_base:
-        return {"model_type": cfg.model.arch, "attention_dropout": cfg.model.dropout}
+        m = cfg.model
+        shape = {"hidden_size": m.width, "num_attention_heads": m.heads}
+        return {"model_type": m.arch, "attention_dropout": m.dropout} | shape
     folder = find_base(cfg.model.base)
     if not (folder / "config.json").is_file():  # an adapter: its base has the shape
         adapter = json.loads((folder / "adapter_config.json").read_bytes())

@@ -209,7 +209,9 @@ class Evaluator:
     def evaluate(self, state: TrainState) -> None:
         "Evaluate, record the results, and tell `after`. All ranks must call it."
         self.logger.log(state)
-        stop = self.should_stop(state)
+        # A run that was resumed at its end has made this one already.
+        done = self.world.main and self.logger.has_step(state.step, "validation")
+        stop = done or self.should_stop(state)
         if self.world.broadcast(stop) if self.sharded else stop:
             return
         results, sample = self._measure(state, f"step {state.step}")
@@ -323,7 +325,8 @@ class CheckpointCallback:
         self.metadata, self.parents = metadata, parents
         self.run, self.world = logger.run, logger.world
         self.folder = self.run.folder / "checkpoints"
-        self.resumed_from: str | None = None  # Name of the checkpoint that this run resumed from
+        # Name of the checkpoint that this run resumed from, until training has ended
+        self.resumed_from: str | None = None
         background = self.run.cfg.checkpoint.background
         writers = self.world if sharded else World()
         self.checkpointer = AsyncCheckpointer(background, self._prune, writers)
@@ -343,6 +346,8 @@ class CheckpointCallback:
         if state.step == 0 or self.world.broadcast(intact):
             return
         self.metadata.progress = state.progress()
+        if state.step >= state.total_steps or (state.stop_reason and not state.interrupted):
+            self.resumed_from = None  # the last one: nothing is resumed any more
 
         def copy(buffers: dict) -> Any:  # None on ranks that write nothing
             return snapshot(
@@ -363,7 +368,8 @@ class CheckpointCallback:
 
     def _prune(self, published: Artifact) -> None:
         protected = in_use() | ({self.resumed_from} if self.resumed_from else set())
-        prune(self.folder, self.run.cfg.checkpoint, protected, published.path)
+        cfg = self.run.cfg.checkpoint
+        prune(self.folder, cfg, protected, published.path, cfg.save_every)
 
     def _drain_saves(self) -> list[tuple[int, dict[str, float]]]:
         out = []

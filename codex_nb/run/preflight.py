@@ -115,7 +115,8 @@ def _try_step(
     on_cuda = device.type == "cuda"
     # On a GPU compiling changes memory and time by half; on a CPU it takes longer than it is worth.
     compute = cfg.compute if on_cuda else cfg.compute.model_copy(update={"compile": "off"})
-    shape = batches.micro_batch, cfg.model.seq_len
+    rows = min(batches.micro_batch, batches.batch_size // batches.world_size)
+    shape = rows, cfg.model.seq_len
     objective = LMLoss(model, cfg.model.dtype, compute, shape)
 
     def loss(_: Any, b: Batch) -> tuple[torch.Tensor, None]:

@@ -52,7 +52,13 @@ from codex_nb.train.checkpoint import (
 )
 from ..train.distributed import World, exit_process, init_distributed
 from ..train.engine import GuardError, Hook, TrainState
-from ..train.interrupts import EXIT_CODES, Interrupted, ProcessKilled, die_with_parent
+from codex_nb.train.interrupts import (
+    EXIT_CODES,
+    RESUMABLE,
+    Interrupted,
+    ProcessKilled,
+    die_with_parent,
+)
 from ..train.workers import WorkerError, run_workers
 
 if TYPE_CHECKING:
@@ -124,9 +130,9 @@ def _rank_error(output: str, n: int) -> Exception:
         kind = DiskError
     elif any("CheckpointError" in line for line in lines):
         kind = CheckpointError
-    elif any("MemoryError" in line for line in lines):
+    elif any(" MemoryError: " in line for line in lines):  # not torch's OutOfMemoryError
         kind = MemoryError
-    elif "SIGKILL" in output:
+    elif not lines and "SIGKILL" in output:
         where = "one of them was killed, perhaps because memory ran out"
         return ProcessKilled(f"training on {n} processes ended: {where}; resume the run")
     detail = "; ".join(lines) or output[-2000:].strip()
@@ -204,7 +210,7 @@ def _start_on_rank_0(
 
 def main(
     argv: list[str],  # `config.json`, and `--attached`
-) -> int:  # 0 done, 1 an error, 3 a guard, 74 the disk failed, 130 and 143 interrupted
+) -> int:  # 0 done, 1 an error, 3 a guard; others as for `codex-nb`
     "What `python -m codex_nb.run.recipe` does."
     if not argv or argv[0].startswith("-"):
         print("usage: python -m codex_nb.run.recipe RUN/config.json", file=sys.stderr)
@@ -220,7 +226,8 @@ def main(
         if not expected:
             message += f"\n{traceback.format_exc()}"
         print(redact(message), file=sys.stderr, flush=True)
-        return 74 if isinstance(e, DiskError) else 3 if isinstance(e, GuardError) else 1
+        code = RESUMABLE.get(type(e).__name__)
+        return code or (3 if isinstance(e, GuardError) else 1)
 
 # %% ../../nbs/run/67_recipe.ipynb #e06ca16b
 MERGE_TOLERANCE = 1e-4  # Largest difference of logits, relative to the largest logit

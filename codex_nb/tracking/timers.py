@@ -34,8 +34,9 @@ class Throughput:
         self._last_lap = (0.0, 0)  # Seconds and tokens at the last lap
 
     def start(self) -> None:
-        "Start, or resume after a pause."
-        self._started = self._clock()
+        "Start, or resume after a pause; without a pause, time goes on."
+        if self._started is None:
+            self._started = self._clock()
 
     def pause(self) -> None:
         "Stop counting, for instance for an evaluation."

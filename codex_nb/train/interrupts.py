@@ -13,7 +13,7 @@ import signal
 import stat
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -47,16 +47,19 @@ SIGNAL_MARKER = ".stopping"  # A file in the run folder: a signal has arrived an
 def stop_signals() -> list[signal.Signals]:  # Without SIGHUP where `nohup` has it ignored
     "The signals that ask a run to save and end."
     known = [getattr(signal, name) for name in EXIT_CODES if hasattr(signal, name)]
-    return [n for n in known if signal.getsignal(n) is not signal.SIG_IGN]
+    # A shell starts what runs in the background with SIGINT ignored; that is no wish of the user.
+    ignored = signal.SIG_IGN
+    return [n for n in known if n.name != "SIGHUP" or signal.getsignal(n) is not ignored]
 
 
 def leave_terminal() -> None:
     "Write to nowhere from now on: the terminal was closed, and writing to it would be an error."
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for fd in (1, 2):
-        # `isatty` is false for a terminal that is gone
-        if stat.S_ISCHR(os.fstat(fd).st_mode):
-            os.dup2(nowhere, fd)
+        with suppress(OSError):  # one that is not open
+            # `isatty` is false for a terminal that is gone
+            if stat.S_ISCHR(os.fstat(fd).st_mode):
+                os.dup2(nowhere, fd)
     os.close(nowhere)
 
 

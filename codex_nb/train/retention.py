@@ -69,6 +69,7 @@ def plan(
     cfg: CheckpointConfig,  # What to keep
     protected: Iterable[str] = (),  # Digests or names of checkpoints that something depends on
     verified: Path | None = None,  # A checkpoint known to be undamaged; saves reading it again
+    every: int | None = None,  # Steps between planned saves; any other counts only while newest
 ) -> list[Verdict]:  # One for each checkpoint, oldest first; nothing is changed
     "Decide which checkpoints stay."
     found, protected = checkpoints(folder), set(protected)
@@ -77,8 +78,9 @@ def plan(
         why = "no checkpoint here is undamaged, so nothing is removed"
         return [Verdict(p, True, why) for p in found]
     manifests = {p: _manifest(p) for p in found}
-    ranked = _ranked(manifests, cfg)
-    best, last = list(ranked)[: cfg.keep_best], found[-cfg.keep_last :]
+    planned = [p for p in found if p == found[-1] or not every or _step(p) % every == 0]
+    ranked = _ranked({p: manifests[p] for p in planned}, cfg)
+    best, last = list(ranked)[: cfg.keep_best], planned[-cfg.keep_last :]
     verdicts = []
     for path, manifest in manifests.items():
         reasons = []
@@ -105,9 +107,10 @@ def prune(
     cfg: CheckpointConfig,  # What to keep
     protected: Iterable[str] = (),  # As for `plan`
     verified: Path | None = None,  # As for `plan`
+    every: int | None = None,  # As for `plan`
 ) -> list[Verdict]:  # What was decided
     "Remove the checkpoints that no rule keeps."
-    verdicts = plan(folder, cfg, protected, verified)
+    verdicts = plan(folder, cfg, protected, verified, every)
     for v in verdicts:
         if v.keep:
             continue
