@@ -7,6 +7,7 @@ __all__ = ['MERGE_TOLERANCE', 'train_model', 'train_rank', 'main', 'export_merge
 
 # %% ../../nbs/run/67_recipe.ipynb #782a41fb
 import os
+import re
 import shutil
 import socket
 import sys
@@ -132,7 +133,7 @@ def _rank_error(output: str, n: int) -> Exception:
         kind = CheckpointError
     elif any(" MemoryError: " in line for line in lines):  # not torch's OutOfMemoryError
         kind = MemoryError
-    elif not lines and "SIGKILL" in output:
+    elif re.search(r"exitcode\s*: -9\b", output):  # of torchrun; others then lose their connection
         where = "one of them was killed, perhaps because memory ran out"
         return ProcessKilled(f"training on {n} processes ended: {where}; resume the run")
     detail = "; ".join(lines) or output[-2000:].strip()
