@@ -214,30 +214,27 @@ def steps_of_the_manifest(run):
     edit(run / MANIFEST, lambda m: m["meta"].update(steps=8000))
 
 
-def _rename_exact(rows):
-    for r in rows:
-        if r["split"] == "train":
-            r["exact"] = {f"old_{k}": v for k, v in r["exact"].items()}
-            r["values"]["loss"] = 1 / r["step"]
+def _invent_losses(run, exact):
+    "With `exact(values)` in place of the exact values of a step, which would contradict them."
+
+    def change(rows):
+        for r in rows:
+            if r["split"] == "train":
+                r["exact"] = exact(r["exact"])
+                r["values"]["loss"] = 1 / r["step"]
+
+    edit_lines(run / "metrics.ndjson", change)
+    derive(run)
 
 
 @forgery
 def exact_values_under_other_names(run):
-    edit_lines(run / "metrics.ndjson", _rename_exact)
-    derive(run)
-
-
-def _only_batches(rows):
-    for r in rows:
-        if r["split"] == "train":
-            r["exact"] = {"fed": r["exact"]["fed"]}
-            r["values"]["loss"] = 1 / r["step"]
+    _invent_losses(run, lambda values: {f"old_{k}": v for k, v in values.items()})
 
 
 @forgery
 def only_batch_fingerprints(run):
-    edit_lines(run / "metrics.ndjson", _only_batches)
-    derive(run)
+    _invent_losses(run, lambda values: {"fed": values["fed"]})
 
 
 def _invent_curve(rows):

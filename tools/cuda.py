@@ -161,6 +161,13 @@ def child(args, *words, env=None, seconds=300):
     return done.returncode, (done.stdout + done.stderr)[-3000:]
 
 
+def codex(*words):
+    "Run `codex-nb WORDS`, which need not be installed here."
+    program = "import sys; from codex_nb.cli.main import main; sys.exit(main())"
+    command = [sys.executable, "-c", program, *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+
 def weights_digest(run_folder):
     "SHA-256 of every tensor of the last checkpoint: weights, moments, averages."
     folder = max((Path(run_folder) / "checkpoints").glob("step-*"))
@@ -372,7 +379,6 @@ def command_line(args):
     where = ["-p", f"device={device}", "-p", f"dtype={dtype}"]
     eager = ["-p", "compile=off"]
     small = ["-p", "steps=20", "-p", "eval_every=10", "-p", "save_every=10"]
-    program = "import sys; from codex_nb.cli.main import main; sys.exit(main())"
     commands = {
         "train": ["run", "train", "-p", "preset=smoke", *where, *small, *eager],
         "evaluate": ["run", "evaluate", *where],
@@ -387,13 +393,7 @@ def command_line(args):
         start = time.monotonic()
         runs = sorted((Path(os.environ["CODEX_NB_HOME"]) / "runs").glob("*-train-*"))
         words = [str(runs[0]) if word is RUN else word for word in words]
-        done = subprocess.run(
-            [sys.executable, "-c", program, *words],
-            env=os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
+        done = codex(*words)
         found[name] = {"code": done.returncode, "seconds": round(time.monotonic() - start, 1)}
         if done.returncode or name == "replay":
             found[name]["output"] = told(done)
@@ -486,16 +486,9 @@ def out_of_memory(args):
     "A batch that no card holds: what a user reads, and the exit code."
     if not args.device.startswith("cuda"):
         return {"skipped": "a CPU would swap"}
-    program = "import sys; from codex_nb.cli.main import main; sys.exit(main())"
     big = "preset=smoke width=4096 layers=8 heads=32 seq_len=2048 batch_size=512 compile=off"
     words = [w for v in big.split() for w in ("-p", v)]
-    done = subprocess.run(
-        [sys.executable, "-c", program, "run", "train", *words, "-p", f"device={args.device}"],
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    done = codex("run", "train", *words, "-p", f"device={args.device}")
     return {"code": done.returncode, "output": told(done)}
 
 

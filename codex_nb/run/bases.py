@@ -80,7 +80,7 @@ def resolve_compute_settings(
     store: TokenStore | None = None,  # The training tokens; needed for a limit in epochs
 ) -> RunConfig:  # Without any `auto`
     "Decide how a run computes, knowing how much it computes."
-    fit, seq_len = cfg.fit, cfg.model.seq_len
+    fit, seq_len, model_config = cfg.fit, cfg.model.seq_len, _model_config(cfg)
     if fit.minutes:
         flops = fit.minutes * 60 * 1e11  # about what two cores do; only its magnitude counts
     else:
@@ -89,9 +89,8 @@ def resolve_compute_settings(
         else:
             in_store = store.tokens if store else 0
             predictions = fit.tokens or round((fit.epochs or 0) * in_store)
-        flops = predictions * rough_flops(*_shape(cfg), seq_len)
+        flops = predictions * rough_flops(*_shape(cfg, model_config), seq_len)
     device, dtype = cfg.model.device, cfg.model.dtype
-    model_config = _model_config(cfg)
     compute = resolve_compute(cfg.compute, device, dtype, seq_len, flops, model_config)
     return cfg.updated(compute=compute)
 
@@ -108,10 +107,11 @@ def _model_config(cfg: RunConfig) -> dict[str, Any]:  # As in the model's `confi
     return json.loads((folder / "config.json").read_bytes())
 
 
-def _shape(cfg: RunConfig) -> tuple[int, int, int]:  # layers, width, vocabulary size
+def _shape(  # layers, width, vocabulary size
+    cfg: RunConfig, config: dict[str, Any]
+) -> tuple[int, int, int]:
     if not cfg.has_base:
         return cfg.model.layers, cfg.model.width, cfg.tokenizer.vocab_size
-    config = _model_config(cfg)
 
     def first(*names: str) -> int:  # GPT-2 has names of its own
         return next((config[n] for n in names if config.get(n)), 1)

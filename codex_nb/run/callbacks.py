@@ -210,7 +210,8 @@ class Evaluator:
         "Evaluate, record the results, and tell `after`. All ranks must call it."
         self.logger.log(state)
         # A run that was resumed at its end has made this one already.
-        done = self.world.main and self.logger.has_step(state.step, "validation")
+        resumed = self.world.main and self.run.resumed
+        done = resumed and self.logger.has_step(state.step, "validation")
         stop = done or self.should_stop(state)
         if self.world.broadcast(stop) if self.sharded else stop:
             return
