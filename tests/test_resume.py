@@ -89,6 +89,7 @@ CUTS = {
     "before an evaluation": [6],
     "right after an evaluation": [7],
     "at a checkpoint": [8],
+    "between an evaluation and a save": [15],
     "before the epoch's edge": [EPOCH_EDGE],
     "after the epoch's edge": [EPOCH_EDGE + 1],
     "before the last step": [21],
@@ -100,6 +101,7 @@ EVERY = [
     (cut, kind, dtype) for cut in CUTS for kind in ("full", "lora") for dtype in ("fp32", "bf16")
 ]
 SOME = [
+    ("between an evaluation and a save", "full", "fp32"),
     ("right after an evaluation", "full", "bf16"),
     ("after the epoch's edge", "full", "fp32"),
     ("after the epoch's edge", "lora", "bf16"),
@@ -170,6 +172,7 @@ def signal_at(cut, model):
 
 def run_in_parts(bench, folder, given, cuts):
     "Train to the end, in as many parts as there are cuts and one more; what it comes to."
+    from codex_nb.core.artifacts import read_manifest
     from codex_nb.core.repro import seed_everything
     from codex_nb.run.trainer import Trainer
     from codex_nb.run.training_inputs import model_for, start_run
@@ -188,12 +191,18 @@ def run_in_parts(bench, folder, given, cuts):
             assert cut is not None
         else:
             assert cut is None
-        run.lock.release()
+        if cut is not None:
+            run.lock.release()
+    sealed = {"run": run.finish().digest}
+    for p in sorted((folder / "checkpoints").iterdir()):
+        manifest = read_manifest(p)
+        sealed[p.name] = manifest.digest, manifest.meta
     files = require_checkpoint(folder).manifest.files
     kept = [n for n in files if n.endswith(".safetensors") or n == "state.json"]
     records = [r for r in read_lines(folder / "metrics.ndjson") if r["split"] != "save"]
     exact = sorted([(r["split"], r["step"], r["exact"]) for r in records], key=str)
-    return {n: files[n]["sha256"] for n in kept}, exact, (folder / "samples.ndjson").read_text()
+    samples = (folder / "samples.ndjson").read_text()
+    return {n: files[n]["sha256"] for n in kept}, exact, samples, sealed
 
 
 @pytest.mark.parametrize("cut,kind,dtype", counts(SOME, EVERY))
@@ -205,9 +214,10 @@ def test_resume_is_bitwise_wherever_it_was_stopped(cut, kind, dtype, bench, tmp_
         given |= dict(base=str(base), adapter="lora", rank=2, adapter_dropout=0.1)
     if (kind, dtype) not in bench["straight"]:
         bench["straight"][kind, dtype] = run_in_parts(bench, tmp_path / "straight", given, [])
-    weights, exact, samples = bench["straight"][kind, dtype]
+    straight = bench["straight"][kind, dtype]
+    weights, exact, *_ = straight
     parts = run_in_parts(bench, tmp_path / "parts", given, CUTS[cut])
-    assert parts[0] == weights and parts[1] == exact and parts[2] == samples
+    assert parts[0] == weights and parts[1] == exact and parts[2:] == straight[2:]
     # every step's loss is its own
     assert len({e["loss"] for split, _, e in exact if split == "train"}) == STEPS
 
@@ -218,6 +228,18 @@ def test_resume_of_a_compiled_model_is_bitwise(bench, tmp_path, monkeypatch):
     given = dict(compile="on", dtype="bf16", micro_batch=64, steps=16)
     straight = run_in_parts(bench, tmp_path / "straight", given, [])
     assert run_in_parts(bench, tmp_path / "parts", given, [5, 12]) == straight
+
+
+def test_digest_of_a_run_does_not_depend_on_what_was_kept(bench, tmp_path, monkeypatch):
+    "A signal just before a planned save once left a checkpoint more, and so another digest."
+    monkeypatch.setenv("CODEX_NB_HOME", str(bench["home"]))
+    ends = [
+        run_in_parts(bench, tmp_path / f"{cut}-{last}", dict(keep_last=last, save_every=20), cut)
+        for cut, last in (([], 99), ([3], 1), ([21], 2), ([19, 20], 1))
+    ]
+    states = [(p / "states.ndjson").read_text() for p in tmp_path.iterdir()]
+    assert len({end[3]["run"] for end in ends}) == 1 and len(set(states)) == 1
+    assert [len(end[3]) for end in ends] == [3, 2, 3, 2]
 
 
 def test_run_resumed_at_its_end_measures_nothing_twice(tmp_path):

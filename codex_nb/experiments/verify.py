@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Contradictions', 'MEASURED', 'CHECKS', 'check_settings', 'check_metrics', 'check_parts',
-           'check_checkpoints', 'check_evaluations', 'check_manifest', 'contradictions',
-           'verify_run']
+           'check_checkpoints', 'check_states', 'check_evaluations', 'check_manifest',
+           'contradictions', 'verify_run']
 
 # %% ../../nbs/experiments/71_verify.ipynb #c3f7bdf8
 import csv
@@ -23,8 +23,8 @@ from ..eval.contamination import Overlap
 from ..eval.evaluate import flat_record, summarize
 from ..eval.scoring import Record
 from ..eval.tasks import Answer, summarize_answers
-from ..run.run_folder import last_values, run_parts, verify_files
-from ..run.run_record import RunError, RunRecord
+from ..run.run_folder import last_values, run_content, run_status, verify_files
+from ..run.run_record import STATES, RunError, RunRecord, load_states
 from ..run.settings import KINDS, JudgeConfig, RunConfig
 from ..tracking.metrics_log import metrics_csv, read_metrics
 
@@ -128,18 +128,40 @@ def check_checkpoints(folder: Path, record: RunRecord) -> Contradictions:
 def _artifacts_in(folder: Path) -> list[Path]:
     return sorted(p.parent for p in folder.glob(f"*/{MANIFEST}"))
 
+
+def check_states(folder: Path, record: RunRecord) -> Contradictions:
+    "The chain of states must end where training did, and name the checkpoints that are kept."
+    states = load_states(folder)
+    if not states:
+        return
+    log = folder / "metrics.ndjson"
+    steps = [r["step"] for r in read_metrics(log, "train")] if log.is_file() else []
+    end, finished = max(steps, default=0), run_status(folder) == "finished"
+    last = max(states)
+    if last > end or (finished and last != end):
+        yield f"{folder / STATES}: ends at step {last}, the log at step {end}"
+    for p in _artifacts_in(folder / "checkpoints"):
+        step = int(p.name.removeprefix("step-"))
+        if step in states and states[step] != read_manifest(p).digest:
+            yield f"{p}: is not the state of step {step} in {STATES}"
+        if step not in states and finished:
+            yield f"{p}: is of no state in {STATES}"
+
 # %% ../../nbs/experiments/71_verify.ipynb #27698af4
 def check_evaluations(folder: Path, record: RunRecord) -> Contradictions:
     "An evaluation must be of this run's checkpoint and settings, and sum up its own records."
     cfg = record.settings() if record.kind in KINDS else None
     if not isinstance(cfg, (RunConfig, JudgeConfig)):
         return
+    states = load_states(folder)
     own = {read_manifest(p).digest for p in _artifacts_in(folder / "checkpoints")}
+    own = {states[max(states)]} if states else own
     evaluated = {record.parents["checkpoint"]} if "checkpoint" in record.parents else own
     for p in _artifacts_in(folder / "evaluations"):
         m = read_manifest(p)
         if m.parents.get("checkpoint") not in evaluated:
-            yield f"{p}: is of a checkpoint that is not this run's"
+            one = "the last" if states else "one"
+            yield f"{p}: is of a checkpoint that is not {one} of this run"
         for role in ("corpus", "tokenizer"):
             if m.parents.get(role) != record.parents.get(role, m.parents.get(role)):
                 yield f"{p}: is of another {role} than the run"
@@ -205,8 +227,7 @@ def check_manifest(folder: Path, record: RunRecord) -> Contradictions:
         return
     m, log = read_manifest(folder), folder / "metrics.ndjson"
     metrics = read_metrics(log) if log.is_file() else []
-    exact = digest_of([[r["step"], r["split"], r["exact"]] for r in metrics if r["exact"]])
-    parts = {name: read_manifest(p).digest for name, p in run_parts(folder).items()}
+    config, parents = run_content(folder)
     stated = {
         "kind": m.kind,
         "run": m.meta.get("run"),
@@ -220,8 +241,8 @@ def check_manifest(folder: Path, record: RunRecord) -> Contradictions:
         "run": record.kind,
         "steps": max((r["step"] for r in metrics), default=0),
         "figures": last_values(metrics),
-        "config": {"kind": record.kind, "config": record.identity, "exact": exact},
-        "parents": record.parents | parts,
+        "config": config,
+        "parents": parents,
     }
     for name, (a, b) in list(diff_dicts(stated, computed).items())[:3]:
         yield f"{folder}/{MANIFEST}: {name} is {a!r}, the folder has {b!r}"
@@ -232,6 +253,7 @@ CHECKS: tuple[Callable[[Path, RunRecord], Contradictions], ...] = (
     check_metrics,
     check_parts,
     check_checkpoints,
+    check_states,
     check_evaluations,
     check_manifest,
 )

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.artifacts import Artifact, problems
+from ..core.artifacts import Artifact, problems, read_manifest
 from ..core.config import ConfigError, env_setting
 from ..core.repro import tensors_digest
 from ..data.batches import FINGERPRINT_MODULUS
@@ -21,8 +21,8 @@ from ..data.tokenizer import Tokenizer
 from ..eval.generate import generate
 from ..eval.metrics import loss_of
 from ..eval.scoring import score
-from .run_folder import Run, in_use, run_status
-from .run_record import RunRecord
+from .run_folder import Run, in_use, last_values, run_status
+from .run_record import RunRecord, record_state, repair_states
 from .settings import RunConfig
 from codex_nb.tracking.metrics_log import (
     LivePlot,
@@ -199,7 +199,10 @@ class Evaluator:
         self.after: list[Callable[[TrainState, dict[str, float]], None]] = []  # Told the results
 
     def on_train_start(self, state: TrainState) -> None:
-        "Make the evaluation that was due when the run was interrupted."
+        "Remember the last results, and make the evaluation that was due at an interruption."
+        if state.step and self.world.main:
+            log = last_values(read_metrics(self.logger.path))
+            self.latest = {k: v for k, v in log.items() if k.startswith("validation")}
         if state.step == 0 or state.step % self.run.cfg.evaluate.eval_every:
             return
         done = self.logger.has_step(state.step, "validation") if self.world.main else None
@@ -295,6 +298,10 @@ class EarlyStopping:
     ):
         self.patience, self.min_delta = patience, min_delta
 
+    def on_train_start(self, state: TrainState) -> None:
+        "Stop a run again that was interrupted after it had stopped."
+        self._stop_if_due(state)
+
     def update(
         self,
         state: TrainState,  # `best` and `evals_since_best` are updated
@@ -306,6 +313,9 @@ class EarlyStopping:
             state.best, state.evals_since_best = loss, 0
         else:
             state.evals_since_best += 1
+        self._stop_if_due(state)
+
+    def _stop_if_due(self, state: TrainState) -> None:
         if self.patience and state.evals_since_best >= self.patience:
             state.stop(f"no better validation loss in {state.evals_since_best} evaluations")
 
@@ -328,15 +338,24 @@ class CheckpointCallback:
         self.folder = self.run.folder / "checkpoints"
         # Name of the checkpoint that this run resumed from, until training has ended
         self.resumed_from: str | None = None
+        self.planned: set[str] = set()  # Names of the saves under way that no signal asked for
+        self.total_steps: int | None = None
         background = self.run.cfg.checkpoint.background
         writers = self.world if sharded else World()
-        self.checkpointer = AsyncCheckpointer(background, self._prune, writers)
+        self.checkpointer = AsyncCheckpointer(background, self._after_publishing, writers)
         logger.drain_saves = self._drain_saves
 
     def on_train_start(self, state: TrainState) -> None:
         "Remember where the run resumed: that checkpoint must not be pruned."
+        self.total_steps = state.total_steps
+        if self.world.main:
+            repair_states(self.run.folder, state.step)
         if state.step:
             self.resumed_from = f"step-{state.step:08}"
+            # A process that was killed may have published it without adding the state.
+            if self.world.main and self._is_planned(state):
+                digest = read_manifest(self.folder / self.resumed_from).digest
+                record_state(self.run.folder, state.step, digest)
 
     def save(self, state: TrainState) -> None:
         "Save a checkpoint of this step, unless there is one. All ranks must call it."
@@ -347,8 +366,10 @@ class CheckpointCallback:
         if state.step == 0 or self.world.broadcast(intact):
             return
         self.metadata.progress = state.progress()
-        if state.step >= state.total_steps or (state.stop_reason and not state.interrupted):
-            self.resumed_from = None  # the last one: nothing is resumed any more
+        if _is_last(state):
+            self.resumed_from = None  # nothing is resumed any more
+        if self._is_planned(state):
+            self.planned.add(path.name)
 
         def copy(buffers: dict) -> Any:  # None on ranks that write nothing
             return snapshot(
@@ -367,10 +388,16 @@ class CheckpointCallback:
         "Wait for the save that is under way; raises what went wrong with it."
         self.checkpointer.wait()
 
-    def _prune(self, published: Artifact) -> None:
+    def _is_planned(self, state: TrainState) -> bool:
+        return state.step % self.run.cfg.checkpoint.save_every == 0 or _is_last(state)
+
+    def _after_publishing(self, published: Artifact) -> None:
+        name = published.path.name
+        if name in self.planned:
+            record_state(self.run.folder, int(name.removeprefix("step-")), published.digest)
         protected = in_use() | ({self.resumed_from} if self.resumed_from else set())
         cfg = self.run.cfg.checkpoint
-        prune(self.folder, cfg, protected, published.path, cfg.save_every)
+        prune(self.folder, cfg, protected, published.path, cfg.save_every, self.total_steps)
 
     def _drain_saves(self) -> list[tuple[int, dict[str, float]]]:
         out = []
@@ -378,3 +405,7 @@ class CheckpointCallback:
             times = {"stalled_seconds": round(s.stalled, 4), "seconds": round(s.seconds, 4)}
             out.append((int(s.path.name.removeprefix("step-")), times))
         return out
+
+
+def _is_last(state: TrainState) -> bool:
+    return state.step >= state.total_steps or bool(state.stop_reason and not state.interrupted)

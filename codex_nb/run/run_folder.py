@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LOCK', 'STAMP', 'C', 'REPLAY_HINTS', 'REBUILDABLE', 'run_status', 'new_run_folder',
-           'Run', 'register_external_run', 'run_parts', 'seal_run', 'last_values', 'attach',
-           'list_runs', 'latest_finished_run', 'in_use', 'find_run', 'find_in_runs', 'replay_hints',
-           'recorded_parent', 'verify_files']
+           'Run', 'register_external_run', 'run_parts', 'run_content', 'seal_run', 'last_values',
+           'attach', 'list_runs', 'latest_finished_run', 'in_use', 'find_run', 'find_in_runs',
+           'replay_hints', 'recorded_parent', 'verify_files']
 
 # %% ../../nbs/run/62_run_folder.ipynb #77664bd1
 import json
@@ -35,7 +35,13 @@ from ..core.config import Config, canonical_json, digest_of, env_setting
 from ..core.repro import code_changes, environment
 from ..core.safety import find_secrets, redact
 from ..core.store import Lock, find_stored, is_locked, workspace
-from .run_record import RunError, RunRecord, load_parents, record_parent
+from codex_nb.run.run_record import (
+    RunError,
+    RunRecord,
+    load_parents,
+    load_states,
+    record_parent,
+)
 from ..tracking.metrics_log import read_metrics
 
 if TYPE_CHECKING:
@@ -213,6 +219,25 @@ def run_parts(
     return {p.parent.relative_to(root).as_posix(): p.parent for p in manifests}
 
 
+def run_content(
+    folder: Path | str,  # A run folder
+) -> tuple[dict[str, Any], dict[str, str]]:  # `config` and `parents` of its manifest
+    "What the digest of a run covers."
+    folder = Path(folder)
+    record, states = RunRecord.load(folder), load_states(folder)
+    parts = {name: read_manifest(p).digest for name, p in run_parts(folder).items()}
+    log = folder / "metrics.ndjson"
+    metrics = read_metrics(log) if log.exists() else []
+    # Without the order of saves, which depends on the disk: they have no exact values.
+    exact = digest_of([[r["step"], r["split"], r["exact"]] for r in metrics if r["exact"]])
+    config: dict[str, Any] = {"kind": record.kind, "config": record.identity, "exact": exact}
+    if states:
+        config["states"] = digest_of(list(states.items()))
+    for step in list(states)[:-1]:  # kept or not, the chain has its digest
+        parts.pop(f"checkpoints/step-{step:08}", None)
+    return config, record.parents | parts
+
+
 def seal_run(
     folder: Path | str,  # A run folder without a manifest
     status: str,  # `finished` or `failed`
@@ -220,22 +245,18 @@ def seal_run(
 ) -> Manifest:
     "Write a run's manifest."
     folder = Path(folder)
-    record = RunRecord.load(folder)
-    parts = {name: read_manifest(p).digest for name, p in run_parts(folder).items()}
+    config, parents = run_content(folder)
     log = folder / "metrics.ndjson"
     metrics = read_metrics(log) if log.exists() else []
-    # Without the order of saves, which depends on the disk: they have no exact values.
-    exact = digest_of([[r["step"], r["split"], r["exact"]] for r in metrics if r["exact"]])
     meta = {
         "status": status,
-        "run": record.kind,
+        "run": config["kind"],
         "steps": max((r["step"] for r in metrics), default=0),
         "figures": last_values(metrics),
     }
     if error:
         meta["error"] = redact(error)
-    config = {"kind": record.kind, "config": record.identity, "exact": exact}
-    return seal(folder, "run", config, record.parents | parts, meta, attachments=("*",))
+    return seal(folder, "run", config, parents, meta, attachments=("*",))
 
 
 def last_values(

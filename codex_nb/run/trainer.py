@@ -191,6 +191,7 @@ class Trainer:
         cfg, logger, evaluator = self.cfg, self.logger, self.evaluator
         hooks = [
             *self.hooks,
+            Hook(self.early_stopping.on_train_start, when="start"),
             Hook(logger.on_train_start, when="start"),
             Hook(checkpoints.on_train_start, when="start"),
             Hook(evaluator.on_train_start, when="start"),

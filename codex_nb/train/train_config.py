@@ -118,3 +118,5 @@ class CheckpointConfig(Config):
     best_mode: Literal["min", "max"] = Field("min", json_schema_extra=NOT_IN_DIGEST)
     # Also keep every checkpoint whose step is a multiple of this
     keep_every: int | None = Field(None, ge=1, json_schema_extra=NOT_IN_DIGEST)
+    # Also keep so many, spread evenly over the run, between which an audit can execute it again
+    keep_for_audit: int = Field(0, ge=0, le=1000, json_schema_extra=NOT_IN_DIGEST)
