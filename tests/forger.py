@@ -90,12 +90,26 @@ def _reseal_folder(folder, replaced, **given):
     write(folder / MANIFEST, body | {"check": digest(body)})
 
 
+def _states_of(run, keep):
+    "The chain of states, with the digests that kept checkpoints have now."
+    path = run / "states.ndjson"
+    states = rows_of(path) if path.exists() else []
+    for r in states if "states" not in keep else ():
+        manifest = run / "checkpoints" / f"step-{r['step']:08}" / MANIFEST
+        if manifest.exists():
+            r["digest"] = read(manifest)["digest"]
+    if states:
+        write_rows(path, states)
+    return states
+
+
 def reseal(run, keep=()):
     "Compute every hash of a run again, from the parts up; `keep` names fields of its manifest."
     replaced = {}
     for kind in ("checkpoints", "evaluations", "exports"):
         for p in sorted((run / kind).glob(f"*/{MANIFEST}")):
             _reseal_folder(p.parent, replaced)
+    states = _states_of(run, keep)
     body, record = read(run / MANIFEST), read(run / "config.json")
     metrics = rows_of(run / "metrics.ndjson")
     exact = [[r["step"], r["split"], r["exact"]] for r in metrics if r["exact"]]
@@ -103,10 +117,15 @@ def reseal(run, keep=()):
         p.parent.relative_to(run).as_posix(): read(p)["digest"]
         for p in sorted(run.glob(f"*/*/{MANIFEST}"))
     }
+    config = {"kind": record["kind"], "config": record["identity"], "exact": digest(exact)}
+    if states:
+        config["states"] = digest([[r["step"], r["digest"]] for r in states])
+    for r in states[:-1]:
+        parts.pop(f"checkpoints/step-{r['step']:08}", None)
     figures = {f"{r['split']}.{k}": v for r in metrics for k, v in r["values"].items()}
     steps = max((r["step"] for r in metrics), default=0)
     given = {
-        "config": {"kind": record["kind"], "config": record["identity"], "exact": digest(exact)},
+        "config": config,
         "parents": read(run / "parents.json") | parts,
         "meta": body["meta"] | {"figures": figures, "steps": steps},
     }
@@ -308,6 +327,26 @@ def weights(run):
 def another_checkpoint_more(run):
     more = copy(checkpoints(run)[-1], run / "checkpoints" / "step-00000009")
     edit(more / "state.json", lambda s: s["progress"].update(step=9))
+
+
+def _other_state(rows):
+    rows[0]["digest"] = "ab" * 32
+
+
+@forgery(keep=("states",))
+def state_of_a_kept_checkpoint(run):
+    edit_lines(run / "states.ndjson", _other_state)
+
+
+@forgery(keep=("states",))
+def state_of_a_checkpoint_that_was_not_kept(run):
+    shutil.rmtree(checkpoints(run)[0])
+    edit_lines(run / "states.ndjson", _other_state)
+
+
+@forgery
+def last_state_left_out(run):
+    edit_lines(run / "states.ndjson", lambda rows: rows.pop())
 
 
 @forgery

@@ -292,6 +292,33 @@ def replay(
             "It is a program, so you must trust it.",
         ),
     ] = False,
+    segments: Annotated[
+        int | None,
+        typer.Option(
+            "--segments",
+            min=1,
+            help="Execute only so many segments, drawn at random, of the training and of each "
+            "evaluation, and compare them bit for bit.",
+        ),
+    ] = None,
+    number: Annotated[
+        int | None,
+        typer.Option(
+            "--number", min=0, help="For --segments: your number, which decides the draw."
+        ),
+    ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            "--part", metavar="I/N", help="For --segments: execute only this part of the draw."
+        ),
+    ] = None,
+    merge: Annotated[
+        list[Path],
+        typer.Option(
+            "--merge", help="Execute nothing, and join this report of a part. May be repeated."
+        ),
+    ] = [],
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -299,6 +326,12 @@ def replay(
     from codex_nb.experiments.replay import replay
     from codex_nb.run.run_folder import find_run
 
+    if segments or merge:
+        given = parse_parameters(parameter)
+        _audit_segments(find_run(run), segments, number, part, merge, folder, given, as_json)
+        return
+    if number is not None or part:
+        raise typer.BadParameter("--number and --part belong to --segments; give that as well")
     echo = not quiet and not as_json
     given = parse_parameters(parameter)
     result = replay(find_run(run), steps, folder, given, own_notebook, tolerance, echo)
@@ -307,6 +340,33 @@ def replay(
     else:
         print(*result.lines(), f"the replay: {result.folder}", sep="\n")
     if not result.ok:
+        raise typer.Exit(1)
+
+
+def _audit_segments(
+    run: Path,
+    segments: int | None,
+    number: int | None,
+    part: str | None,
+    reports: list[Path],
+    folder: Path | None,
+    given: dict[str, Any],
+    as_json: bool,
+) -> None:
+    from codex_nb.experiments.segments import audit_run, merge, read_report
+
+    if reports:
+        if segments or part or number is not None:
+            raise typer.BadParameter("--merge executes nothing: leave out the other options")
+        result = merge(run, [read_report(path) for path in reports])
+    else:
+        match = re.fullmatch(r"(\d+)/(\d+)", part or "1/1")
+        if not match:
+            raise typer.BadParameter(f"--part: {part!r} is no part; give one such as 3/8")
+        share = int(match[1]), int(match[2])
+        result = audit_run(run, segments or 1, number, share, given, folder)
+    print(json.dumps(result.to_dict(), indent=1) if as_json else "\n".join(result.lines()))
+    if not result.ok and not (part and all(f.holds for f in result.findings)):
         raise typer.Exit(1)
 
 

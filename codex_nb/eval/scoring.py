@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHUNK_BYTES', 'CACHE_BYTES', 'sample_documents', 'windows', 'Record', 'target_text',
-           'context_text', 'score', 'score_tokens', 'load_records', 'score_shard']
+           'context_text', 'score', 'score_tokens', 'load_records', 'score_groups', 'score_shard']
 
 # %% ../../nbs/eval/54_scoring.ipynb #35532cf2
 import hashlib
@@ -396,6 +396,16 @@ def load_records(
     return records
 
 
+def score_groups(
+    documents: int,  # Their number
+    part: int = 0,  # A process, from 0
+    parts: int = 1,  # Number of processes
+) -> list[range]:  # Indices of documents
+    "The documents that one process scores together, 64 at a time."
+    own = range(part, documents, parts)
+    return [own[at : at + 64] for at in range(0, len(own), 64)]
+
+
 def score_shard(
     folder: Path | str,  # Where records are written; made if needed
     key: str,  # Digest of everything that changes a record
@@ -404,13 +414,11 @@ def score_shard(
     documents: Sequence[Document],  # All of them, in the same order for all processes
     part: int = 0,  # This process, from 0
     parts: int = 1,  # Number of processes
-    portion: int = 64,  # Documents between two flushes to disk
     **options: Any,  # As for `score`
 ) -> None:
     "Score every `parts`-th document and append the records to a file; `DiskError` without space."
     done = load_records(folder, key)
     path = Path(folder) / f"part-{part}-of-{parts}.ndjson"
-    todo = [i for i in range(part, len(documents), parts) if i not in done]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+b") as f:
@@ -418,10 +426,14 @@ def score_shard(
             f.truncate(f.read().rfind(b"\n") + 1)  # drop an incomplete line
             if f.seek(0, os.SEEK_END) == 0:
                 f.write(f"{key}\n".encode())
-            for at in range(0, len(todo), portion):
-                batch = todo[at : at + portion]
-                scored = score(model, tokenizer, [documents[i] for i in batch], **options)
-                for i, record in zip(batch, scored):
+            for group in score_groups(len(documents), part, parts):
+                if done.keys() >= {*group}:
+                    continue
+                # The whole group, also where a part of it is done: its members share batches.
+                scored = score(model, tokenizer, [documents[i] for i in group], **options)
+                for i, record in zip(group, scored):
+                    if i in done:
+                        continue
                     line = json.dumps([i, redact_json(asdict(record))], ensure_ascii=False)
                     payload = line.encode()
                     f.write(b"%08x %b\n" % (zlib.crc32(payload), payload))

@@ -379,7 +379,8 @@ def launch(
     taken_by_other = is_locked(folder / LOCK)
     if not writer.started or taken_by_other:
         return _not_started(path, folder, code, error)
-    if name == "CheckpointError" and writer.run_existed:  # a resume that was refused
+    refusals = ("CheckpointError", "InexactResumeError")
+    if name in refusals and writer.run_existed:  # a resume that was refused
         return _not_started(path, folder, code, error)
     return _seal(path, folder, writer.text(), code, error)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIRST_STEPS', 'EXCLUDED_ON_REPLAY', 'UNPROVEN', 'Level', 'sealed_level', 'order_level',
-           'notebook_differs', 'StopCondition', 'result_level', 'Replay', 'replay']
+           'training_plan', 'notebook_differs', 'StopCondition', 'result_level', 'Replay', 'replay']
 
 # %% ../../nbs/experiments/75_replay.ipynb #f0e26b44
 import json
@@ -111,7 +111,7 @@ def _order_problem(
     rows = PackedDataset.from_config(store, cfg.model.seq_len, cfg.rows)
     batch_size = cfg.fit.batch_size
     batches = BatchSampler(rows, batch_size, cfg.seed, cfg.fit.micro_batch)
-    end = total_samples(cfg.fit, batches, _training_plan(run).get("steps"))
+    end = total_samples(cfg.fit, batches, training_plan(run).get("steps"))
     order = order_digest(len(rows), cfg.seed, end)
     for name in sorted(n for n in run.parts if n.startswith("checkpoints/")):
         saved = read_state(run.parts[name])["data"]["order"]
@@ -127,7 +127,10 @@ def _order_problem(
     return None
 
 
-def _training_plan(run: RunContents) -> dict[str, Any]:  # how many steps a limit in minutes became
+def training_plan(
+    run: RunContents,  # A training run
+) -> dict[str, int]:  # `steps`; empty without a limit in minutes
+    "How many steps a limit in minutes became."
     path = run.folder / "plan.json"
     return json.loads(path.read_bytes()) if path.is_file() else {}
 
@@ -436,7 +439,7 @@ def _make_replay_folder(original: RunContents, folder: Path | str | None) -> Pat
         raise RunError(f"{folder}: exists already; choose another folder")
     folder.mkdir(parents=True)
     hints: dict[str, Any] = {"parents": original.record.parents}
-    if plan := _training_plan(original):
+    if plan := training_plan(original):
         hints |= plan | {"stop": original.steps}
     write_file(folder / REPLAY_HINTS, json_text(hints))
     return folder

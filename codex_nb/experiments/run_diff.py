@@ -136,6 +136,7 @@ def find_first_difference(
     a: list[dict],  # Metrics of one run
     b: list[dict],  # Metrics of the other
     max_step: int | None = None,  # Look no further; default: the last step that both reached
+    complete: bool = False,  # Whether both hold all evaluations of the last step
 ) -> FirstDifference | None:  # None when all exact values are equal
     "Find the first exact value that differs."
     last = min(_last_step(a), _last_step(b))
@@ -147,7 +148,7 @@ def find_first_difference(
         x, y = exact_a.get(key), exact_b.get(key)
         if x is None or y is None:
             # An evaluation after the last step may not have been made any more.
-            if split == "train" or step < last:
+            if complete or split == "train" or step < last:
                 in_a, in_b = (None if v is None else "present" for v in (x, y))
                 return FirstDifference(step, split, "record", in_a, in_b)
         elif names := _differing_names(x, y):

@@ -377,7 +377,7 @@ def find_in_runs(
 
 def replay_hints(
     folder: Path | str,  # A run folder
-) -> dict[str, Any]:  # `parents`: role -> digest; `steps`, `stop`: planned and reached; or empty
+) -> dict[str, Any]:  # `parents`: role -> digest; `steps`, `stop`, `leave`: where to end; or empty
     "What a replay is told about the run that it repeats."
     path = Path(folder) / REPLAY_HINTS
     return json.loads(path.read_bytes()) if path.is_file() else {}

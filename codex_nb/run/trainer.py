@@ -137,7 +137,8 @@ class Trainer:
         objective = LMLoss(model, cfg.model.dtype, cfg.compute, (rows, cfg.model.seq_len))
         plan = self._plan_steps(batches, objective)
         limit = cfg.fit
-        if "stop" in plan:  # a replay trains the steps of the original, and has no clock
+        if "steps" in plan and plan.keys() & {"stop", "leave"}:
+            # A replay trains the steps of the original, and has no clock.
             limit = limit.model_copy(update={"minutes": None, "steps": plan["steps"]})
         samples = total_samples(cfg.fit, batches, plan.get("steps"))
 
@@ -173,19 +174,19 @@ class Trainer:
                     lambda step, total: lr_at(step, total, cfg.optim),
                     limit,
                     state,
-                    self._hooks(checkpoints, requests, plan.get("stop")),
+                    self._hooks(checkpoints, requests, plan),
                     world,
                     plan.get("steps"),
                     ema,
                     partial(grad_sync_context, wrapped),
                 )
-        if state.interrupted:
+        if state.interrupted and state.step != plan.get("leave"):
             reason = state.stop_reason or ""
             raise Interrupted(signals.name or reason.removeprefix("stopped by "))
         return state
 
     def _hooks(
-        self, checkpoints: CheckpointCallback, requests: list[str], stop: int | None
+        self, checkpoints: CheckpointCallback, requests: list[str], plan: dict[str, int]
     ) -> list[Hook]:
         "Everything that happens around a step, in the order in which it happens."
         cfg, logger, evaluator = self.cfg, self.logger, self.evaluator
@@ -201,8 +202,10 @@ class Trainer:
         ]
         if self.world.size > 1:
             hooks.append(Hook(partial(_sync_stop_requests, self.world, requests)))
-        if stop is not None:
-            hooks.append(Hook(partial(_stop_at, stop)))
+        if "stop" in plan:
+            hooks.append(Hook(partial(_stop_at, plan["stop"])))
+        if "leave" in plan:
+            hooks.append(Hook(partial(_leave_at, plan["leave"])))
         if self.world.main:
             hooks += progress_hooks()
 
@@ -216,12 +219,13 @@ class Trainer:
         return hooks
 
     def _plan_steps(self, batches: BatchSampler, objective: LMLoss) -> dict[str, int]:
-        "For a limit in minutes: `steps` that fit, and in a replay the step to `stop` at."
-        if not self.cfg.fit.minutes:
-            return {}
+        """`steps` that fit a limit in minutes, and in a replay where to end.
+
+        At `stop` training is over and is evaluated; at `leave` it goes on, but not here."""
         hints = replay_hints(self.run.folder)
-        if "steps" in hints:
-            return hints
+        plan: dict[str, int] = {k: hints[k] for k in ("steps", "stop", "leave") if k in hints}
+        if "steps" in plan or not self.cfg.fit.minutes:
+            return plan
         path = self.run.folder / "plan.json"
 
         def loss(_: Any, b: Batch) -> tuple[torch.Tensor, None]:
@@ -300,3 +304,8 @@ def _sync_stop_requests(world: World, requests: list[str], state: TrainState) ->
 def _stop_at(step: int, state: TrainState) -> None:
     if state.step >= step:
         state.stop("where the original run ended")
+
+
+def _leave_at(step: int, state: TrainState) -> None:
+    if state.step >= step:
+        state.stop("where this segment ends", now=True)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['STATE_KEYS', 'NO_SCALER', 'Buffers', 'RENAMED_PROGRESS', 'RENAMED_ROWS',
-           'CheckpointError', 'optimizer_tensors', 'optimizer_settings', 'ResumeMetadata',
-           'Snapshot', 'model_tensors', 'snapshot', 'write_checkpoint', 'read_state', 'set_weights',
-           'read_weights', 'load_checkpoint', 'checkpoints', 'latest_checkpoint',
-           'require_checkpoint']
+           'CheckpointError', 'InexactResumeError', 'optimizer_tensors', 'optimizer_settings',
+           'ResumeMetadata', 'Snapshot', 'model_tensors', 'snapshot', 'write_checkpoint',
+           'read_state', 'set_weights', 'read_weights', 'load_checkpoint', 'checkpoints',
+           'latest_checkpoint', 'require_checkpoint']
 
 # %% ../../nbs/train/43_checkpoint.ipynb #f1ddcb55
 import json
@@ -49,6 +49,10 @@ if TYPE_CHECKING:
 # %% ../../nbs/train/43_checkpoint.ipynb #41b90174
 class CheckpointError(ArtifactError):
     "A checkpoint that training cannot resume from, and why."
+
+
+class InexactResumeError(CheckpointError):
+    "A checkpoint of this run from which training would go on with other bits."
 
 # %% ../../nbs/train/43_checkpoint.ipynb #e8788c4b
 def _named_groups(
@@ -380,7 +384,7 @@ def _check_same_run(
         )
     inexact = _differences(state["exact"], metadata.exact | numeric_identity())
     if refused := [k for k in inexact if k not in allow]:
-        raise CheckpointError(
+        raise InexactResumeError(
             f"{folder}: resuming would not be bit-for-bit identical: {'; '.join(inexact.values())}."
             f" To resume nevertheless: --allow {','.join(refused)}"
         )
