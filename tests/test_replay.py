@@ -258,3 +258,29 @@ def test_replay_finds_a_changed_line_of_the_record(home, monkeypatch):
         seal_again(home)
         first = replay(home)["diff"]["first"]
         assert (first["step"], first["what"]) == (7, "record")
+
+
+def test_lineage_finds_a_forged_base(tmp_path, monkeypatch):
+    "A fine-tuning of forged weights replays to the last bit: it is proven given that base."
+    from forger import FORGERIES, checkpoints
+
+    from codex_nb.run.judging import train_and_judge
+    from codex_nb.run.settings import RunConfig
+
+    monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
+    small = dict(steps=4, save_every=4, max_documents=6, resamples=100, seq_len=32)
+    shape = dict(width=32, layers=1, max_new_tokens=8)
+    base = tmp_path / "runs" / "base"
+    train_and_judge(RunConfig.from_preset("smoke", **small, **shape), base)
+    FORGERIES["weights"](base)
+    tuned = tmp_path / "runs" / "tuned"
+    settings = dict(small, base=str(checkpoints(base)[-1]), lr=1e-4)
+    train_and_judge(RunConfig.from_preset("smoke", **settings), tuned)
+    if PROVE:
+        alone = codex("replay", tuned, "--quiet", home=tmp_path)
+        assert alone.returncode == 0, alone.stdout
+        assert "proven: L3, given base" in alone.stdout and "for which L0 holds" in alone.stdout
+    down = codex("replay", tuned, "--lineage", "--quiet", home=tmp_path)
+    assert down.returncode == 1, down.stdout
+    assert "base: L3 does not hold" in down.stdout
+    assert "proven: L3, given base" in down.stdout and "for which L2 holds" in down.stdout

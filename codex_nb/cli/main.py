@@ -292,6 +292,12 @@ def replay(
             "It is a program, so you must trust it.",
         ),
     ] = False,
+    lineage: Annotated[
+        bool,
+        typer.Option(
+            "--lineage", help="Also replay the runs of the models that this one starts from."
+        ),
+    ] = False,
     segments: Annotated[
         int | None,
         typer.Option(
@@ -334,7 +340,7 @@ def replay(
         raise typer.BadParameter("--number and --part belong to --segments; give that as well")
     echo = not quiet and not as_json
     given = parse_parameters(parameter)
-    result = replay(find_run(run), steps, folder, given, own_notebook, tolerance, echo)
+    result = replay(find_run(run), steps, folder, given, own_notebook, tolerance, echo, lineage)
     if as_json:
         print(json.dumps(result.to_dict(), indent=1))
     else:
@@ -540,7 +546,13 @@ def prune(
     settings = RunRecord.load(folder).config.get("checkpoint") or {}
     settings |= {name: v for name, v in given.items() if v is not None}
     cfg = CheckpointConfig.from_dict(settings)
-    verdicts = (plan if dry_run else prune)(folder / "checkpoints", cfg, in_use())
+    total = None
+    if cfg.keep_for_audit:
+        from codex_nb.train.checkpoint import read_state, require_checkpoint
+
+        total = read_state(require_checkpoint(folder).path)["schedule"]["total_steps"]
+    decide = plan if dry_run else prune
+    verdicts = decide(folder / "checkpoints", cfg, in_use(), total=total)
     if as_json:
         rows = [{"checkpoint": v.path.name, "keep": v.keep, "why": v.why} for v in verdicts]
         print(json.dumps(rows))

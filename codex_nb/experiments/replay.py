@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['FIRST_STEPS', 'EXCLUDED_ON_REPLAY', 'UNPROVEN', 'Level', 'sealed_level', 'order_level',
-           'training_plan', 'notebook_differs', 'StopCondition', 'result_level', 'Replay', 'replay']
+           'training_plan', 'notebook_differs', 'StopCondition', 'result_level', 'Replay', 'replay',
+           'trained_parents']
 
 # %% ../../nbs/experiments/75_replay.ipynb #f0e26b44
 import json
 import secrets
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ from codex_nb.experiments.run_diff import (
     read_contents,
 )
 from .verify import verify_run
-from ..run.run_folder import REPLAY_HINTS, run_status
-from ..run.run_record import RunError
+from ..run.run_folder import REPLAY_HINTS, find_in_runs, run_status
+from ..run.run_record import RunError, load_parents
 from ..run.settings import TRAINING_KINDS, RunConfig
 from ..train.checkpoint import read_state
 from ..train.engine import total_samples
@@ -317,10 +318,15 @@ class Replay:
     levels: tuple[Level, ...]  # L0 to L4
     diff: RunDiff  # Of the original (A) and the replay (B)
     notes: tuple[str, ...]  # What a reader must know
+    given: tuple[str, ...] = ()  # The trained models it starts from, and what holds of each
+    lineage: tuple["Replay", ...] = ()  # Of those models, if they were replayed too
 
     @property
     def ok(self) -> bool:  # On other hardware, L4 takes the place of L2 and L3
         "Whether everything that was checked holds."
+        return self._own_ok() and all(r.ok for r in self.lineage)
+
+    def _own_ok(self) -> bool:
         holds = {level.name: level.holds for level in self.levels}
         if self.diff.causes.machine and holds.get("L4"):
             return holds["L0"] is not False and holds["L1"] is not False
@@ -344,7 +350,9 @@ class Replay:
         out = [*map(str, self.levels), *(f"note: {n}" for n in self.notes)]
         if not self.ok or self.diff.causes.machine:
             out += self.diff.lines()
-        return [*out, f"proven: {self.proven}"]
+        for r in self.lineage:
+            out += [f"{Path(r.run).name}: {line}" for line in r.lines()]
+        return [*out, f"proven: {', given '.join([self.proven, *self.given])}"]
 
     def to_dict(self) -> dict[str, Any]:  # JSON types
         "The verdict for a program."
@@ -355,6 +363,8 @@ class Replay:
             "proven": self.proven,
             "levels": [level.to_dict() for level in self.levels],
             "notes": list(self.notes),
+            "given": list(self.given),
+            "lineage": [r.to_dict() for r in self.lineage],
             "diff": self.diff.to_dict(),
         }
 
@@ -371,6 +381,7 @@ def replay(
     own_notebook: bool = False,  # Execute the run folder's notebook, not the package's
     tolerance: float = 0.01,  # For L4
     echo: bool = False,  # Show what the notebook prints
+    lineage: bool = False,  # Also replay the runs of the models that it starts from
 ) -> Replay:  # `RunError` when the run cannot be executed again
     "Execute a run again, and compare."
     run = Path(run).absolute()
@@ -406,8 +417,44 @@ def replay(
     levels += _end_levels(original, folder, diff, whole_run, outcome, tolerance)
     notes = _replay_notes(run, kind, outcome)
     result = Replay(str(run), str(folder), tuple(levels), diff, tuple(notes))
+    result = _with_lineage(result, parameters, tolerance, echo, lineage)
     write_file(folder / ".verdict.json", json_text(result.to_dict()))
     return result
+
+# %% ../../nbs/experiments/75_replay.ipynb #a1ce5707
+def trained_parents(
+    run: Path | str,  # A run folder
+) -> dict[str, tuple[str, Path | None]]:  # Role -> digest, and its run if that is here
+    "The trained models that a run starts from: a base, or the checkpoint it evaluates."
+    out = {}
+    for role in ("base", "checkpoint"):
+        if digest := load_parents(run).get(role):
+            part = find_in_runs(digest)
+            out[role] = digest, part and part.parents[1]
+    return out
+
+
+def _with_lineage(
+    result: Replay,
+    parameters: dict[str, Any] | None,
+    tolerance: float,
+    echo: bool,
+    lineage: bool,
+) -> Replay:
+    given, replays = [], []
+    for role, (digest, run) in trained_parents(result.run).items():
+        if run is None:
+            proven = "which is of no run here"
+        elif not lineage:
+            holds = sealed_level(run).holds
+            proven = f"for which {'L0' if holds else 'nothing'} holds"
+        else:
+            known = {k: v for k, v in (parameters or {}).items() if k == "data"}
+            r = replay(run, None, None, known, False, tolerance, echo, True)
+            replays.append(r)
+            proven = f"for which {', given '.join([r.proven, *r.given])} holds"
+        given.append(f"{role} {digest[:12]}, {proven}")
+    return replace(result, given=tuple(given), lineage=tuple(replays))
 
 # %% ../../nbs/experiments/75_replay.ipynb #d8db1d96
 def _check_replayable(
