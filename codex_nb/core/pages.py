@@ -16,13 +16,16 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
 h1, h2, h3 { line-height: 1.25; overflow-wrap: anywhere }
 h2 { margin-top: 2.2rem }
-.wide { overflow-x: auto }
+.wide { overflow-x: auto; margin: .8rem 0 }
 table { border-collapse: collapse }
 td, th { text-align: left; vertical-align: top; padding: .3rem .9rem .3rem 0;
-         border-bottom: 1px solid var(--soft); overflow-wrap: anywhere }
+         border-bottom: 1px solid var(--soft) }
+.long { overflow-wrap: anywhere }
 td, code, pre { unicode-bidi: isolate }
 code, pre { font: .92em/1.45 ui-monospace, monospace; overflow-wrap: anywhere }
 pre { white-space: pre-wrap; margin: .4rem 0; padding: .6rem .8rem; background: var(--soft) }
+@media (max-width: 34rem) { body { margin: 1rem auto }
+  table { font-size: .84em } td, th { padding-right: .5rem } }
 @media print {
   :root { color-scheme: light; --good: #1e7a41; --bad: #b3261e; --warn: #8a5a00 }
   body { max-width: none; margin: 0; font-size: 10pt }
@@ -61,5 +64,11 @@ def html_table(
 
 
 def _row(tag: str, cells: Iterable[object], name: str) -> str:
-    inside = "".join(f"<{tag}>{html.escape(str(c))}</{tag}>" for c in cells)
+    inside = "".join(_cell(tag, str(c)) for c in cells)
     return f"<tr class='{html.escape(name)}'>{inside}</tr>" if name else f"<tr>{inside}</tr>"
+
+
+def _cell(tag: str, text: str) -> str:
+    # On a phone, a digest is broken into lines, a number is not.
+    is_long = any(len(word) > 24 for word in text.split())
+    return f"<{tag}{' class=long' if is_long else ''}>{html.escape(text)}</{tag}>"

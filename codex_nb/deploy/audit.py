@@ -338,7 +338,6 @@ def _machine_line(found: dict[str, Any]) -> str:
 # %% ../../nbs/deploy/83_audit.ipynb #ea559c97
 _STYLE = """
 table { width: 100% }
-td:nth-child(-n+3) { overflow-wrap: normal }
 .proven td:first-child, .works td:first-child { color: var(--good) }
 .failed td:first-child, .missing td:first-child { color: var(--bad) }
 .changed td:first-child, .unproven td:first-child { color: var(--warn) }
