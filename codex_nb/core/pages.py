@@ -24,8 +24,8 @@ td, th { text-align: left; vertical-align: top; padding: .3rem .9rem .3rem 0;
 td, code, pre { unicode-bidi: isolate }
 code, pre { font: .92em/1.45 ui-monospace, monospace; overflow-wrap: anywhere }
 pre { white-space: pre-wrap; margin: .4rem 0; padding: .6rem .8rem; background: var(--soft) }
-@media (max-width: 34rem) { body { margin: 1rem auto }
-  table { font-size: .84em } td, th { padding-right: .5rem } }
+@media (max-width: 34rem) { body { margin: 1rem auto; padding: 0 .7rem }
+  table { font-size: .8em } td, th { padding-right: .4rem } }
 @media print {
   :root { color-scheme: light; --good: #1e7a41; --bad: #b3261e; --warn: #8a5a00 }
   body { max-width: none; margin: 0; font-size: 10pt }

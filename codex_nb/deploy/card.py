@@ -10,6 +10,7 @@ __all__ = ['FIGURES', 'one_line', 'markdown_text', 'markdown_table', 'Evaluated'
 # %% ../../nbs/deploy/85_card.ipynb #e53ae535
 import json
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -312,14 +313,19 @@ def metadata(
         "pipeline_tag": "text-generation",
     }
     if base is not None:
-        # A name on the Hub has no other characters.
-        out["base_model"] = re.sub(r"[^A-Za-z0-9._-]+", "-", base).strip("-.") or "base"
+        out["base_model"] = _plain(base).replace(" ", "-")
         out["base_model_relation"] = "adapter" if adapter else "finetune"
-    out["tags"] = list(dict.fromkeys(["codex_nb", *map(one_line, tags)]))
+    out["tags"] = list(dict.fromkeys(["codex_nb", *map(_plain, tags)]))
     results = [r for r in map(_result, evaluations) if r["metrics"]]
     if results:
-        out["model-index"] = [{"name": one_line(name), "results": results}]
+        out["model-index"] = [{"name": _plain(name), "results": results}]
     return out
+
+
+def _plain(text: str) -> str:
+    # The Hub's names have no other characters, and whoever shows the file without knowing of its
+    # front matter takes nothing in it for HTML.
+    return re.sub(r"[^\w .:+-]+", "-", one_line(text)).strip("-. ") or "unnamed"
 
 
 def _result(e: Evaluated) -> dict[str, Any]:
@@ -332,15 +338,16 @@ def _result(e: Evaluated) -> dict[str, Any]:
             "documents": m.get("questions", e.documents),
             "evaluation": e.digest,
             "checkpoint": e.checkpoint,
-            "proven": one_line(e.level),
+            "proven": _plain(e.level),
         }
-        label = one_line(name).replace("_", " ")
-        metrics.append({"type": one_line(name), "value": m["value"], "name": label, "args": args})
+        kind = _plain(name)
+        label = kind.replace("_", " ")
+        metrics.append({"type": kind, "value": m["value"], "name": label, "args": args})
     what = "questions" if "questions" in e.summary else "corpus"
     dataset = {"type": "local", "name": f"{what} {e.data[:12]}", "revision": e.data}
     if "split" in e.summary:
-        dataset["split"] = one_line(e.summary["split"])
-    task = {"type": "text-generation", "name": one_line(e.name)}
+        dataset["split"] = _plain(e.summary["split"])
+    task = {"type": "text-generation", "name": _plain(e.name)}
     return {"task": task, "dataset": dataset, "metrics": metrics}
 
 
@@ -383,7 +390,7 @@ def readable(
     except unreadable as e:
         detail = one_line(f"{type(e).__name__}: {e}")[:300]
         raise RunError(
-            f"{folder}: cannot be read ({detail}); codex-nb verify says what is damaged"
+            f"{one_line(folder)}: cannot be read ({detail}); codex-nb verify says what is damaged"
         ) from None
 
 
@@ -391,24 +398,24 @@ def require_proven(
     folder: Path | str,  # A run folder
 ) -> Manifest:  # Of the run; `RunError` when it cannot be cited
     "Refuse a run that has not ended well, or that does not hold at L0."
-    found, name = verify_run(folder), Path(folder).resolve().name
+    found, name = verify_run(folder), one_line(shlex.quote(Path(folder).resolve().name))
     if found["status"] in ("running", "interrupted"):
         raise RunError(
-            f"{folder}: the run is {found['status']}, so nothing in it is sealed; a card cites "
+            f"{one_line(folder)}: the run is {found['status']}, so nothing in it is sealed; a card cites "
             f"finished runs, codex-nb report {name} describes any"
         )
     if found["problems"]:
         n = len(found["problems"])
         more = f" and {n - 1} more" if n > 1 else ""
         raise RunError(
-            f"{folder}: does not hold at L0: {one_line(found['problems'][0])}{more}; a card cites "
+            f"{one_line(folder)}: does not hold at L0: {one_line(found['problems'][0])}{more}; a card cites "
             f"only what holds, codex-nb verify {name} shows everything"
         )
     m = read_manifest(folder)
     if found["status"] != "finished":
         error = one_line(m.meta.get("error", "no reason was recorded"))
         raise RunError(
-            f"{folder}: the run is {found['status']} ({error}); a card cites finished runs, "
+            f"{one_line(folder)}: the run is {found['status']} ({error}); a card cites finished runs, "
             f"codex-nb report {name} describes any"
         )
     return m
@@ -453,7 +460,7 @@ def model_card(
         m, record = require_proven(folder), RunRecord.load(folder)
         if record.kind not in TRAINING_KINDS:
             raise RunError(
-                f"{folder}: is a run of kind {one_line(record.kind)}, which has no model of its "
+                f"{one_line(folder)}: is a run of kind {one_line(record.kind)}, which has no model of its "
                 "own; give the run that trained it, and this one with --evaluation"
             )
         cfg = record.settings()
@@ -461,7 +468,7 @@ def model_card(
         parts = run_parts(folder)
         saved = {p.name: p for n, p in parts.items() if n.startswith("checkpoints/")}
         if not saved:
-            raise RunError(f"{folder}: holds no checkpoint, so there is no model to describe")
+            raise RunError(f"{one_line(folder)}: holds no checkpoint, so there is no model to describe")
         names = {read_manifest(p).digest: name for name, p in saved.items()}
         found = read_evaluations(folder, level)
     for run, known in evaluations:
@@ -479,12 +486,12 @@ def _later_evaluations(
     require_proven(run)
     found = read_evaluations(run, level)
     if not found:
-        raise RunError(f"{run}: holds no evaluation; codex-nb run evaluate makes one")
+        raise RunError(f"{one_line(run)}: holds no evaluation; codex-nb run evaluate makes one")
     for e in found:
         if e.checkpoint not in names:
             raise RunError(
-                f"{run}: evaluates the checkpoint {e.checkpoint[:12]}, which is not in "
-                f"{trained}; give the card of the run that made it"
+                f"{one_line(run)}: evaluates the checkpoint {e.checkpoint[:12]}, which is not in "
+                f"{one_line(trained)}; give the card of the run that made it"
             )
     return found
 

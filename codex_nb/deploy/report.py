@@ -155,7 +155,7 @@ svg text { font: 12px system-ui, sans-serif; fill: currentColor }
 .good { color: var(--good) } .bad { color: var(--bad) } .warn { color: var(--warn) }
 .state { font-size: 1.1em; border-left: .3rem solid; padding-left: .8rem }
 .note { opacity: .8; font-size: .93em }
-td:first-child { min-width: 7rem }
+td:first-child { min-width: 5rem }
 @media print { :root { --c0: #1f6fb2; --c1: #c2571a; --c2: #2e7d32; --c3: #8e3ba8 } }
 """
 
