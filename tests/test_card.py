@@ -220,6 +220,24 @@ def test_a_run_that_was_changed_is_refused(plain, tmp_path):
         make_card(find(plain, "trained"), judged)
 
 
+def test_whatever_an_environment_holds_gives_a_card_or_one_error(plain, tmp_path):
+    "What no level proves may hold anything, and all digests agree."
+    from codex_nb.core.artifacts import ArtifactError
+
+    run = copy(find(plain, "trained"), tmp_path / "run")
+    refused = 0
+    for cpu, gpus in ((HOSTILE, []), ({}, [{"name": HOSTILE}]), (1, {}), (None, [1]), ("", 5)):
+        edit(run / "environment.json", lambda e: e.update(cpu=cpu, gpus=gpus))
+        reseal(run)
+        try:
+            card = make_card(run)
+            assert "<script" not in card and "\n- a:" not in card
+        except ArtifactError as e:
+            refused += 1
+            assert "\n" not in str(e)
+    assert refused == 2
+
+
 def test_another_level_is_shown_and_explained(plain):
     card = make_card(find(plain, "trained"), level="L3 by an auditor")
     assert "- L3 by an auditor: the run was executed again" in card

@@ -169,7 +169,7 @@ def plant(run, text):
         s["notes"] = [text]
         s["not_searched"], s["split"] = text, text
         s.pop("contamination", None)
-        s["slices"] = {text: {text: part for part in s["slices"]["topic"].values()}}
+        s["slices"] = {text: {text: next(iter(s["slices"]["topic"].values()))}}
         s["metrics"] = {f"{text}{name}": m for name, m in s["metrics"].items()}
         s["compressors"] = {text: 1.0}
 

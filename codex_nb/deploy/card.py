@@ -398,24 +398,25 @@ def require_proven(
     folder: Path | str,  # A run folder
 ) -> Manifest:  # Of the run; `RunError` when it cannot be cited
     "Refuse a run that has not ended well, or that does not hold at L0."
-    found, name = verify_run(folder), one_line(shlex.quote(Path(folder).resolve().name))
+    found, where = verify_run(folder), one_line(folder)
+    name = one_line(shlex.quote(Path(folder).resolve().name))
     if found["status"] in ("running", "interrupted"):
         raise RunError(
-            f"{one_line(folder)}: the run is {found['status']}, so nothing in it is sealed; a card cites "
+            f"{where}: the run is {found['status']}, so nothing in it is sealed; a card cites "
             f"finished runs, codex-nb report {name} describes any"
         )
     if found["problems"]:
         n = len(found["problems"])
         more = f" and {n - 1} more" if n > 1 else ""
         raise RunError(
-            f"{one_line(folder)}: does not hold at L0: {one_line(found['problems'][0])}{more}; a card cites "
+            f"{where}: does not hold at L0: {one_line(found['problems'][0])}{more}; a card cites "
             f"only what holds, codex-nb verify {name} shows everything"
         )
     m = read_manifest(folder)
     if found["status"] != "finished":
         error = one_line(m.meta.get("error", "no reason was recorded"))
         raise RunError(
-            f"{one_line(folder)}: the run is {found['status']} ({error}); a card cites finished runs, "
+            f"{where}: the run is {found['status']} ({error}); a card cites finished runs, "
             f"codex-nb report {name} describes any"
         )
     return m
@@ -460,15 +461,17 @@ def model_card(
         m, record = require_proven(folder), RunRecord.load(folder)
         if record.kind not in TRAINING_KINDS:
             raise RunError(
-                f"{one_line(folder)}: is a run of kind {one_line(record.kind)}, which has no model of its "
-                "own; give the run that trained it, and this one with --evaluation"
+                f"{one_line(folder)}: is a run of kind {one_line(record.kind)}, which has no model "
+                "of its own; give the run that trained it, and this one with --evaluation"
             )
         cfg = record.settings()
         assert isinstance(cfg, RunConfig)
         parts = run_parts(folder)
         saved = {p.name: p for n, p in parts.items() if n.startswith("checkpoints/")}
         if not saved:
-            raise RunError(f"{one_line(folder)}: holds no checkpoint, so there is no model to describe")
+            raise RunError(
+                f"{one_line(folder)}: holds no checkpoint, so there is no model to describe"
+            )
         names = {read_manifest(p).digest: name for name, p in saved.items()}
         found = read_evaluations(folder, level)
     for run, known in evaluations:
