@@ -129,7 +129,7 @@ def _figure(
     has_interval = low is not None and high is not None
     interval = f"{low:.4g} to {high:.4g}" if has_interval else "none"
     value = "too large" if m["value"] is None else f"{m['value']:.4g}"
-    return name, value, interval, f"{documents:,}", level
+    return one_line(name), value, interval, f"{documents:,}", one_line(level)
 
 
 def slice_figures(
