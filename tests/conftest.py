@@ -43,3 +43,18 @@ def small_model(tmp_path_factory):
             shutil.copyfile(tokenizer.path / name, folder / "small" / name)
 
     return shared_folder(tmp_path_factory, "small-model", make) / "small"
+
+
+@pytest.fixture(scope="session")
+def described_runs(tmp_path_factory):
+    "Two workspaces with the runs of `described.make_runs`, `hostile` and `plain`; not written to."
+    from described import HOSTILE, make_runs
+
+    def make(folder):
+        for home, name in (("hostile", HOSTILE), ("plain", "plain ")):
+            (folder / home).mkdir()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("CODEX_NB_HOME", str(folder / home))
+                make_runs(folder / home, name)
+
+    return shared_folder(tmp_path_factory, "described-runs", make)

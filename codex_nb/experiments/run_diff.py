@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 from ..core.artifacts import MANIFEST, read_manifest, sha256_file
 from ..core.config import diff_dicts
+from ..core.pages import html_page
 from ..core.repro import numeric_identity
 from ..run.run_folder import last_values, run_parts
 from ..run.run_record import RunRecord
@@ -538,12 +539,4 @@ def diff_page(
     diff: RunDiff,  # From `diff_runs`
 ) -> str:  # A complete HTML page that loads nothing
     "The differences as a page."
-    style = (
-        "body{font-family:sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;"
-        "color-scheme:light dark}td{padding:.2rem .8rem .2rem 0;border-bottom:1px solid #8884}"
-    )
-    return (
-        "<!doctype html><html lang='en'><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width'><title>Two runs</title>"
-        f"<style>{style}</style><h1>Two runs</h1>{diff._repr_html_()}</html>\n"
-    )
+    return html_page("Two runs", diff._repr_html_())
