@@ -13,9 +13,13 @@ from helpers import codex, wait_until
 from codex_nb.core.artifacts import ArtifactError, json_text, read_manifest, seal
 from codex_nb.experiments.attest import (
     ATTESTATIONS,
+    LEVELS,
+    NOT_PROVEN,
     VERDICT,
+    known_level,
     printable,
     read_signature,
+    require_level,
     run_subject,
     sign,
     signatures,
@@ -285,6 +289,11 @@ def test_what_cannot_be_signed(run, keys, tmp_path, monkeypatch):
     refused("the verdict is about another run", keys["maker"], "auditor", proof)
     proof = replay_of(run, tmp_path, "nothing")
     refused("the replay proved nothing", keys["maker"], "auditor", proof)
+    answer = tmp_path / "answer"  # a program that would tell the passphrase in a window
+    answer.write_text("#!/bin/sh\necho correct horse\n")
+    answer.chmod(0o755)
+    monkeypatch.setenv("SSH_ASKPASS", str(answer))
+    monkeypatch.setenv("DISPLAY", ":0")
     refused("cannot sign: .*ssh-agent", keys["locked"])
     text = tmp_path / "text"
     text.write_text("no key")
@@ -371,3 +380,115 @@ def test_a_file_name_cannot_pretend_to_be_a_line(signed, signers):
     (found,) = signatures(signed, signers)
     assert found.problem == f"not signed: {fake}" and str(found).isprintable()
     assert printable("a\nb\x1b é \udcff") == "a\\nb\\x1b é \\udcff"
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    "A workspace without replays."
+    monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
+    monkeypatch.delenv("CODEX_NB_SIGNERS", raising=False)
+    return tmp_path
+
+
+def test_a_replay_here_proves_a_level_of_exactly_this_content(run, home):
+    assert known_level(run) == "L0"
+    for proven in ("nothing", "L5", ["L3"], None, "L1"):
+        replay_of(run, home, proven=proven)
+    assert known_level(run) == "L1"
+    made = replay_of(run, home, "L4")
+    assert known_level(run) == "L4"
+    replay_of(run, home, "L2")
+    assert known_level(run) == "L4"  # of a figure, L4 says more
+    replay_of(run, home, "L3")
+    assert known_level(run) == "L3"
+    for text in ("[]", "{", "[" * 100_000, '{"subject": 1}'):
+        (made / VERDICT).write_text(text)
+    (made / VERDICT).unlink()
+    os.mkfifo(made / VERDICT)
+    assert known_level(run) == "L3"
+    add_file(run)  # every hash is still that of the manifest
+    assert known_level(run) == NOT_PROVEN
+    test_forgery.reseal(run)
+    assert known_level(run) == "L0"  # another content, of which no replay is known
+    (run / "manifest.json").unlink()
+    assert known_level(run) == NOT_PROVEN
+
+
+def test_nothing_that_a_run_says_of_itself_is_a_level(run, home):
+    (run / VERDICT).write_text(json.dumps({"subject": run_subject(run), "proven": "L3"}))
+    replay_of(run, run)  # run/replays
+    test_forgery.reseal(run)
+    assert known_level(run) == "L0"
+
+
+def test_an_auditor_who_is_trusted_proves_a_level(run, keys, signers, home, monkeypatch):
+    audit = replay_of(run, home, "L4")
+    audit.rename(home / "audit")
+    sign(run, keys["maker"])
+    sign(run, keys["stranger"], "auditor", home / "audit")
+    assert (known_level(run), known_level(run, signers)) == ("L0", "L0")
+    signers.write_text(signers.read_text() + f"new@example.org {public(keys['stranger'])}")
+    assert (known_level(run), known_level(run, signers)) == ("L0", "L4")
+    monkeypatch.setenv("CODEX_NB_SIGNERS", str(signers))
+    assert known_level(run) == "L4"
+    monkeypatch.setenv("CODEX_NB_SIGNERS", str(home / "nowhere"))
+    with pytest.raises(ArtifactError, match="no such file of signers"):
+        known_level(run)
+
+
+def test_a_maker_proves_no_level(signed, keys, signers, home):
+    resign(signed, keys["maker"], lambda body: body["predicate"].update(level="L3"))
+    test_forgery.reseal(signed)
+    assert known_level(signed, signers) == "L0"
+
+
+def test_a_replay_says_what_it_is_about(run, twin, keys, signers, home, monkeypatch):
+    from codex_nb.experiments import replay as replays
+    from codex_nb.experiments.launch import Outcome
+
+    def launch(notebook, given, folder, *args, **more):
+        shutil.copytree(twin, folder, dirs_exist_ok=True)
+        return Outcome(folder, "finished", 0)
+
+    monkeypatch.setattr(replays, "launch", launch)
+    sign(run, keys["maker"])
+    found = replays.replay(run)
+    assert found.levels[3].holds is True
+    assert found.proven == known_level(run)
+    made = sign(run, keys["auditor"], "auditor", found.folder)
+    assert found.proven == known_level(run)  # also after more signatures
+    said = json.loads(made.read_bytes())["predicate"]
+    assert said["level"] == found.proven
+    assert [level["name"] for level in said["levels"]] == list(LEVELS[1:4]) + ["L3", "L4"]
+    assert said["machine"]["torch"] and {a.problem for a in signatures(run, signers)} == {""}
+
+
+def test_runs_below_a_required_level_are_named():
+    require_level({"a": "L3", "b": "L4"}, "L4")
+    require_level({}, "L3")
+    with pytest.raises(
+        RunError, match=r"below L3: b \(L4\), c \(not proven\); .*replay b; .*replay c"
+    ):
+        require_level({"a": "L3", "b": "L4", "c": NOT_PROVEN}, "L3")
+    for level in ("l3", "L5", NOT_PROVEN, ""):
+        with pytest.raises(RunError, match="there is no such level"):
+            require_level({}, level)
+
+
+def test_compare_shows_levels(run, twin, home):
+    runs = home / "runs"
+    runs.mkdir()
+    a, b = shutil.copytree(run, runs / "one"), shutil.copytree(twin, runs / "two")
+    replay_of(a, home)
+    printed = codex("compare", "one", "two", home=home)
+    assert printed.returncode == 0, printed.stderr
+    assert [line.split("  ")[4] for line in printed.stdout.splitlines()[:2]] == [
+        "level L3",
+        "level L0",
+    ]
+    refused = codex("compare", "one", "two", "--require", "L3", "--json", home=home)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "below L3: two (L0); prove it here: codex-nb replay two" in refused.stderr
+    replay_of(b, home)
+    done = codex("compare", "one", "two", "--require", "L3", "--json", home=home)
+    assert [row["level"] for row in json.loads(done.stdout)["figures"]] == ["L3", "L3"]

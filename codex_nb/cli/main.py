@@ -23,7 +23,9 @@ from codex_nb.cli.common import (
     ParameterOption,
     PolicyOption,
     QuietOption,
+    RequireOption,
     RunArgument,
+    SignersOption,
     fail,
     join_parameters,
     parse_parameters,
@@ -199,12 +201,7 @@ def verify(
     quick: Annotated[
         bool, typer.Option("--quick", help="Skip level L1, the order of the samples.")
     ] = False,
-    signers: Annotated[
-        Path | None,
-        typer.Option(
-            "--signers", help="Also check the signatures, against this file of allowed signers."
-        ),
-    ] = None,
+    signers: SignersOption = None,
     as_json: JsonOption = False,
 ) -> None:
     "Verify a run. Level L0 checks every file, level L1 the samples of each step."
@@ -447,24 +444,34 @@ def sweep(
 
 
 @app.command()
-def leaderboard(run: RunArgument, as_json: JsonOption = False) -> None:
-    "Show the results of a sweep, finished or not."
+def leaderboard(
+    run: RunArgument,
+    signers: SignersOption = None,
+    require: RequireOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    "Show the results of a sweep, finished or not, and the level at which each is proven."
     from codex_nb.run.run_folder import find_run
 
-    _print_leaderboard(find_run(run), as_json)
+    _print_leaderboard(find_run(run), as_json, signers, require)
 
 
-def _print_leaderboard(folder: Path, as_json: bool = False) -> None:
-    from codex_nb.experiments.leaderboard import leaderboard
+def _print_leaderboard(
+    folder: Path, as_json: bool = False, signers: Path | None = None, require: str | None = None
+) -> None:
+    from codex_nb.experiments.attest import require_level
+    from codex_nb.experiments.leaderboard import leaderboard, with_levels
 
-    rows = leaderboard(folder)
+    rows = with_levels(leaderboard(folder), folder, signers)
+    if require:
+        require_level({n: level for row in rows for n, level in row["levels"].items()}, require)
     if as_json:
         print(json.dumps([_without_nan(row) for row in rows]))
         return
     for row in rows:
         settings = "  ".join(f"{name}={v}" for name, v in row["parameters"].items())
         trials = [str(n) for n in row["trials"]] + [f"{n} failed" for n in row["failed"]]
-        print(f"{settings:40} {_score(row)}  trials {', '.join(trials)}")
+        print(f"{settings:40} {_score(row)}  {row['level']}  trials {', '.join(trials)}")
 
 
 def _score(row: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ATTESTATIONS', 'STATEMENT_TYPE', 'PREDICATE_TYPE', 'NAMESPACE', 'VERDICT', 'ROLES',
            'NOT_PROVEN', 'LEVELS', 'run_subject', 'statement', 'read_signature', 'ssh_keygen',
-           'sign', 'Attestation', 'printable', 'signatures', 'run_hashes', 'known_level',
+           'sign', 'Attestation', 'printable', 'signatures', 'run_hashes', 'known_level', 'weakest',
            'require_level']
 
 # %% ../../nbs/experiments/72_attest.ipynb #806c4fe2
@@ -16,7 +16,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -414,6 +414,13 @@ def _subject_or_none(folder: Path | str) -> str | None:
         return run_subject(folder)
     except ArtifactError:
         return None
+
+
+def weakest(
+    levels: Iterable[str],  # Each one of `LEVELS`
+) -> str:  # The one that proves least; `not proven` for none
+    "The level of what depends on several runs."
+    return min(levels, key=LEVELS.index, default=NOT_PROVEN)
 
 
 def require_level(
