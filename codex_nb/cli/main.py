@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'run', 'resume', 'preflight', 'prepare', 'runs', 'verify', 'export', 'sign',
-           'replay', 'diff', 'sweep', 'leaderboard', 'prune', 'doctor', 'audit', 'bundle', 'main']
+           'verifier', 'replay', 'diff', 'sweep', 'leaderboard', 'prune', 'doctor', 'audit',
+           'bundle', 'main']
 
 # %% ../../nbs/cli/93_main.ipynb #6a029ed7
 import json
@@ -291,6 +292,22 @@ def sign(
     path = sign(find_run(run), key, role, replayed)
     fingerprint, _ = read_signature(path.with_suffix(".json.sig").read_text("ascii"))
     print(f"signed as {role} with {fingerprint}: {path}")
+
+# %% ../../nbs/cli/93_main.ipynb #c4342eb3
+@app.command()
+def verifier(
+    out: Annotated[
+        Path | None, typer.Argument(help="The file to write. By default, it is printed.")
+    ] = None,
+) -> None:
+    "Write one Python file that verifies a run without this package: python3 verify.py RUN."
+    from codex_nb.deploy.verifier import verifier_source, write_verifier
+
+    if out is None:
+        print(verifier_source(), end="")
+    else:
+        write_verifier(out)
+        print(f"use it with: python3 {out} RUN")
 
 # %% ../../nbs/cli/93_main.ipynb #da0287f3
 @app.command()
