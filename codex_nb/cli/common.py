@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['JsonOption', 'QuietOption', 'PolicyOption', 'DataOption', 'ParameterOption',
-           'RunArgument', 'TokenizerArgument', 'PlotOption', 'join_parameters', 'parse_parameters',
-           'print_error', 'fail', 'command_group']
+           'RunArgument', 'TokenizerArgument', 'SignersOption', 'RequireOption', 'PlotOption',
+           'join_parameters', 'parse_parameters', 'print_error', 'fail', 'command_group']
 
 # %% ../../nbs/cli/90_common.ipynb #c39e1237
 import sys
@@ -95,5 +95,17 @@ RunArgument = Annotated[str, typer.Argument(help="A run folder, or the end of it
 TokenizerArgument = Annotated[
     str,
     typer.Argument(help="A folder, a SentencePiece .model file, or the beginning of a digest."),
+]
+SignersOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--signers", metavar="FILE", help="Check signatures against this file of allowed signers."
+    ),
+]
+RequireOption = Annotated[
+    str | None,
+    typer.Option(
+        "--require", metavar="LEVEL", help="Fail if a run is proven at a lower level, such as L3."
+    ),
 ]
 PlotOption = Annotated[Path | None, typer.Option("--plot", help="Save a plot as this PNG file.")]

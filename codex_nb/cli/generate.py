@@ -18,6 +18,8 @@ from codex_nb.cli.common import (
     JsonOption,
     ParameterOption,
     PolicyOption,
+    RequireOption,
+    SignersOption,
     fail,
     parse_parameters,
 )
@@ -172,20 +174,32 @@ def compare(
     plots: Annotated[
         Path | None, typer.Option("--plots", help="Save plots in this folder.")
     ] = None,
+    signers: SignersOption = None,
+    require: RequireOption = None,
     as_json: JsonOption = False,
 ) -> None:
     "Compare runs. Shows what differs in settings and metrics, and whether by more than chance."
+    from codex_nb.experiments.attest import require_level, weakest
     from codex_nb.experiments.compare import (
         compare_all,
         comparison_json,
+        figure_levels,
         metrics_table,
         setting_differences,
     )
 
     models, comparisons = compare_all(runs, split, seed)
+    levels = [figure_levels(m, signers) for m in models]
+    if require:
+        require_level(
+            {run: level for of_model in levels for run, level in of_model.items()}, require
+        )
     if plots:
         _save_plots(plots, models, comparisons)
-    settings, metrics = setting_differences(models), metrics_table(models)
+    settings, metrics = (
+        setting_differences(models),
+        metrics_table(models, list(map(weakest, map(dict.values, levels)))),
+    )
     if as_json:
         result = {
             "settings": settings,

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'OutOption', 'run', 'resume', 'preflight', 'prepare', 'runs', 'verify', 'export',
-           'replay', 'diff', 'sweep', 'leaderboard', 'prune', 'card', 'report', 'doctor', 'audit',
-           'bundle', 'main']
+           'sign', 'verifier', 'replay', 'diff', 'sweep', 'leaderboard', 'prune', 'card', 'report',
+           'doctor', 'audit', 'bundle', 'main']
 
 # %% ../../nbs/cli/93_main.ipynb #6a029ed7
 import json
@@ -24,7 +24,9 @@ from codex_nb.cli.common import (
     ParameterOption,
     PolicyOption,
     QuietOption,
+    RequireOption,
     RunArgument,
+    SignersOption,
     fail,
     join_parameters,
     parse_parameters,
@@ -200,14 +202,17 @@ def verify(
     quick: Annotated[
         bool, typer.Option("--quick", help="Skip level L1, the order of the samples.")
     ] = False,
+    signers: SignersOption = None,
     as_json: JsonOption = False,
 ) -> None:
     "Verify a run. Level L0 checks every file, level L1 the samples of each step."
+    from codex_nb.experiments.attest import signatures
     from codex_nb.experiments.verify import verify_run
     from codex_nb.run.run_folder import find_run
 
     folder = find_run(run)
     files, order = verify_run(folder), None
+    signed = signatures(folder, signers) if signers else None
     if not quick:
         from codex_nb.core.config import ConfigError
         from codex_nb.experiments.replay import Level, order_level
@@ -217,16 +222,24 @@ def verify(
         except ConfigError as e:  # settings that were changed, or are of another version
             order = Level("L1", False, str(e))
     if as_json:
-        print(json.dumps(files | ({"L1": order.to_dict()} if order else {}), indent=1))
+        more: dict[str, Any] = {"L1": order.to_dict()} if order else {}
+        more |= {} if signed is None else {"signatures": [a.to_dict() for a in signed]}
+        print(json.dumps(files | more, indent=1))
     else:
         _print_verified(files, order)
-    if not files["ok"] or (order and order.holds is False):
+        if signed is not None:
+            lines = [str(a) for a in signed] or ["signature: there is none"]
+            print(*lines, sep="\n")
+    is_signed = signed is None or (bool(signed) and not any(a.problem for a in signed))
+    if not files["ok"] or (order and order.holds is False) or not is_signed:
         raise typer.Exit(1)
 
 
 def _print_verified(files: dict[str, Any], order: "Level | None") -> None:
+    from codex_nb.experiments.attest import printable
+
     for problem in files["problems"]:
-        print(f"wrong: {problem}")
+        print(printable(f"wrong: {problem}"))
     for role, state in files["parents"].items():
         print(f"parent {role}: {state}")
     print(f"L0 {'holds' if files['ok'] else 'does not hold'}: {files['status']}")
@@ -255,6 +268,46 @@ def export(
     if export_run(folder, to):
         raise typer.Exit(1)
     print(f"{folder.name} is in {to}, below {workspace()}")
+
+# %% ../../nbs/cli/93_main.ipynb #6c8bd48b
+@app.command()
+def sign(
+    run: RunArgument,
+    key: Annotated[
+        Path,
+        typer.Option("--key", help="An SSH key, or the .pub file of one in ssh-agent."),
+    ],
+    role: Annotated[
+        str, typer.Option("--as", help="What you are to this run: maker or auditor.")
+    ] = "maker",
+    replayed: Annotated[
+        Path | None,
+        typer.Option("--replay", help="For an auditor: the folder of the replay."),
+    ] = None,
+) -> None:
+    "Sign a run, as its maker, or as an auditor with the level that your replay has proved."
+    from codex_nb.experiments.attest import read_signature, sign
+    from codex_nb.run.run_folder import find_run
+
+    path = sign(find_run(run), key, role, replayed)
+    fingerprint, _ = read_signature(path.with_suffix(".json.sig").read_text("ascii"))
+    print(f"signed as {role} with {fingerprint}: {path}")
+
+# %% ../../nbs/cli/93_main.ipynb #c4342eb3
+@app.command()
+def verifier(
+    out: Annotated[
+        Path | None, typer.Argument(help="The file to write. By default, it is printed.")
+    ] = None,
+) -> None:
+    "Write one Python file that verifies a run without this package: python3 verify.py RUN."
+    from codex_nb.deploy.verifier import verifier_source, write_verifier
+
+    if out is None:
+        print(verifier_source(), end="")
+    else:
+        write_verifier(out)
+        print(f"use it with: python3 {out} RUN")
 
 # %% ../../nbs/cli/93_main.ipynb #da0287f3
 @app.command()
@@ -474,24 +527,34 @@ def sweep(
 
 
 @app.command()
-def leaderboard(run: RunArgument, as_json: JsonOption = False) -> None:
-    "Show the results of a sweep, finished or not."
+def leaderboard(
+    run: RunArgument,
+    signers: SignersOption = None,
+    require: RequireOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    "Show the results of a sweep, finished or not, and the level at which each is proven."
     from codex_nb.run.run_folder import find_run
 
-    _print_leaderboard(find_run(run), as_json)
+    _print_leaderboard(find_run(run), as_json, signers, require)
 
 
-def _print_leaderboard(folder: Path, as_json: bool = False) -> None:
-    from codex_nb.experiments.leaderboard import leaderboard
+def _print_leaderboard(
+    folder: Path, as_json: bool = False, signers: Path | None = None, require: str | None = None
+) -> None:
+    from codex_nb.experiments.attest import require_level
+    from codex_nb.experiments.leaderboard import leaderboard, with_levels
 
-    rows = leaderboard(folder)
+    rows = with_levels(leaderboard(folder), folder, signers)
+    if require:
+        require_level({n: level for row in rows for n, level in row["levels"].items()}, require)
     if as_json:
         print(json.dumps([_without_nan(row) for row in rows]))
         return
     for row in rows:
         settings = "  ".join(f"{name}={v}" for name, v in row["parameters"].items())
         trials = [str(n) for n in row["trials"]] + [f"{n} failed" for n in row["failed"]]
-        print(f"{settings:40} {_score(row)}  trials {', '.join(trials)}")
+        print(f"{settings:40} {_score(row)}  {row['level']}  trials {', '.join(trials)}")
 
 
 def _score(row: dict[str, Any]) -> str:

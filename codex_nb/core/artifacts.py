@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'MANIFEST', 'ArtifactError', 'DiskError', 'disk_error', 'sha256_file', 'sync',
            'write_file', 'json_text', 'Manifest', 'content_digest', 'code_files', 'code_digest',
-           'git_head', 'producer', 'seal', 'read_manifest', 'problems', 'Artifact', 'open_artifact',
-           'Draft', 'publish', 'clear_leftovers']
+           'git_head', 'producer', 'seal', 'artifact_files', 'read_manifest', 'problems',
+           'Artifact', 'open_artifact', 'Draft', 'publish', 'clear_leftovers']
 
 # %% ../../nbs/core/02_artifacts.ipynb #2dc72037
 import ctypes
@@ -78,8 +78,11 @@ def sha256_file(
     path: Path | str,  # A file
 ) -> str:  # 64 hex digits
     "SHA-256 of a file's bytes."
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 18))
+    with open(path, "rb", buffering=0) as f:
+        while n := f.readinto(buffer):
+            digest.update(buffer[:n])
+    return digest.hexdigest()
 
 
 def sync(
@@ -224,7 +227,7 @@ def seal(
     folder = Path(folder)
     files: dict[str, dict[str, Any]] = {}
     attached: dict[str, dict[str, Any]] = {}
-    for path in _artifact_files(folder):
+    for path in artifact_files(folder):
         name = path.relative_to(folder).as_posix()
         if name == MANIFEST:
             continue
@@ -247,7 +250,9 @@ def seal(
     return manifest
 
 # %% ../../nbs/core/02_artifacts.ipynb #f0f031dd
-def _artifact_files(folder: Path) -> Iterator[Path]:
+def artifact_files(
+    folder: Path | str,  # An artifact's folder
+) -> Iterator[Path]:  # Files, links to files, and whatever else is no folder
     "All files in a fixed order, without those in or under a name that starts with a dot."
     for root, folders, names in os.walk(folder):
         folders[:] = sorted(d for d in folders if not d.startswith("."))
@@ -286,13 +291,30 @@ def read_manifest(
                 "use a newer codex_nb"
             )
         check = body.pop("check")
-        m = Manifest(**body)
+        m = _check_types(Manifest(**body))
         digest = content_digest(m.kind, m.config, m.parents, m.files)
         is_intact = check == digest_of(body) and m.digest == digest
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as e:
         raise ArtifactError(f"{path}: unreadable: {e}") from None
     if not is_intact:
         raise ArtifactError(f"{path}: the manifest was changed after it was written")
+    return m
+
+
+def _check_types(m: Manifest) -> Manifest:
+    "`TypeError` for values of other types than a manifest has."
+    texts = {"kind": m.kind, "digest": m.digest, "created": m.created}
+    texts |= {f"parents: {role}": digest for role, digest in m.parents.items()}
+    for name, record in (*m.files.items(), *m.attachments.items()):
+        texts[f"{name}: sha256"] = record["sha256"]
+        if type(record["size"]) is not int:
+            raise TypeError(f"{name}: size is {record['size']!r}, must be a whole number")
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise TypeError(f"{name} is {text!r}, must be a text")
+    for name, values in {"config": m.config, "meta": m.meta, "producer": m.producer}.items():
+        if not isinstance(values, dict):
+            raise TypeError(f"{name} is {values!r}, must be an object")
     return m
 
 # %% ../../nbs/core/02_artifacts.ipynb #c97305fc
@@ -308,20 +330,31 @@ def problems(
     listed, out = manifest.files | manifest.attachments, list[str]()
     if (folder / MANIFEST).is_symlink():
         out.append(f"{folder / MANIFEST}: a link, must be a file")
-    present = {p.relative_to(folder).as_posix(): p for p in _artifact_files(folder)}
+    present = {p.relative_to(folder).as_posix(): p for p in artifact_files(folder)}
     for name in sorted(present.keys() - listed.keys() - {MANIFEST}):
         out.append(f"{folder / name}: not in the manifest")
     for name, record in sorted(listed.items()):
         path = present.get(name)
         if path is None:
             out.append(f"{folder / name}: missing")
-        elif path.is_symlink():
-            out.append(f"{path}: a link, must be a file")
-        elif path.stat().st_size != record["size"]:
-            out.append(f"{path}: {path.stat().st_size} bytes, the manifest says {record['size']}")
-        elif sha256_file(path) != record["sha256"]:
-            out.append(f"{path}: the content has changed (SHA-256 differs from the manifest's)")
+        elif problem := _file_problem(path, record):
+            out.append(f"{path}: {problem}")
     return out
+
+
+def _file_problem(path: Path, record: dict[str, Any]) -> str:
+    if path.is_symlink():
+        return "a link, must be a file"
+    if not path.is_file():  # reading a pipe or a device may never end
+        return "not a file"
+    try:
+        if (size := path.stat().st_size) != record["size"]:
+            return f"{size} bytes, the manifest says {record['size']}"
+        if sha256_file(path) != record["sha256"]:
+            return "the content has changed (SHA-256 differs from the manifest's)"
+    except OSError as e:
+        return f"cannot be read: {e.strerror}"
+    return ""
 
 # %% ../../nbs/core/02_artifacts.ipynb #b5480152
 @dataclass(frozen=True)

@@ -413,6 +413,7 @@ ENVIRONMENT = {
     "CODEX_NB_PREFER": "the package to use where two offer a plug-in of one name, as "
     "KIND:NAME=PACKAGE, separated by commas",
     "CODEX_NB_STUDY": "the address of a search's database, where it contains a password",
+    "CODEX_NB_SIGNERS": "a file of allowed signers, whose audits count as proofs",
 }
 
 

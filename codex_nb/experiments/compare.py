@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CompareError', 'EvaluatedModel', 'open_evaluated', 'group_by_seed',
            'setting_differences', 'newest_pair', 'Comparison', 'compare', 'compare_all',
-           'comparison_json', 'metrics_table', 'plot_curves', 'plot_differences', 'plot_documents',
-           'plot_speed']
+           'comparison_json', 'metrics_table', 'figure_levels', 'plot_curves', 'plot_differences',
+           'plot_documents', 'plot_speed']
 
 # %% ../../nbs/experiments/74_compare.ipynb #21bf1eb8
 import json
@@ -29,6 +29,7 @@ from codex_nb.eval.statistics import (
     paired_difference,
     verdict,
 )
+from .attest import NOT_PROVEN, known_level
 from ..run.run_folder import find_run, list_runs
 from ..run.run_record import RunRecord, load_parents
 from ..run.settings import TRAINING_KINDS
@@ -387,17 +388,20 @@ def _interval_json(interval: Interval) -> dict[str, float | None]:  # JSON has n
 
 def metrics_table(
     models: Sequence[EvaluatedModel],  # From `compare_all`
+    levels: Sequence[str] | None = None,  # At which the scores are proven, for a column
 ) -> list[dict[str, Any]]:  # Rows for a table, rounded
     "The scores and speed of each model."
+    shown = [{}] * len(models) if levels is None else [{"level": level} for level in levels]
     return [
         {
             "run": m.name,
             "bits per byte": _format_metric(m.summary["metrics"].get("bits_per_byte")),
             "accuracy": _format_metric(m.summary["metrics"].get("accuracy")),
             "documents": m.summary["documents"],
+            **level,
             "tokens/s": "" if m.tokens_per_second is None else f"{m.tokens_per_second:,.0f}",
         }
-        for m in models
+        for m, level in zip(models, shown)
     ]
 
 
@@ -406,6 +410,19 @@ def _format_metric(metric: dict | None) -> str:
         return ""
     value, low, high = metric["value"], metric["low"], metric["high"]
     return f"{value:.4f}" + ("" if None in (low, high) else f" [{low:.4f}, {high:.4f}]")
+
+# %% ../../nbs/experiments/74_compare.ipynb #a71e305f
+def figure_levels(
+    model: EvaluatedModel,  # From `open_evaluated`
+    signers: Path | str | None = None,  # Allowed signers; default: `$CODEX_NB_SIGNERS`
+) -> dict[str, str]:  # Name of a run -> one of `attest.LEVELS`
+    "The level of each run that the scores of a model come from."
+    evaluation = model.evaluation.path.absolute()
+    run = evaluation.parent.parent
+    if not (run / "config.json").is_file():
+        return {evaluation.name: NOT_PROVEN}  # in no run, so nothing can be replayed
+    folders = dict.fromkeys(p.absolute() for p in (run, model.run) if p)
+    return {p.name: known_level(p, signers) for p in folders}
 
 # %% ../../nbs/experiments/74_compare.ipynb #15175d6d
 def plot_curves(

@@ -21,6 +21,7 @@ from ..core.repro import numeric_identity
 from ..core.store import find_stored, workspace
 from ..data.batches import BatchSampler, batch_fingerprint, order_digest
 from ..data.tokens import PackedDataset, TokenStore
+from .attest import run_subject
 from .compare import CompareError, EvaluatedModel, compare, open_evaluated
 from codex_nb.experiments.launch import (
     WRITES_OUTSIDE,
@@ -418,7 +419,8 @@ def replay(
     notes = _replay_notes(run, kind, outcome)
     result = Replay(str(run), str(folder), tuple(levels), diff, tuple(notes))
     result = _with_lineage(result, parameters, tolerance, echo, lineage)
-    write_file(folder / ".verdict.json", json_text(result.to_dict()))
+    verdict = result.to_dict() | {"subject": run_subject(run)}
+    write_file(folder / ".verdict.json", json_text(verdict))
     return result
 
 # %% ../../nbs/experiments/75_replay.ipynb #a1ce5707

@@ -345,7 +345,14 @@ def _final_metrics(metrics: list[dict]) -> dict[str, float]:
 
 # %% ../../nbs/experiments/73_run_diff.ipynb #658762b1
 # Files that say how one execution went; the log is compared record by record
-ONE_EXECUTION = ("environment", "code.diff", "figures/", "metrics.", "system.ndjson")
+ONE_EXECUTION = (
+    "environment",
+    "code.diff",
+    "figures/",
+    "metrics.",
+    "system.ndjson",
+    "attestations/",
+)
 _DESCRIPTION = (MANIFEST, "config.json", "parents.json", "plan.json")  # compared by their content
 
 
