@@ -310,7 +310,7 @@ def store_gc(
     from codex_nb.core.store import remove_unused
     from codex_nb.run.run_folder import in_use
 
-    removed = remove_unused(days, max_bytes, in_use(), dry_run)
+    removed = remove_unused(days, max_bytes, in_use, dry_run)
     if as_json:
         print(json.dumps(removed))
         return

@@ -144,6 +144,20 @@ def _close_workspace(path: Path, previous: str | None, process_id: int) -> None:
         os.environ["CODEX_NB_HOME"] = previous
     shutil.rmtree(path, ignore_errors=True)
 
+# %% ../../nbs/core/05_store.ipynb #18ad13be
+def _lock_of(artifact: Path) -> Path:
+    return artifact.with_name(f".{artifact.name}.lock")
+
+
+def _mark_used(folder: Path) -> bool:  # Whether the artifact is there; its lock is held
+    # The manifest's modification time is the date of the last use; its content stays. It is set
+    # before the artifact is read, so that it is not removed in between.
+    if not folder.exists():
+        return False
+    if (folder / MANIFEST).exists():
+        os.utime(folder / MANIFEST)
+    return True
+
 # %% ../../nbs/core/05_store.ipynb #2c7b58ce
 def cached(
     kind: str,  # The kind of artifact
@@ -164,13 +178,13 @@ def cached(
         }
     )
     target = store_folder(kind) / key[:20]
-    with Lock(store_folder(kind) / f".{key[:20]}.lock", timeout=600):
-        if not target.exists():
+    with Lock(_lock_of(target), timeout=600):
+        if not _mark_used(target):
             with publish(target, kind, config, parents) as draft:
                 build(draft)
             return draft.artifact
     try:
-        return _mark_used(open_artifact(target, kind))
+        return open_artifact(target, kind)
     except ArtifactError as e:
         raise ArtifactError(f"{e}; delete {target} and run again to rebuild it") from None
 
@@ -191,8 +205,8 @@ def store_by_content(
         artifact = draft.artifact
         target = folder / artifact.digest[:20]
         with Lock(folder / f".{target.name}.lock", timeout=600):
-            if target.exists():
-                return _mark_used(open_artifact(target, kind))
+            if _mark_used(target):
+                return open_artifact(target, kind)
             os.rename(artifact.path, target)
             sync(folder)
         return Artifact(target, artifact.manifest)
@@ -204,15 +218,20 @@ def find_stored(
 ) -> Artifact | None:  # Verified; None when the store does not have it
     "Look up an artifact in the store by its digest; raises `ArtifactError` if it is damaged."
     for path in store_folder(kind).glob(f"*/{MANIFEST}"):
-        if json.loads(path.read_bytes())["digest"] == digest:
-            return _mark_used(open_artifact(path.parent, kind))
+        if _digest_in(path) != digest:
+            continue
+        with Lock(_lock_of(path.parent), timeout=600):
+            is_there = _mark_used(path.parent)
+        if is_there:
+            return open_artifact(path.parent, kind)
     return None
 
 
-def _mark_used(artifact: Artifact) -> Artifact:
-    # The manifest's modification time is the date of the last use; its content stays.
-    os.utime(artifact.path / MANIFEST)
-    return artifact
+def _digest_in(manifest: Path) -> str | None:  # None when it was removed since it was listed
+    try:
+        return json.loads(manifest.read_bytes())["digest"]
+    except FileNotFoundError:
+        return None
 
 
 def _make_folder(folder: Path) -> Path:
@@ -238,17 +257,22 @@ def stored_artifacts() -> list[dict[str, Any]]:  # Least recently used first
                 "digest": manifest.digest,
                 "path": str(path.parent),
                 "bytes": sum(record["size"] for record in files.values()),
-                "used": round((time.time() - path.stat().st_mtime) / 86400, 3),
+                "used": round(_days_since_use(path.parent), 3),
                 "parents": manifest.parents,
             }
         )
     return sorted(out, key=lambda row: (-row["used"], row["path"]))
 
+
+def _days_since_use(artifact: Path) -> float:
+    return (time.time() - (artifact / MANIFEST).stat().st_mtime) / 86400
+
 # %% ../../nbs/core/05_store.ipynb #d6d03dbf
 def remove_unused(
     days: float | None = None,  # Remove what was not used for so long
     max_bytes: int | None = None,  # Remove the least recently used until the rest is no larger
-    keep: Iterable[str] = (),  # Digests that must stay, with all they are made from
+    # Digests that must stay, with all they are made from; a function is asked again each time
+    keep: Iterable[str] | Callable[[], Iterable[str]] = (),
     dry_run: bool = False,  # Only list what would be removed
 ) -> list[dict[str, Any]]:  # What was removed, as rows of `stored_artifacts`
     "Clean the store; raises `ArtifactError` when neither `days` nor `max_bytes` is given."
@@ -258,17 +282,26 @@ def remove_unused(
             "or both"
         )
     rows, removed = stored_artifacts(), []
-    needed = _with_ancestors(keep, rows)
+    fixed = () if callable(keep) else tuple(keep)
+
+    def needed() -> set[str]:
+        return _with_ancestors(keep() if callable(keep) else fixed, rows)
+
+    needed_at_first = needed()
     total = sum(row["bytes"] for row in rows)
     for row in rows:
         too_old = days is not None and row["used"] >= days
         too_much = max_bytes is not None and total > max_bytes
-        if row["digest"] in needed or row["used"] < 1 or not (too_old or too_much):
+        if row["digest"] in needed_at_first or row["used"] < 1 or not (too_old or too_much):
             continue
+        path = Path(row["path"])
         try:
-            with Lock(_lock_of(Path(row["path"]))):
+            with Lock(_lock_of(path)):
+                # A run may have started since: only what is read under the lock is true.
+                if not path.exists() or _days_since_use(path) < 1 or row["digest"] in needed():
+                    continue
                 if not dry_run:
-                    _remove(Path(row["path"]))
+                    _remove(path)
         except ArtifactError:  # another process is using it
             continue
         total -= row["bytes"]
@@ -285,10 +318,6 @@ def _with_ancestors(digests: Iterable[str], rows: list[dict[str, Any]]) -> set[s
         out |= new
         todo += new
     return out
-
-
-def _lock_of(artifact: Path) -> Path:
-    return artifact.with_name(f".{artifact.name}.lock")
 
 
 def _remove(artifact: Path) -> None:

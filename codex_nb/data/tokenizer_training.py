@@ -26,10 +26,11 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, tra
 from tokenizers import Tokenizer as FastTokenizer
 from tqdm import tqdm
 
-from ..core.artifacts import Draft
+from ..core.artifacts import ArtifactError, Draft
 from ..core.config import NOT_IN_DIGEST, Config, ConfigError
 from ..core.plugins import get, known
 from ..core.store import cached, find_stored, store_by_content, stored_artifacts
+from ..core.untrusted import check_plain_files, read_json_object, require_file
 from .builtin_datasets import sample
 from .corpus import SPLITS, Corpus, hash_fraction
 from codex_nb.data.tokenizer import (
@@ -40,6 +41,7 @@ from codex_nb.data.tokenizer import (
     build_char_level,
     build_sentencepiece,
     byte_characters,
+    check_tokenizer_file,
     save_tokenizer,
 )
 
@@ -430,10 +432,10 @@ def find_tokenizer(
 
 def _import(source: Path, to: Path) -> int:
     "Write an imported tokenizer's files, and return the size of its vocabulary."
-    _import_files(source, to)
     try:
+        _import_files(source, to)
         return Tokenizer(to, "").vocab_size
-    except TokenizerError as e:  # names the copy, which is gone when you read it
+    except (ArtifactError, TokenizerError) as e:  # names the copy, which is gone when you read it
         raise TokenizerError(str(e).replace(str(to), str(source))) from None
 
 # %% ../../nbs/data/16_tokenizer_training.ipynb #a7d2ed72
@@ -442,11 +444,12 @@ def _import_files(path: Path, to: Path) -> None:
     if not path.exists():
         raise TokenizerError(f"tokenizer_path: {path.absolute()}: there is no such file or folder")
     model = path if path.is_file() else path / "tokenizer.model"
+    if path.is_dir():
+        check_plain_files(path)
+    else:
+        require_file(path)
     if path.is_dir() and (path / "tokenizer.json").exists():
-        try:
-            FastTokenizer.from_file(str(path / "tokenizer.json"))
-        except Exception as e:
-            raise TokenizerError(f"{path / 'tokenizer.json'}: cannot be read: {e}") from None
+        check_tokenizer_file(path)
         shutil.copyfile(path / "tokenizer.json", to / "tokenizer.json")
         config = _tokenizer_config(path)
     elif model.is_file():
@@ -466,7 +469,7 @@ def _tokenizer_config(folder: Path) -> dict[str, Any]:
     config: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).exists():
-            config |= json.loads((folder / name).read_bytes())
+            config |= read_json_object(folder / name)
     if (folder / "chat_template.jinja").exists():
         config["chat_template"] = (folder / "chat_template.jinja").read_text("utf-8")
     return config

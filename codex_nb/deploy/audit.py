@@ -21,8 +21,8 @@ import yaml
 
 import codex_nb
 from ..core.artifacts import code_files
-from ..core.pages import html_page, html_table
 from .doctor import healthy, probe
+from ..tracking.pages import html_page, html_table
 
 # %% ../../nbs/deploy/83_audit.ipynb #2e816e64
 EVIDENCE_SCHEMA = 1

@@ -8,6 +8,7 @@ __all__ = ['README_TEXT', 'TRAINING_STATE', 'needed_packages', 'fetch_wheels', '
 
 # %% ../../nbs/deploy/82_bundle.ipynb #e611bf29
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,11 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import codex_nb
-from ..core.artifacts import Artifact, publish, sha256_file
+from ..core.artifacts import Artifact, ArtifactError, publish, sha256_file
 from ..core.config import ConfigError
 from ..core.policy import load_policy
 from ..core.repro import lock_file, plain_name, read_lock
 from ..core.safety import find_secrets
+from ..core.untrusted import require_file, require_inside
 from ..data.tokenizer_training import find_tokenizer
 from . import installer
 from .installer import platform_info
@@ -167,6 +169,8 @@ def _secrets_in(path: Path, size: int = 16 << 20) -> list[str]:
 def _check_data(path: Path, allow_secrets: bool) -> None:
     if not path.exists():
         raise ConfigError(f"data: {path.absolute()}: there is no such file or folder")
+    if not path.is_dir():
+        require_file(path, None)
     found = [] if allow_secrets else _secrets_in(path)
     if found:
         more = f", and {len(found) - 1} more" if len(found) > 1 else ""
@@ -175,11 +179,26 @@ def _check_data(path: Path, allow_secrets: bool) -> None:
         )
 
 
+def _check_content(path: Path) -> None:
+    "Refuse links that lead out of a folder, and what is no plain file."
+    for root, folders, names in os.walk(path):
+        folders[:] = sorted(d for d in folders if not d.startswith("."))
+        for name in folders:
+            if (Path(root) / name).is_symlink():
+                raise ArtifactError(
+                    f"{Path(root) / name}: a link to a folder; copy the folder itself there"
+                )
+        for name in sorted(names):
+            if not name.startswith("."):
+                require_inside(require_file(Path(root) / name, None), path)
+
+
 def _add(chosen: dict[str, Path], kind: str, name: str, path: Path) -> None:
     if name.startswith("."):
         raise ConfigError(
             f"{kind}: {name!r} begins with a dot, and hidden files are not packed; rename it"
         )
+    _check_content(path)
     if chosen.setdefault(name, path) != path:
         raise ConfigError(f"{kind}: two are called {name!r}; rename one")
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from ..core.artifacts import MANIFEST, ArtifactError, Manifest, read_manifest
-from ..core.pages import html_page, html_table
 from ..core.store import find_stored
 from codex_nb.deploy.card import (
     FIGURES,
@@ -35,6 +34,7 @@ from ..experiments.verify import verify_run
 from ..run.run_folder import find_in_runs, run_parts, run_status
 from ..run.run_record import RunError, RunRecord
 from ..tracking.metrics_log import read_metrics
+from ..tracking.pages import html_page, html_table
 
 # %% ../../nbs/deploy/86_report.ipynb #efe02357
 @dataclass(frozen=True)

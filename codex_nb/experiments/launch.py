@@ -146,6 +146,21 @@ def _check_parameter(name: Any, value: Any, known: set[str]) -> None:
             "the run, so pass it in an environment variable"
         )
 
+# %% ../../nbs/experiments/70_launch.ipynb #8d015733
+def _held_by_child(folder: Path) -> bool:
+    "Whether the lock of a run is held by a process that this one has started."
+    import psutil
+
+    if not is_locked(folder / LOCK):
+        return False
+    try:
+        owner = (folder / f"{LOCK}.owner").read_text("utf-8")
+    except FileNotFoundError:
+        return False
+    number = re.match(rf"process (\d+) on {re.escape(socket.gethostname())} ", owner)
+    children = psutil.Process().children(recursive=True)
+    return number is not None and any(p.pid == int(number[1]) for p in children)
+
 # %% ../../nbs/experiments/70_launch.ipynb #a1d47443
 class _RunWriter:
     "A papermill writer that redacts, and writes only into a run that the notebook has started."
@@ -157,20 +172,13 @@ class _RunWriter:
         self.saved = "{}"
         self.kernel_ready = False  # Whether it has begun a cell
         self.run_existed = (folder / "config.json").exists()
-        self._run_locked = False
-
-    @property
-    def started(self) -> bool:
-        "Whether the notebook has started the run, or resumed the one that was there."
-        if not self.run_existed:
-            return (self.folder / "config.json").exists()
-        return self._run_locked or (self.folder / MANIFEST).exists()
+        self.started = False  # Whether a kernel of this process has held the run's lock
 
     def write(self, buf: str, path: str) -> None:
         self.saved = buf
         self.kernel_ready = self.kernel_ready or '"status": "running"' in buf
         # papermill writes before and after each cell, while the kernel is alive.
-        self._run_locked = self._run_locked or is_locked(self.folder / LOCK)
+        self.started = self.started or _held_by_child(self.folder)
         if self.started and not (self.folder / MANIFEST).exists():
             write_file(self.folder / f".{path.removeprefix(self.scheme)}", self.text())
 
@@ -375,9 +383,11 @@ def launch(
     code = 0 if name is None else _EXIT_CODES.get(name, 1)
     if code and signals.name:
         error, code = f"interrupted by {signals.name}", EXIT_CODES[signals.name]
-    # The kernel has ended: if the run is locked now, another process took it first.
-    taken_by_other = is_locked(folder / LOCK)
-    if not writer.started or taken_by_other:
+    # Of two launches into one folder, one gets the lock: the other must change nothing, whether
+    # the first still runs or has ended. A notebook without an error has had the lock.
+    if not (writer.started or name is None and (folder / "config.json").exists()):
+        return _not_started(path, folder, code, error)
+    if is_locked(folder / LOCK):  # by another process, which has resumed the run since
         return _not_started(path, folder, code, error)
     refusals = ("CheckpointError", "InexactResumeError")
     if name in refusals and writer.run_existed:  # a resume that was refused

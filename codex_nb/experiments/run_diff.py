@@ -20,11 +20,11 @@ from safetensors import safe_open
 
 from ..core.artifacts import MANIFEST, read_manifest, sha256_file
 from ..core.config import diff_dicts
-from ..core.pages import html_page
 from ..core.repro import numeric_identity
 from ..run.run_folder import last_values, run_parts
 from ..run.run_record import RunRecord
 from ..tracking.metrics_log import read_metrics
+from ..tracking.pages import html_page
 
 # %% ../../nbs/experiments/73_run_diff.ipynb #5285dc8c
 @dataclass(frozen=True)

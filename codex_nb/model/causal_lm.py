@@ -5,18 +5,21 @@
 # %% auto #0
 __all__ = ['resolve_device', 'resolve_dtype', 'autocast', 'llama', 'gpt2', 'build_model',
            'document_mask', 'logits_of', 'count_parameters', 'flops_per_token', 'check_weights',
-           'hide_progress_bars', 'open_model', 'check_model']
+           'check_sizes', 'hide_progress_bars', 'open_model', 'check_model']
 
 # %% ../../nbs/model/21_causal_lm.ipynb #f0ea9410
 import json
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GPT2Config,
     LlamaConfig,
@@ -29,8 +32,9 @@ from ..core.artifacts import ArtifactError
 from ..core.config import ConfigError
 from ..core.plugins import get
 from ..core.repro import fix_cublas_workspace, seed_for
-from ..core.tensors import tensor_table
+from ..core.tensors import tensor_table, weight_files
 from ..core.types import Batch
+from ..core.untrusted import check_plain_files, read_json_object
 from .model_config import ModelConfig
 
 # %% ../../nbs/model/21_causal_lm.ipynb #14ef83ff
@@ -215,6 +219,7 @@ def check_weights(
 ) -> None:  # `ArtifactError` for a damaged file or an index that points elsewhere
     "Check the headers of a model's weights and its index, before anything opens them."
     folder = Path(folder)
+    check_plain_files(folder)
     for path in folder.glob("*.safetensors"):
         tensor_table(path)
     index = folder / "model.safetensors.index.json"
@@ -237,6 +242,81 @@ def _is_weight_file(folder: Path, name: Any) -> bool:  # a plain name, so no pat
         and name.endswith(".safetensors")
         and (folder / name).is_file()
     )
+
+# %% ../../nbs/model/21_causal_lm.ipynb #8affea5d
+# Settings that are counts or widths; lengths of the context and ids of tokens are neither
+_SIZES = re.compile(
+    r"(layer|block|expert|head|label|group|class|stage|depth|codebook|channel|width|rank|branch"
+    r"|(hidden|vocab|intermediate|embedding|embed|state|inner|ffn|feed_forward)_(size|dim)"
+    r"|^d_|_dim$|^dim$|embd|inner|kernel)"
+)
+_NOT_SIZES = re.compile(
+    r"(_id|_ids|position|context|window|length|theta|_every|interval|_seq|max_)"
+)
+_SPARE_BYTES = 1 << 30  # For tensors that are computed
+
+
+def check_sizes(
+    folder: Path | str,  # A model folder whose weights were checked
+) -> None:  # `ArtifactError` for a configuration that describes another model than the weights
+    "Compare the sizes in `config.json` with the headers of the weights, allocating nothing."
+    folder = Path(folder)
+    place = folder / "config.json"
+    config = read_json_object(place)
+    files = weight_files(folder)
+    shapes = [entry["shape"] for path in files for entry in tensor_table(path).values()]
+    stored = sum(path.stat().st_size for path in files)
+    largest = max(len(shapes), max((n for shape in shapes for n in shape), default=1))
+    _refuse_kernels(config, place)
+    for name, value in _sizes_in(config):
+        if value > largest:
+            raise ArtifactError(
+                f"{place}: {name}: {value:,}, but the weights have {len(shapes):,} tensors, and "
+                f"no dimension beyond {largest:,}; bring the config.json that belongs to them"
+            )
+    parameters, computed = _meta_sizes(folder)
+    if parameters > 2 * stored + (1 << 20) or computed > stored + _SPARE_BYTES:
+        raise ArtifactError(
+            f"{place}: describes a model of {parameters:,} parameters (and {computed:,} bytes "
+            f"besides), but the weights have {stored:,} bytes; bring the config.json that belongs "
+            "to them"
+        )
+    memory = psutil.virtual_memory().total
+    if 4 * parameters > memory:
+        raise ArtifactError(
+            f"{folder}: {parameters:,} parameters need {4 * parameters:,} bytes in fp32, and this "
+            f"machine has {memory:,}; use a larger machine or a smaller model"
+        )
+
+
+def _refuse_kernels(config: dict[str, Any], place: Path) -> None:
+    "Refuse a configuration that names kernels in a repository, which transformers would run."
+    for name, value in config.items():
+        if isinstance(value, dict):
+            _refuse_kernels(value, place)
+        if name.endswith("_implementation") and "/" in str(value):
+            raise ArtifactError(
+                f"{place}: {name}: {value!r} names code in a repository, which is never run here; "
+                "remove this line"
+            )
+
+
+def _sizes_in(config: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    "Counts and widths in a configuration and the configurations inside it."
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _sizes_in(value)
+        numbers = value if isinstance(value, list) else [value]
+        if _SIZES.search(name) and not _NOT_SIZES.search(name):
+            yield from ((name, n) for n in numbers if isinstance(n, (int, float)))
+
+
+def _meta_sizes(folder: Path) -> tuple[int, int]:  # parameters, bytes of computed tensors
+    with _explain(folder), torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    computed = sum(b.numel() * b.element_size() for b in model.buffers())
+    return count_parameters(model), computed
 
 # %% ../../nbs/model/21_causal_lm.ipynb #dcd313ea
 @contextmanager
@@ -261,19 +341,39 @@ def open_model(
     if not (Path(folder) / "config.json").is_file():
         raise ArtifactError(f"{folder}: there is no config.json here, so this is no model")
     check_weights(folder)
-    try:
-        with hide_progress_bars():
-            model = AutoModelForCausalLM.from_pretrained(
-                folder,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                dtype=torch.float32,
-            )
-    except (OSError, ValueError, KeyError, RuntimeError) as e:
-        raise ArtifactError(f"{folder}: {_why_not_opened(Path(folder), e)}") from None
-    model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` and loses its self
+    check_sizes(folder)
+    with _explain(Path(folder)), hide_progress_bars():
+        opened: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below
+        )
+    model, loaded = opened
+    for name, stored, described in sorted(loaded["mismatched_keys"]):
+        raise ArtifactError(
+            f"{folder}: {name}: config.json describes a shape of {list(described)}, the weights "
+            f"have {list(stored)}; bring the files that belong together"
+        )
+    if missing := sorted(map(str, loaded["missing_keys"])):  # they would be random numbers
+        raise ArtifactError(
+            f"{folder}: config.json describes tensors that the weights lack: "
+            f"{', '.join(missing[:3])}; bring the files that belong together"
+        )
+    model.to(device)
     return model.eval()
+
+
+@contextmanager
+def _explain(folder: Path) -> Iterator[None]:
+    "Turn whatever transformers raises for a folder into an `ArtifactError`."
+    try:
+        yield
+    except Exception as e:
+        raise ArtifactError(f"{folder}: {_why_not_opened(folder, e)}") from None
 
 
 def _why_not_opened(folder: Path, error: Exception) -> str:
@@ -283,7 +383,8 @@ def _why_not_opened(folder: Path, error: Exception) -> str:
             "the model needs its own Python code (auto_map in config.json), which is never run "
             "here; use an architecture that is part of transformers"
         )
-    return f"transformers cannot open it: {str(error).strip().splitlines()[0]}"
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return f"transformers cannot open it: {reason}"
 
 # %% ../../nbs/model/21_causal_lm.ipynb #8b7230d2
 def check_model(

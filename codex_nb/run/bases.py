@@ -6,16 +6,16 @@
 __all__ = ['find_base', 'resolve_compute_settings']
 
 # %% ../../nbs/run/63_bases.ipynb #0afc188e
-import json
 from pathlib import Path
 from typing import Any
 
 from ..core.config import ConfigError
 from ..core.store import workspace
+from ..core.untrusted import read_json_object
 from ..data.tokens import TokenStore
 from ..model.compute import resolve_compute
 from ..model.model_config import rough_flops
-from ..model.model_registry import find_model
+from ..model.model_registry import check_adapter, find_model
 from codex_nb.run.run_folder import (
     find_in_runs,
     find_run,
@@ -102,9 +102,8 @@ def _model_config(cfg: RunConfig) -> dict[str, Any]:  # As in the model's `confi
         return {"model_type": m.arch, "attention_dropout": m.dropout} | shape
     folder = find_base(cfg.model.base)
     if not (folder / "config.json").is_file():  # an adapter: its base has the shape
-        adapter = json.loads((folder / "adapter_config.json").read_bytes())
-        folder = find_model(adapter["base_model_name_or_path"])
-    return json.loads((folder / "config.json").read_bytes())
+        folder = find_model(check_adapter(folder).get("base_model_name_or_path") or "")
+    return read_json_object(folder / "config.json")
 
 
 def _shape(  # layers, width, vocabulary size

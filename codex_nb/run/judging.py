@@ -277,9 +277,17 @@ def open_trained(
     checkpoint: Artifact,  # From `find_checkpoint`
     device: str = "cpu",  # Where the model goes
 ) -> tuple["PreTrainedModel", Tokenizer]:  # The model in evaluation mode
-    "Open a checkpoint's model and tokenizer."
-    tokenizer = Tokenizer(checkpoint.path, checkpoint.manifest.parents["tokenizer"])
-    return load_model(checkpoint.path, device), tokenizer
+    "Open a checkpoint's model and tokenizer; `ArtifactError` when it was pruned meanwhile."
+    try:
+        tokenizer = Tokenizer(checkpoint.path, checkpoint.manifest.parents["tokenizer"])
+        return load_model(checkpoint.path, device), tokenizer
+    except (ArtifactError, OSError, ValueError):
+        if checkpoint.path.exists():
+            raise
+    raise ArtifactError(
+        f"{checkpoint.path}: pruned meanwhile, since the run that trains keeps newer ones; "
+        "evaluate again, or keep this one with keep_last or keep_every"
+    )
 
 
 def corpus_for(

@@ -561,12 +561,16 @@ def latest_checkpoint(
 ) -> tuple[Artifact | None, list[str]]:  # The newest that verifies; what is wrong with newer ones
     "Find the checkpoint to resume from."
     skipped: list[str] = []
+    pruned = False
     for p in reversed(checkpoints(folder)):
         try:
             return open_artifact(p, "checkpoint"), skipped
-        except ArtifactError as e:
+        except (ArtifactError, OSError) as e:
+            pruned = not p.exists()
+            if pruned:  # by the run that writes them: there is a newer one
+                break
             skipped.append(str(e))
-    return None, skipped
+    return latest_checkpoint(folder) if pruned else (None, skipped)
 
 # %% ../../nbs/train/43_checkpoint.ipynb #eb74dce4
 def require_checkpoint(
