@@ -79,7 +79,7 @@ def make_runs(home, name):
     judge(run, model, tokenizer, corpus, checkpoint)
     finish(run)
     cfg = JudgeConfig.from_preset("smoke", task=str(questions), **given)
-    run = start_run("evaluate", cfg, asked, checkpoint=checkpoint)
+    run = start_run("evaluate", cfg, asked, checkpoint=checkpoint, corpus=corpus)
     judge_task(run, model, tokenizer, checkpoint)
     finish(run)
 

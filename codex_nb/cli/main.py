@@ -656,12 +656,13 @@ def card(
 ) -> None:
     "Write the model card of a finished run. Does not replace an existing file."
     from codex_nb.deploy.card import model_card
+    from codex_nb.experiments.attest import known_level
     from codex_nb.run.run_folder import find_run
 
     folder = find_run(run)
     target = _target_file(folder, out, ".md", force)
     later = [find_run(name) for name in evaluation]
-    text = model_card(folder, _known_level(folder), [(f, _known_level(f)) for f in later])
+    text = model_card(folder, known_level(folder), [(f, known_level(f)) for f in later])
     _write_text(target, text)
 
 
@@ -669,16 +670,12 @@ def card(
 def report(run: RunArgument, out: OutOption = None) -> None:
     "Write a run on one HTML page that loads nothing. Replaces an existing file."
     from codex_nb.deploy.report import report_page
+    from codex_nb.experiments.attest import known_level
     from codex_nb.run.run_folder import find_run
 
     folder = find_run(run)
     target = _target_file(folder, out, ".html", force=True)
-    _write_text(target, report_page(folder, _known_level(folder)))
-
-
-def _known_level(folder: Path) -> str:
-    # Both chapters verify the run and refuse, or show, what does not hold at L0.
-    return "L0"
+    _write_text(target, report_page(folder, known_level(folder)))
 
 
 def _target_file(folder: Path, out: Path | None, suffix: str, force: bool) -> Path | None:

@@ -162,10 +162,10 @@ def check_evaluations(folder: Path, record: RunRecord) -> Contradictions:
         if m.parents.get("checkpoint") not in evaluated:
             one = "the last" if states else "one"
             yield f"{p}: is of a checkpoint that is not {one} of this run"
-        for role in ("corpus", "tokenizer"):
+        is_task = "questions" in m.parents
+        for role in ("questions", "tokenizer") if is_task else ("corpus", "tokenizer"):
             if m.parents.get(role) != record.parents.get(role, m.parents.get(role)):
                 yield f"{p}: is of another {role} than the run"
-        is_task = "questions" in m.parents
         used: Any = cfg.questions if is_task and isinstance(cfg, JudgeConfig) else cfg.evaluate
         for name, (a, b) in diff_dicts(m.config, identity(used)).items():
             yield f"{p}: was made with {name} {a!r}, the run's settings have {b!r}"
