@@ -41,8 +41,8 @@ def keys(tmp_path_factory):
     folder = tmp_path_factory.mktemp("keys")
     for name in (*WHO, "locked"):
         words = ["ssh-keygen", "-q", "-t", "ed25519", "-C", name, "-f", str(folder / name)]
-        last = "correct horse" if name == "locked" else ""
-        subprocess.run([*words, "-N", last], check=True)
+        words += ["-N", "correct horse" if name == "locked" else ""]
+        subprocess.run(words, check=True)
     return {name: folder / name for name in (*WHO, "locked")}
 
 
