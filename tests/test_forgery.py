@@ -354,3 +354,45 @@ def test_a_mutation_is_caught_or_changes_nothing_that_is_claimed(part, twin, tmp
         except Exception as e:
             raise AssertionError(f"{what} was met by {e!r}") from e
         assert kept == proven, f"{what} was not noticed"
+
+
+DAMAGES = {
+    "cut": lambda data: data[: len(data) // 2],
+    "empty": lambda data: b"",
+    "no text": lambda data: b"\xff\xfe\x00" + data,
+    "a list": lambda data: b"[]",
+    "a number": lambda data: b"5",
+    "null": lambda data: b"null",
+    "no keys": lambda data: b"{}",
+    "deep": lambda data: b"[" * 200_000,
+}
+
+
+def test_damaged_files_give_one_clear_error(run, twin, tmp_path):
+    "In `diff`, the order check, a replay's levels and an audit: no traceback."
+    from codex_nb.core.artifacts import ArtifactError
+    from codex_nb.core.config import ConfigError
+    from codex_nb.experiments.replay import order_level, result_level
+    from codex_nb.experiments.run_diff import diff_runs
+    from codex_nb.experiments.segments import segments
+
+    texts = [p.relative_to(run) for p in run.rglob("*") if p.suffix in (".json", ".ndjson", ".csv")]
+    cases = [(name, how) for name in sorted(texts) for how in DAMAGES]
+    random.Random(0).shuffle(cases)
+    refused = 0
+    for name, how in cases[: counts(40, None)]:
+        damaged = copy(run, tmp_path / "damaged")
+        (damaged / name).write_bytes(DAMAGES[how]((run / name).read_bytes()))
+        for look in (
+            lambda run: diff_runs(twin, run),
+            lambda run: diff_runs(run, twin),
+            lambda run: result_level(run, twin),
+            order_level,
+            segments,
+        ):
+            try:
+                look(damaged)
+            except (ArtifactError, ConfigError) as e:
+                refused += 1
+                assert "\n" not in str(e) and str(e).strip(), (name, how)
+    assert refused > counts(40, 300)

@@ -170,8 +170,10 @@ def signal_at(cut, model):
     return Hook(hook)
 
 
-def run_in_parts(bench, folder, given, cuts):
-    "Train to the end, in as many parts as there are cuts and one more; what it comes to."
+def run_in_parts(bench, folder, given, cuts, between=None):
+    """Train to the end, in as many parts as there are cuts and one more; what it comes to.
+
+    `between` is called with the folder after each cut."""
     from codex_nb.core.artifacts import read_manifest
     from codex_nb.core.repro import seed_everything
     from codex_nb.run.trainer import Trainer
@@ -193,6 +195,8 @@ def run_in_parts(bench, folder, given, cuts):
             assert cut is None
         if cut is not None:
             run.lock.release()
+            if between:
+                between(folder)
     sealed = {"run": run.finish().digest}
     for p in sorted((folder / "checkpoints").iterdir()):
         manifest = read_manifest(p)
@@ -240,6 +244,19 @@ def test_digest_of_a_run_does_not_depend_on_what_was_kept(bench, tmp_path, monke
     states = [(p / "states.ndjson").read_text() for p in tmp_path.iterdir()]
     assert len({end[3]["run"] for end in ends}) == 1 and len(set(states)) == 1
     assert [len(end[3]) for end in ends] == [3, 2, 3, 2]
+
+
+def test_a_state_that_a_killed_process_did_not_record_is_added(bench, tmp_path, monkeypatch):
+    monkeypatch.setenv("CODEX_NB_HOME", str(bench["home"]))
+    straight = run_in_parts(bench, tmp_path / "straight", {}, [])
+
+    def forget_last_state(folder):
+        path = folder / "states.ndjson"
+        *before, last = path.read_text().splitlines(keepends=True)
+        assert json.loads(last)["step"] == 8
+        path.write_text("".join(before))
+
+    assert run_in_parts(bench, tmp_path / "killed", {}, [8], forget_last_state) == straight
 
 
 def test_run_resumed_at_its_end_measures_nothing_twice(tmp_path):

@@ -5,30 +5,28 @@
 # %% auto #0
 __all__ = ['FIGURES', 'one_line', 'markdown_text', 'markdown_table', 'Evaluated',
            'read_evaluations', 'figures', 'slice_figures', 'explain_level', 'count_parameters',
-           'hardware', 'data_rows', 'metadata', 'readable', 'require_proven', 'model_card']
+           'hardware', 'data_rows', 'metadata', 'require_proven', 'model_card']
 
 # %% ../../nbs/deploy/85_card.ipynb #e53ae535
 import json
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import yaml
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from ..core.artifacts import ArtifactError, Manifest, read_manifest
+from ..core.artifacts import Manifest, read_manifest
 from ..core.store import find_stored
 from ..data.corpus import SPLITS, Corpus
 from ..eval.evaluate import summary_lines
 from ..experiments.verify import verify_run
 from ..run.run_folder import find_in_runs, run_parts
-from ..run.run_record import RunError, RunRecord
+from ..run.run_record import RunError, RunRecord, readable
 from ..run.settings import TRAINING_KINDS, RunConfig
 
 # %% ../../nbs/deploy/85_card.ipynb #d04ba6fc
@@ -366,34 +364,6 @@ def _front_matter(values: dict[str, Any]) -> str:
     return f"---\n{_LEFT_OUT}{base}{text}---\n"
 
 # %% ../../nbs/deploy/85_card.ipynb #494973bf
-@contextmanager
-def readable(
-    folder: Path | str,  # A run folder
-) -> Iterator[None]:  # `RunError` for whatever a damaged or invented file makes of the code inside
-    "Turn what goes wrong while a run is read into one clear error."
-    unreadable = (
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        IndexError,
-        OverflowError,
-        RecursionError,
-        OSError,
-        SafetensorError,
-        msgspec.MsgspecError,
-    )
-    try:
-        yield
-    except ArtifactError:
-        raise
-    except unreadable as e:
-        detail = one_line(f"{type(e).__name__}: {e}")[:300]
-        raise RunError(
-            f"{one_line(folder)}: cannot be read ({detail}); codex-nb verify says what is damaged"
-        ) from None
-
-
 def require_proven(
     folder: Path | str,  # A run folder
 ) -> Manifest:  # Of the run; `RunError` when it cannot be cited

@@ -24,7 +24,6 @@ from codex_nb.deploy.card import (
     figures,
     one_line,
     read_evaluations,
-    readable,
     slice_figures,
 )
 from ..eval.evaluate import summary_lines
@@ -32,7 +31,7 @@ from ..eval.scoring import Record
 from ..experiments.replay import UNPROVEN
 from ..experiments.verify import verify_run
 from ..run.run_folder import find_in_runs, run_parts, run_status
-from ..run.run_record import RunError, RunRecord
+from ..run.run_record import RunError, RunRecord, readable
 from ..tracking.metrics_log import read_metrics
 from ..tracking.pages import html_page, html_table
 

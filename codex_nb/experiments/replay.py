@@ -40,7 +40,7 @@ from codex_nb.experiments.run_diff import (
 )
 from .verify import verify_run
 from ..run.run_folder import REPLAY_HINTS, find_in_runs, run_status
-from ..run.run_record import RunError, load_parents
+from ..run.run_record import RunError, load_parents, readable
 from ..run.settings import TRAINING_KINDS, RunConfig
 from ..train.checkpoint import read_state
 from ..train.engine import total_samples
@@ -85,7 +85,11 @@ def order_level(
     steps: int | None = None,  # Check this many; default: all in the record
 ) -> Level:  # L1
     "Did each step have the batch that the settings determine?"
-    run = read_contents(folder)
+    with readable(folder):
+        return _order_level(read_contents(folder), steps)
+
+
+def _order_level(run: RunContents, steps: int | None) -> Level:
     records = [r for r in run.metrics if r["split"] == "train"][:steps]
     if run.record.kind not in TRAINING_KINDS or not records:
         return Level("L1", None, "this run trained nothing")
@@ -228,7 +232,12 @@ def result_level(
     seed: int = 0,  # Of the bootstrap
 ) -> Level:  # L4
     "Is the result the same within a tolerance?"
-    evaluations = sorted((Path(run) / "evaluations").glob("*"))
+    with readable(run):
+        return _result_level(Path(run), Path(replayed), tolerance, seed)
+
+
+def _result_level(run: Path, replayed: Path, tolerance: float, seed: int) -> Level:
+    evaluations = sorted((run / "evaluations").glob("*"))
     splits = [p.name for p in evaluations if (p / "records.ndjson").is_file()]
     split = splits[0] if splits else "validation"
     try:

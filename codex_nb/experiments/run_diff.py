@@ -22,7 +22,7 @@ from ..core.artifacts import MANIFEST, read_manifest, sha256_file
 from ..core.config import diff_dicts
 from ..core.repro import numeric_identity
 from ..run.run_folder import last_values, run_parts
-from ..run.run_record import RunRecord
+from ..run.run_record import RunRecord, readable
 from ..tracking.metrics_log import read_metrics
 from ..tracking.pages import html_page
 
@@ -49,13 +49,14 @@ def read_contents(
     "Read a run folder."
     folder = Path(folder)
     metrics = folder / "metrics.ndjson"
-    return RunContents(
-        folder,
-        RunRecord.load(folder),
-        _read_json(folder / "environment.json"),
-        read_metrics(metrics) if metrics.is_file() else [],
-        run_parts(folder),
-    )
+    with readable(folder):
+        return RunContents(
+            folder,
+            RunRecord.load(folder),
+            _read_json(folder / "environment.json"),
+            read_metrics(metrics) if metrics.is_file() else [],
+            run_parts(folder),
+        )
 
 
 def _read_json(path: Path) -> dict:
@@ -525,12 +526,17 @@ def diff_runs(
 ) -> RunDiff:  # `RunError` when one is not a run
     "Compare two runs."
     x, y = read_contents(a), read_contents(b)
+    with readable(f"{a} or {b}"):
+        return _diff_contents(x, y, max_step)
+
+
+def _diff_contents(x: RunContents, y: RunContents, max_step: int | None) -> RunDiff:
     same_checkpoints, checkpoints = compare_checkpoints(x, y)
     same_evaluations, outputs = compare_outputs(x, y)
     steps = min(x.steps, y.steps)
     return RunDiff(
-        a=str(a),
-        b=str(b),
+        a=str(x.folder),
+        b=str(y.folder),
         causes=find_causes(x, y),
         steps=steps if max_step is None else min(steps, max_step),
         first=find_first_difference(x.metrics, y.metrics, max_step),

@@ -41,7 +41,13 @@ from .run_diff import RunContents, find_first_difference, read_contents
 from ..run.judging import corpus_for, documents_of, open_trained
 from ..run.recipe import train_in_processes
 from ..run.run_folder import REPLAY_HINTS, find_in_runs, run_status
-from ..run.run_record import STATES, RunError, RunRecord, load_states
+from codex_nb.run.run_record import (
+    STATES,
+    RunError,
+    RunRecord,
+    load_states,
+    readable,
+)
 from ..run.settings import KINDS, TRAINING_KINDS, JudgeConfig, RunConfig
 from ..run.training_inputs import model_for, setup_process, tokenizer_for
 from ..tracking.metrics_log import read_samples
@@ -77,7 +83,12 @@ def segments(
     run: Path | str,  # A run folder
 ) -> dict[str, list[Segment]]:  # `training` or an evaluation -> its segments, in order
     "Cut a run into segments."
-    contents = read_contents(run)
+    with readable(run):
+        return _segments_of(read_contents(run))
+
+
+def _segments_of(contents: RunContents) -> dict[str, list[Segment]]:
+    run = contents.folder
     states, names = load_states(run), sorted(contents.parts)
     kept = [s for s in states if f"checkpoints/step-{s:08}" in names]
     out = {}
