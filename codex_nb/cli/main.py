@@ -205,7 +205,10 @@ def verify(
     signers: SignersOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    "Verify a run. Level L0 checks every file, level L1 the samples of each step."
+    """Verify a run without executing anything.
+
+    L0: nothing in the folder contradicts its hashes, or anything else in it. L1: the batches in the
+    log are those that the settings make of the data."""
     from codex_nb.experiments.attest import signatures
     from codex_nb.experiments.verify import verify_run
     from codex_nb.run.run_folder import find_run
@@ -382,7 +385,12 @@ def replay(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    "Execute a run again. Reports at which level the results are equal."
+    """Execute a run again, and report what that proves.
+
+    L2: the executed steps give what the log says, bit for bit. L3: weights, evaluation, samples and
+    log are what these settings and this data give on this machine. L4: on another machine, the same
+    start, documents and inputs give the figures within a tolerance. What no level proves is printed
+    with L3. With --segments, only parts of the run are executed."""
     from codex_nb.experiments.replay import replay
     from codex_nb.run.run_folder import find_run
 
