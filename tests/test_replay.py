@@ -213,7 +213,9 @@ def test_replay_with_another_version_of_a_package_can_still_hold(home, tmp_path)
 def test_replay_finds_a_changed_weight(home, monkeypatch):
     from safetensors.torch import load_file, save_file
 
+    from codex_nb.core.artifacts import read_manifest
     from codex_nb.experiments.replay import sealed_level
+    from codex_nb.run.run_record import record_state
 
     checkpoint = home / "runs" / "claimed" / "checkpoints" / "step-00000008"
     weights = load_file(checkpoint / "model.safetensors")
@@ -224,6 +226,10 @@ def test_replay_finds_a_changed_weight(home, monkeypatch):
     level = str(sealed_level(home / "runs" / "claimed"))
     assert level.startswith("L0 does not hold") and "step-00000008/model.safetensors" in level
     seal_again(home, checkpoint)
+    run = home / "runs" / "claimed"
+    assert "is not the state of step 8 in states.ndjson" in str(sealed_level(run))
+    record_state(run, 8, read_manifest(checkpoint).digest)
+    seal_again(home)
     found = replay(home)
     assert found["held"]["L0"] is True and found["held"]["L2"] is True
     assert found["held"]["L3"] is False and found["proven"] == "L2"
