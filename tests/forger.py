@@ -116,12 +116,13 @@ def reseal(run, keep=()):
     parts = {
         p.parent.relative_to(run).as_posix(): read(p)["digest"]
         for p in sorted(run.glob(f"*/*/{MANIFEST}"))
+        if not p.parent.name.startswith(".")
     }
     config = {"kind": record["kind"], "config": record["identity"], "exact": digest(exact)}
     if states:
         config["states"] = digest([[r["step"], r["digest"]] for r in states])
-    for r in states[:-1]:
-        parts.pop(f"checkpoints/step-{r['step']:08}", None)
+        last = f"checkpoints/step-{states[-1]['step']:08}"
+        parts = {k: d for k, d in parts.items() if k == last or k[:12] != "checkpoints/"}
     figures = {f"{r['split']}.{k}": v for r in metrics for k, v in r["values"].items()}
     steps = max((r["step"] for r in metrics), default=0)
     given = {
@@ -347,6 +348,63 @@ def state_of_a_checkpoint_that_was_not_kept(run):
 @forgery
 def last_state_left_out(run):
     edit_lines(run / "states.ndjson", lambda rows: rows.pop())
+
+
+@forgery
+def last_checkpoint_under_another_name(run):
+    last = checkpoints(run)[-1].rename(run / "checkpoints" / "step-+0000008")
+    edit(last / "state.json", lambda s: s["progress"].update(step="+0000008"))
+    _change_weights(last, 1.5)
+
+
+@forgery
+def last_checkpoint_left_out(run):
+    shutil.rmtree(checkpoints(run)[-1])
+    shutil.rmtree(evaluation(run))
+
+
+def _after_training(rows):
+    rows.append(rows[-1] | {"step": 9, "split": "test"})
+
+
+@forgery
+def record_after_training(run):
+    edit_lines(run / "metrics.ndjson", _after_training)
+    derive(run)
+
+
+def _between_steps(rows):
+    rows.insert(5, rows[4] | {"step": 4.5, "split": "test"})
+
+
+@forgery
+def record_between_steps(run):
+    edit_lines(run / "metrics.ndjson", _between_steps)
+    derive(run)
+
+
+@forgery
+def sample_after_training(run):
+    edit_lines(run / "samples.ndjson", lambda rows: rows.append(rows[0] | {"step": 9}))
+
+
+@forgery
+def answers_to_an_invented_task(run):
+    task = copy(evaluation(run), run / "evaluations" / "task-arc")
+    edit(task / MANIFEST, lambda m: m["parents"].update(questions="ab" * 32))
+
+
+@forgery
+def hidden_evaluation(run):
+    "Which must not be taken for a part of the run."
+    hidden = copy(evaluation(run), run / "evaluations" / ".task-arc")
+    edit(hidden / "summary.json", lambda s: s["metrics"]["bits_per_byte"].update(value=0.123))
+    (run / "results.md").write_text("0.123 bits per byte\n")
+
+
+@forgery
+def another_log_beside(run):
+    (run / "metrics.final.md").write_text("0.123 bits per byte\n")
 
 
 @forgery

@@ -23,6 +23,7 @@ from codex_nb.experiments.attest import (
     run_subject,
     sign,
     signatures,
+    write_verdict,
 )
 from codex_nb.experiments.verify import verify_run
 from codex_nb.run.run_record import RunError
@@ -71,7 +72,7 @@ def replay_of(folder, tmp_path, proven="L3", **more):
     shutil.copy(folder / "environment.json", made)
     levels = [{"name": "L0", "holds": True, "detail": "all files are as they were sealed"}]
     verdict = {"subject": run_subject(folder), "proven": proven, "levels": levels} | more
-    (made / VERDICT).write_text(json.dumps(verdict))
+    write_verdict(made, verdict)
     return made
 
 

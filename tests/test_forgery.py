@@ -97,6 +97,14 @@ CAUGHT = {
     "state of a kept checkpoint": "L0 L3",
     "state of a checkpoint that was not kept": "L3",
     "last state left out": "L0 L3",
+    "last checkpoint under another name": "L0 L3",
+    "last checkpoint left out": "L0",
+    "record after training": "L0 L3",
+    "record between steps": "L0 L3",
+    "sample after training": "L0 L3",
+    "answers to an invented task": "L0 L3",
+    "hidden evaluation": "L3",
+    "another log beside": "L3",
     "figures of a checkpoint": "L3",
     "another machine with a figure": "L0 L3 L4",
     "another machine with everything": "L3 L4",
@@ -309,7 +317,7 @@ def claims(run):
             continue  # L0: the table of the log
         if name == "metrics.ndjson":
             out[name] = [proven_record(r) for r in rows_of(p) if r["split"] != "save"]
-        elif name.startswith(ONE_EXECUTION):
+        elif ONE_EXECUTION.fullmatch(name):
             continue
         elif p.name == MANIFEST:
             out[name] = proven_manifest(p)

@@ -227,7 +227,7 @@ def test_replay_finds_a_changed_weight(home, monkeypatch):
     assert level.startswith("L0 does not hold") and "step-00000008/model.safetensors" in level
     seal_again(home, checkpoint)
     run = home / "runs" / "claimed"
-    assert "is not the state of step 8 in states.ndjson" in str(sealed_level(run))
+    assert "step-00000008: is not the state in states.ndjson" in str(sealed_level(run))
     record_state(run, 8, read_manifest(checkpoint).digest)
     seal_again(home)
     found = replay(home)

@@ -96,6 +96,7 @@ CUTS = {
     "two in a row": [5, 6],
     "three, far apart": [3, 11, 17],
     "in the middle of accumulating": ["12.5"],
+    "at the last step": [22],
 }
 EVERY = [
     (cut, kind, dtype) for cut in CUTS for kind in ("full", "lora") for dtype in ("fp32", "bf16")
@@ -244,6 +245,18 @@ def test_digest_of_a_run_does_not_depend_on_what_was_kept(bench, tmp_path, monke
     states = [(p / "states.ndjson").read_text() for p in tmp_path.iterdir()]
     assert len({end[3]["run"] for end in ends}) == 1 and len(set(states)) == 1
     assert [len(end[3]) for end in ends] == [3, 2, 3, 2]
+
+
+@pytest.mark.parametrize("cuts", [[8], [22]])
+def test_evaluation_that_a_signal_left_out_belongs_to_the_state(cuts, bench, tmp_path, monkeypatch):
+    "At a step that is evaluated and saved: the state knows the best loss."
+    monkeypatch.setenv("CODEX_NB_HOME", str(bench["home"]))
+    given = dict(eval_every=8, patience=9)
+    if ("overdue", "fp32") not in bench["straight"]:
+        end = run_in_parts(bench, tmp_path / "straight", given, [])
+        bench["straight"]["overdue", "fp32"] = end
+    stopped = run_in_parts(bench, tmp_path / "stopped", given, cuts)
+    assert stopped == bench["straight"]["overdue", "fp32"]
 
 
 def test_a_state_that_a_killed_process_did_not_record_is_added(bench, tmp_path, monkeypatch):

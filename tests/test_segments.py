@@ -183,14 +183,15 @@ def edit_figure(run, other, step):
     return run
 
 
-def smooth_losses(run, other, step):
-    def smooth(rows):
-        losses = [r for r in rows if r["split"] == "train"]
-        for i, r in enumerate(losses):
-            near = [x["values"]["loss"] for x in losses[max(0, i - 3) : i + 1]]
-            r["values"]["loss"] = loss = sum(near) / len(near) - 0.01
-            r["exact"]["loss"] = loss.hex()
+def smooth(rows):
+    losses = [r for r in rows if r["split"] == "train"]
+    for i, r in enumerate(losses):
+        near = [x["values"]["loss"] for x in losses[max(0, i - 3) : i + 1]]
+        r["values"]["loss"] = loss = sum(near) / len(near) - 0.01
+        r["exact"]["loss"] = loss.hex()
 
+
+def smooth_losses(run, other, step):
     edit_lines(run / "metrics.ndjson", smooth)
     derive(run)
     reseal(run)
@@ -319,6 +320,46 @@ def test_checkpoints_that_were_deleted_are_covered_by_longer_segments(honest, tm
     audit = audit_run(run, 8, number=0, run_segment=Remembered(tmp_path / "made"))
     wrong = [f for f in audit.findings if not f.holds]
     assert [f.detail for f in wrong] == ["the state of step 2 is another one"]
+    assert not audit.gaps
+
+
+def test_what_segments_do_not_cover_is_not_proven(honest, tmp_path):
+    "A run whose chain was removed, as an older version would have left it."
+    from codex_nb.experiments.segments import audit_run
+
+    run = copy(honest, tmp_path / "bare")
+    (run / "states.ndjson").unlink()
+    edit_lines(run / "metrics.ndjson", lambda rows: smooth(rows))
+    derive(run)
+    reseal(run)
+    audit = audit_run(run, 9, number=0, run_segment=here)
+    assert all(f.holds for f in audit.findings) and not audit.ok
+    assert audit.gaps == ("training, steps 1 to 24: no state after them was kept",)
+
+
+@pytest.mark.parametrize("step", [8, 24])
+def test_a_segment_compares_all_of_its_records(step, honest, tmp_path):
+    "Also where the record of training at its end is missing, or one more is there."
+    from codex_nb.experiments.run_diff import read_contents
+    from codex_nb.experiments.segments import Segment, compare_training
+
+    forged = copy(honest, tmp_path / "forged")
+
+    def better(rows):
+        rows[:] = [r for r in rows if (r["step"], r["split"]) != (step, "train")]
+        for r in rows:
+            if (r["step"], r["split"]) == (step, "validation"):
+                r["values"]["loss"] /= 9
+                r["exact"]["loss"] = r["values"]["loss"].hex()
+
+    edit_lines(forged / "metrics.ndjson", better)
+    segment = Segment("training", range(step - 2, step))
+    holds, detail = compare_training(read_contents(forged), segment, honest)
+    assert holds is False and f"step {step}" in detail
+    first = Segment("training", range(0, 2))
+    edit_lines(forged / "metrics.ndjson", lambda rows: rows[0]["exact"].update(x="ab" * 8))
+    holds, detail = compare_training(read_contents(forged), first, honest)
+    assert holds is False and "before the first step" in detail
 
 
 def test_parts_of_an_audit_are_merged_by_the_command(honest, tmp_path, runs):
@@ -335,7 +376,7 @@ def test_parts_of_an_audit_are_merged_by_the_command(honest, tmp_path, runs):
     assert half.returncode == 1 and "drawn, not executed yet" in half.stdout
     # a report of another run, of another draw, and what is no report
     other = codex("replay", runs / "runs" / "other", *reports, home=runs)
-    assert other.returncode == 1 and "a report is of" in other.stderr
+    assert other.returncode == 1 and "a report is of another run" in other.stderr
     report = read(reports[1])
     for change in (dict(number=6), dict(drawn=report["drawn"][:1]), dict(findings=None)):
         (tmp_path / "changed.json").write_text(json.dumps(report | change))

@@ -31,7 +31,7 @@ from codex_nb.eval.statistics import (
 )
 from .attest import NOT_PROVEN, known_level
 from ..run.run_folder import find_run, list_runs
-from ..run.run_record import RunRecord, load_parents
+from ..run.run_record import RunRecord, load_parents, load_states
 from ..run.settings import TRAINING_KINDS
 from ..tracking.metrics_log import read_metrics
 
@@ -123,7 +123,8 @@ def _training_run_of(digest: str) -> Path | None:  # the run that made a checkpo
     for folder in _training_runs():
         parents = read_manifest(folder).parents
         # A run also has the checkpoint that it started from among its parents.
-        if digest in (d for role, d in parents.items() if role != "base"):
+        made = {*load_states(folder).values(), *(d for r, d in parents.items() if r != "base")}
+        if digest in made:
             return folder
     return None
 

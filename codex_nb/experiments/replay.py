@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['FIRST_STEPS', 'EXCLUDED_ON_REPLAY', 'UNPROVEN', 'Level', 'sealed_level', 'order_level',
-           'training_plan', 'notebook_differs', 'StopCondition', 'result_level', 'Replay', 'replay',
-           'trained_parents']
+           'training_plan', 'notebook_differs', 'StopCondition', 'result_level', 'Replay', 'replay']
 
 # %% ../../nbs/experiments/75_replay.ipynb #f0e26b44
 import json
+import re
 import secrets
 import shutil
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from ..core.repro import numeric_identity
 from ..core.store import find_stored, workspace
 from ..data.batches import BatchSampler, batch_fingerprint, order_digest
 from ..data.tokens import PackedDataset, TokenStore
-from .attest import run_subject
+from .attest import run_subject, write_verdict
 from .compare import CompareError, EvaluatedModel, compare, open_evaluated
 from codex_nb.experiments.launch import (
     WRITES_OUTSIDE,
@@ -39,8 +39,8 @@ from codex_nb.experiments.run_diff import (
     read_contents,
 )
 from .verify import verify_run
-from ..run.run_folder import REPLAY_HINTS, find_in_runs, run_status
-from ..run.run_record import RunError, load_parents, readable
+from ..run.run_folder import REPLAY_HINTS, run_status, trained_parents
+from ..run.run_record import RunError, readable
 from ..run.settings import TRAINING_KINDS, RunConfig
 from ..train.checkpoint import read_state
 from ..train.engine import total_samples
@@ -137,8 +137,10 @@ def training_plan(
     run: RunContents,  # A training run
 ) -> dict[str, int]:  # `steps`; empty without a limit in minutes
     "How many steps a limit in minutes became."
-    path = run.folder / "plan.json"
-    return json.loads(path.read_bytes()) if path.is_file() else {}
+    path, cfg = run.folder / "plan.json", run.record.settings()
+    if not path.is_file() or not isinstance(cfg, RunConfig) or not cfg.fit.minutes:
+        return {}
+    return {"steps": int(json.loads(path.read_bytes())["steps"])}
 
 # %% ../../nbs/experiments/75_replay.ipynb #5c26337d
 def notebook_differs(
@@ -179,8 +181,8 @@ class StopCondition:
         self._expected = {
             (r["step"], r["split"]): r["exact"] for r in original.metrics if r["exact"]
         }
-        names = [n for n in original.parts if n.startswith("checkpoints/")]
-        self._saved = sorted(int(n.rpartition("-")[2]) for n in names)
+        names = [re.fullmatch(r"checkpoints/step-(\d{8,})", n) for n in original.parts]
+        self._saved = sorted(int(m[1]) for m in names if m)
 
     def __call__(self) -> bool:
         for record in self._new_records():
@@ -408,7 +410,7 @@ def replay(
     if trains and run_status(run) != "finished":
         whole_run = False  # there is no end to compare with
     folder = _make_replay_folder(original, folder)
-    levels = [sealed_level(run)]
+    subject, levels = run_subject(run), [sealed_level(run)]
     stop = StopCondition(original, folder, None if whole_run else max_step) if trains else None
     cwd = original.record.launch_folder(run)
     given |= parameters or {}
@@ -428,23 +430,12 @@ def replay(
     notes = _replay_notes(run, kind, outcome)
     result = Replay(str(run), str(folder), tuple(levels), diff, tuple(notes))
     result = _with_lineage(result, parameters, tolerance, echo, lineage)
-    verdict = result.to_dict() | {"subject": run_subject(run)}
-    write_file(folder / ".verdict.json", json_text(verdict))
+    # What the run's own notebook did is no proof, nor is a replay of what has changed meanwhile.
+    if subject and not own_notebook and run_subject(run) == subject:
+        write_verdict(folder, result.to_dict() | {"subject": subject, "tolerance": tolerance})
     return result
 
 # %% ../../nbs/experiments/75_replay.ipynb #a1ce5707
-def trained_parents(
-    run: Path | str,  # A run folder
-) -> dict[str, tuple[str, Path | None]]:  # Role -> digest, and its run if that is here
-    "The trained models that a run starts from: a base, or the checkpoint it evaluates."
-    out = {}
-    for role in ("base", "checkpoint"):
-        if digest := load_parents(run).get(role):
-            part = find_in_runs(digest)
-            out[role] = digest, part and part.parents[1]
-    return out
-
-
 def _with_lineage(
     result: Replay,
     parameters: dict[str, Any] | None,

@@ -11,6 +11,7 @@ __all__ = ['TIMINGS', 'ONE_EXECUTION', 'RunContents', 'read_contents', 'Causes',
 import html
 import json
 import math
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -138,10 +139,10 @@ def find_first_difference(
     a: list[dict],  # Metrics of one run
     b: list[dict],  # Metrics of the other
     max_step: int | None = None,  # Look no further; default: the last step that both reached
-    complete: bool = False,  # Whether both hold all evaluations of the last step
+    complete: bool = False,  # Whether a record that one of them lacks is a difference anywhere
 ) -> FirstDifference | None:  # None when all exact values are equal
     "Find the first exact value that differs."
-    last = min(_last_step(a), _last_step(b))
+    last: float = math.inf if complete else min(_last_step(a), _last_step(b))
     if max_step is not None:
         last = min(last, max_step)
     exact_a, exact_b = _exact_values(a, last), _exact_values(b, last)
@@ -150,7 +151,7 @@ def find_first_difference(
         x, y = exact_a.get(key), exact_b.get(key)
         if x is None or y is None:
             # An evaluation after the last step may not have been made any more.
-            if complete or split == "train" or step < last:
+            if split == "train" or step < last:
                 in_a, in_b = (None if v is None else "present" for v in (x, y))
                 return FirstDifference(step, split, "record", in_a, in_b)
         elif names := _differing_names(x, y):
@@ -346,13 +347,9 @@ def _final_metrics(metrics: list[dict]) -> dict[str, float]:
 
 # %% ../../nbs/experiments/73_run_diff.ipynb #658762b1
 # Files that say how one execution went; the log is compared record by record
-ONE_EXECUTION = (
-    "environment",
-    "code.diff",
-    "figures/",
-    "metrics.",
-    "system.ndjson",
-    "attestations/",
+ONE_EXECUTION = re.compile(
+    r"environment(-\d+)?\.json|code\.diff|metrics\.(ndjson|csv)|system\.ndjson"
+    r"|(figures|attestations)/.*"
 )
 _DESCRIPTION = (MANIFEST, "config.json", "parents.json", "plan.json")  # compared by their content
 
@@ -382,7 +379,7 @@ def _reproducible(folder: Path) -> dict[str, Path]:
     for p in sorted(folder.rglob("*")):
         name = p.relative_to(folder).as_posix()
         hidden = any(part.startswith(".") for part in name.split("/"))
-        one_execution = name.startswith(ONE_EXECUTION) or name in _DESCRIPTION
+        one_execution = ONE_EXECUTION.fullmatch(name) or name in _DESCRIPTION
         notebook = "/" not in name and name.endswith(".ipynb")
         if p.is_file() and not (hidden or one_execution or notebook):
             out[name] = p

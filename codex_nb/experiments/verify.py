@@ -26,7 +26,7 @@ from ..eval.tasks import Answer, summarize_answers
 from ..run.run_folder import last_values, run_content, run_status, verify_files
 from ..run.run_record import STATES, RunError, RunRecord, load_states
 from ..run.settings import KINDS, JudgeConfig, RunConfig
-from ..tracking.metrics_log import metrics_csv, read_metrics
+from ..tracking.metrics_log import metrics_csv, read_metrics, read_samples
 
 # %% ../../nbs/experiments/71_verify.ipynb #f4a56712
 Contradictions = Iterator[str]
@@ -62,7 +62,15 @@ def check_metrics(folder: Path, record: RunRecord) -> Contradictions:
         return
     seen: set[tuple[int, str]] = set()
     last = 0
-    for r in read_metrics(path):
+    records = read_metrics(path)
+    trained = [r["step"] for r in records if r["split"] == "train"]
+    if trained != list(range(1, len(trained) + 1)):
+        yield f"{path}: the steps of training are not 1, 2, 3 and so on"
+    for name, rows in (("metrics", records), ("samples", read_samples(folder / "samples.ndjson"))):
+        for r in rows:
+            if type(r["step"]) is not int or not 0 <= r["step"] <= len(trained):
+                yield f"{folder}/{name}.ndjson: step {r['step']!r} of {len(trained)}"
+    for r in records:
         where = f"{path}: step {r['step']}, {r['split']}"
         yield from (f"{where}: {text}" for text in _record_contradictions(r))
         if r["split"] == "save":  # written when the save has ended, some steps later
@@ -116,8 +124,9 @@ def check_checkpoints(folder: Path, record: RunRecord) -> Contradictions:
     for p in _artifacts_in(folder / "checkpoints"):
         made_from = read_manifest(p).parents
         state = json.loads((p / "state.json").read_bytes())
-        if f"step-{state['progress']['step']:08}" != p.name:
-            yield f"{p}: holds the state of step {state['progress']['step']}"
+        step = state["progress"]["step"]
+        if type(step) is not int or f"step-{step:08}" != p.name:
+            yield f"{p}: holds the state of step {step!r}"
         if state["data"].get("tokens") != record.parents.get("tokens"):
             yield f"{p}: was trained on another token store than the run"
         for role in record.parents.keys() & made_from.keys():
@@ -126,7 +135,8 @@ def check_checkpoints(folder: Path, record: RunRecord) -> Contradictions:
 
 
 def _artifacts_in(folder: Path) -> list[Path]:
-    return sorted(p.parent for p in folder.glob(f"*/{MANIFEST}"))
+    parts = (p.parent for p in folder.glob(f"*/{MANIFEST}"))
+    return sorted(p for p in parts if not p.name.startswith("."))
 
 
 def check_states(folder: Path, record: RunRecord) -> Contradictions:
@@ -140,12 +150,12 @@ def check_states(folder: Path, record: RunRecord) -> Contradictions:
     last = max(states)
     if last > end or (finished and last != end):
         yield f"{folder / STATES}: ends at step {last}, the log at step {end}"
-    for p in _artifacts_in(folder / "checkpoints"):
-        step = int(p.name.removeprefix("step-"))
-        if step in states and states[step] != read_manifest(p).digest:
-            yield f"{p}: is not the state of step {step} in {STATES}"
-        if step not in states and finished:
-            yield f"{p}: is of no state in {STATES}"
+    kept = {p.name: read_manifest(p).digest for p in _artifacts_in(folder / "checkpoints")}
+    if finished and f"step-{last:08}" not in kept:
+        yield f"{folder}/checkpoints: the last state, of step {last}, is not there"
+    for step, digest in states.items():
+        if kept.get(f"step-{step:08}", digest) != digest:
+            yield f"{folder}/checkpoints/step-{step:08}: is not the state in {STATES}"
 
 # %% ../../nbs/experiments/71_verify.ipynb #27698af4
 def check_evaluations(folder: Path, record: RunRecord) -> Contradictions:
@@ -163,6 +173,9 @@ def check_evaluations(folder: Path, record: RunRecord) -> Contradictions:
             one = "the last" if states else "one"
             yield f"{p}: is of a checkpoint that is not {one} of this run"
         is_task = "questions" in m.parents
+        if is_task and not (isinstance(cfg, JudgeConfig) and cfg.questions.task):
+            yield f"{p}: answers questions, and the run's settings name no task"
+            continue
         for role in ("questions", "tokenizer") if is_task else ("corpus", "tokenizer"):
             if m.parents.get(role) != record.parents.get(role, m.parents.get(role)):
                 yield f"{p}: is of another {role} than the run"

@@ -196,6 +196,7 @@ class Evaluator:
         self.run, self.world = logger.run, logger.world
         self.signals: Signals | None = None  # Set while training: a signal ends an evaluation
         self.latest: dict[str, float] = {}  # `validation.loss`, ...: the last results
+        self.made_up: bool = False  # Whether an evaluation was made that an interruption left out
         self.after: list[Callable[[TrainState, dict[str, float]], None]] = []  # Told the results
 
     def on_train_start(self, state: TrainState) -> None:
@@ -203,11 +204,13 @@ class Evaluator:
         if state.step and self.world.main:
             log = last_values(read_metrics(self.logger.path))
             self.latest = {k: v for k, v in log.items() if k.startswith("validation")}
-        if state.step == 0 or state.step % self.run.cfg.evaluate.eval_every:
+        due = state.step % self.run.cfg.evaluate.eval_every == 0
+        if state.step == 0 or not (due or state.step >= state.total_steps):
             return
         done = self.logger.has_step(state.step, "validation") if self.world.main else None
         if not self.world.broadcast(done):
             self.evaluate(state)
+            self.made_up = True
 
     def evaluate(self, state: TrainState) -> None:
         "Evaluate, record the results, and tell `after`. All ranks must call it."
@@ -353,22 +356,32 @@ class CheckpointCallback:
         if state.step:
             self.resumed_from = f"step-{state.step:08}"
             # A process that was killed may have published it without adding the state.
-            if self.world.main and self._is_planned(state):
+            if self.world.main and self._is_planned(state) and not self._lacks_evaluation(state):
                 digest = read_manifest(self.folder / self.resumed_from).digest
                 record_state(self.run.folder, state.step, digest)
 
-    def save(self, state: TrainState) -> None:
+    def save_again(self, state: TrainState) -> None:
+        "After an evaluation that an interruption had left out, since the state knows its result."
+        if self.evaluator.made_up and self._is_planned(state):
+            self.save(state, replace=True)
+
+    def save(
+        self,
+        state: TrainState,
+        replace: bool = False,  # Also where there is one of this step
+    ) -> None:
         "Save a checkpoint of this step, unless there is one. All ranks must call it."
         self.logger.log(state)
         self.logger.sync()
         path = self.folder / f"step-{state.step:08}"
         intact = path.exists() and not problems(path) if self.world.main else None
-        if state.step == 0 or self.world.broadcast(intact):
+        if state.step == 0 or (self.world.broadcast(intact) and not replace):
             return
         self.metadata.progress = state.progress()
         if _is_last(state):
             self.resumed_from = None  # nothing is resumed any more
-        if self._is_planned(state):
+        stopping = self.world.main and self.evaluator.should_stop(state)
+        if self._is_planned(state) and not (stopping and self._lacks_evaluation(state)):
             self.planned.add(path.name)
 
         def copy(buffers: dict) -> Any:  # None on ranks that write nothing
@@ -390,6 +403,11 @@ class CheckpointCallback:
 
     def _is_planned(self, state: TrainState) -> bool:
         return state.step % self.run.cfg.checkpoint.save_every == 0 or _is_last(state)
+
+    def _lacks_evaluation(self, state: TrainState) -> bool:
+        "A signal left out the evaluation of this step, which belongs to the state."
+        due = state.step % self.run.cfg.evaluate.eval_every == 0 or _is_last(state)
+        return due and not self.logger.has_step(state.step, "validation")
 
     def _after_publishing(self, published: Artifact) -> None:
         name = published.path.name

@@ -6,7 +6,7 @@
 __all__ = ['LOCK', 'STAMP', 'C', 'REPLAY_HINTS', 'REBUILDABLE', 'run_status', 'new_run_folder',
            'Run', 'register_external_run', 'run_parts', 'run_content', 'seal_run', 'last_values',
            'attach', 'list_runs', 'latest_finished_run', 'in_use', 'find_run', 'find_in_runs',
-           'replay_hints', 'recorded_parent', 'verify_files']
+           'trained_parents', 'replay_hints', 'recorded_parent', 'verify_files']
 
 # %% ../../nbs/run/62_run_folder.ipynb #77664bd1
 import json
@@ -215,8 +215,9 @@ def run_parts(
 ) -> dict[str, Path]:  # `checkpoints/step-...`, `evaluations/...` -> folder
     "The artifacts inside a run."
     root = Path(folder)
-    manifests = sorted(root.glob(f"*/*/{MANIFEST}"))
-    return {p.parent.relative_to(root).as_posix(): p.parent for p in manifests}
+    folders = [p.parent.relative_to(root) for p in sorted(root.glob(f"*/*/{MANIFEST}"))]
+    # Hidden folders are being written or removed, perhaps by another host.
+    return {f.as_posix(): root / f for f in folders if not any(n[0] == "." for n in f.parts)}
 
 
 def run_content(
@@ -233,9 +234,15 @@ def run_content(
     config: dict[str, Any] = {"kind": record.kind, "config": record.identity, "exact": exact}
     if states:
         config["states"] = digest_of(list(states.items()))
-    for step in list(states)[:-1]:  # kept or not, the chain has its digest
-        parts.pop(f"checkpoints/step-{step:08}", None)
-    return config, record.parents | parts
+    # Of the checkpoints only the last counts, wherever there is a chain: the chain has the digests
+    # of all that were planned, and a signal may have left one that was not.
+    last = f"checkpoints/step-{max(states):08}" if states else None
+    counted = {
+        name: digest
+        for name, digest in parts.items()
+        if last in (None, name) or not name.startswith("checkpoints/")
+    }
+    return config, record.parents | counted
 
 
 def seal_run(
@@ -373,6 +380,18 @@ def find_in_runs(
             if read_manifest(p.parent).digest == digest:
                 return p.parent
     return None
+
+
+def trained_parents(
+    run: Path | str,  # A run folder
+) -> dict[str, tuple[str, Path | None]]:  # Role -> digest, and its run if that is here
+    "The trained models that a run starts from: a base, or the checkpoint it evaluates."
+    out = {}
+    for role in ("base", "checkpoint"):
+        if digest := load_parents(run).get(role):
+            part = find_in_runs(digest)
+            out[role] = digest, part and part.parents[1]
+    return out
 
 
 def replay_hints(

@@ -94,14 +94,15 @@ def load_states(
     "The states that a run went through; `RunError` names a line that cannot be read."
     path = Path(folder) / STATES
     states: dict[int, str] = {}
+    last = 0
     for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else [], 1):
         try:
             step, digest = (json.loads(line)[name] for name in ("step", "digest"))
         except (ValueError, KeyError, TypeError, RecursionError):
             raise RunError(f"{path}:{number}: not a state; restore the file") from None
-        if type(step) is not int or type(digest) is not str or step <= max(states, default=0):
+        if type(step) is not int or type(digest) is not str or step <= last:
             raise RunError(f"{path}:{number}: step {step!r} does not follow the one before")
-        states[step] = digest
+        states[step], last = digest, step
     return states
 
 

@@ -196,6 +196,7 @@ class Trainer:
             Hook(logger.on_train_start, when="start"),
             Hook(checkpoints.on_train_start, when="start"),
             Hook(evaluator.on_train_start, when="start"),
+            Hook(checkpoints.save_again, when="start"),
             Hook(logger.log, cfg.tracking.log_every, part="logging"),
             Hook(evaluator.evaluate, cfg.evaluate.eval_every, part="evaluating"),
             Hook(checkpoints.save, cfg.checkpoint.save_every, part="saving"),

@@ -103,7 +103,7 @@ def plan(
         if path in best:
             value = f"{cfg.best_metric} ({ranked[path]:.6g})"
             reasons.append(f"of the best {cfg.keep_best} by {value}")
-        if cfg.keep_every and _step(path) % cfg.keep_every == 0:
+        if path in planned and cfg.keep_every and _step(path) % cfg.keep_every == 0:
             reasons.append(f"every {cfg.keep_every} steps")
         if _step(path) in for_audit:
             reasons.append(f"one of {cfg.keep_for_audit} for audits")
