@@ -422,6 +422,38 @@ def test_nothing_that_a_run_says_of_itself_is_a_level(run, home):
     assert known_level(run) == "L0"
 
 
+def test_a_folder_cannot_bring_its_own_verdict(run, home, monkeypatch):
+    "A received folder may be a workspace, with a verdict about its run."
+    verdict = json.loads((replay_of(run, home, "L3") / VERDICT).read_text())
+    assert known_level(run) == "L3"
+    for change in ({"mac": ""}, {"mac": "ab" * 32}, {"mac": None}, {"levels": []}):
+        (home / "replays" / f"of-{run.name}-L3" / VERDICT).write_text(json.dumps(verdict | change))
+        assert known_level(run) == "L0"
+    monkeypatch.setenv("HOME", str(home / "another-user"))
+    (home / "replays" / f"of-{run.name}-L3" / VERDICT).write_text(json.dumps(verdict))
+    assert known_level(run) == "L0"
+    assert ((home / "another-user/.local/state/codex_nb/verdict.key").stat().st_mode & 0o77) == 0
+
+
+def test_a_loose_tolerance_proves_no_l4(run, home):
+    replay_of(run, home, "L4", tolerance=0.5)
+    assert known_level(run) == "L0"
+
+
+def test_an_audit_of_segments_is_signed_with_its_report(run, keys, signers, home):
+    report = {"subject": run_subject(run), "ok": True, "number": 7, "findings": []}
+    made = home / "audited"
+    made.mkdir()
+    for change, message in ((dict(ok=False), "not every drawn"), (dict(subject="ab"), "another")):
+        (made / "audit.json").write_text(json.dumps(report | change))
+        with pytest.raises(RunError, match=message):
+            sign(run, keys["auditor"], "auditor", made)
+    (made / "audit.json").write_text(json.dumps(report))
+    path = sign(run, keys["auditor"], "auditor", made)
+    assert json.loads(path.read_text())["predicate"]["audit"] == report
+    assert told(run, signers) == [""] and verify_run(run)["ok"]
+
+
 def test_an_auditor_who_is_trusted_proves_a_level(run, keys, signers, home, monkeypatch):
     audit = replay_of(run, home, "L4")
     audit.rename(home / "audit")

@@ -203,6 +203,8 @@ def test_resume_refuses_what_would_make_another_run(stopped, tmp_path):
     folder = home / "runs" / "part"
     refused = codex("resume", folder, "-p", "lr", "0.1", home=home)
     assert refused.returncode == 1 and "lr: part of the run's identity" in refused.stderr
+    refused = codex("resume", folder, "-p", "save_every", "7", home=home)
+    assert refused.returncode == 1 and "save_every: part of the run" in refused.stderr
     # as if another torch had made the checkpoint
     checkpoint = sorted(folder.glob("checkpoints/step-*"))[-1]
     state = json.loads((checkpoint / "state.json").read_text())

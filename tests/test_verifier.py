@@ -13,7 +13,7 @@ import test_forgery
 from forger import MANIFEST, reseal
 from helpers import codex
 
-from codex_nb.core.artifacts import json_text, read_manifest
+from codex_nb.core.artifacts import json_text, read_manifest, sha256_file
 from codex_nb.core.config import digest_of
 from codex_nb.deploy.verifier import NOT_CHECKED, verifier_source, write_verifier
 from codex_nb.experiments.attest import printable, sign
@@ -164,7 +164,23 @@ def parent_damage(run):
     test_attest.flip(max(path.iterdir(), key=lambda p: p.stat().st_size))
 
 
+def states(change):
+    "The chain of states with every hash of it made right, but the one in the run's digest."
+
+    def damage(run):
+        path = run / "states.ndjson"
+        path.write_text(change(path.read_text()))
+        record = {"sha256": sha256_file(path), "size": path.stat().st_size}
+        edit_and_check(run / MANIFEST, lambda m: m["attachments"].update({path.name: record}))
+
+    return damage
+
+
 DAMAGES = {
+    "another state": states(lambda text: text.replace('"digest": "', '"digest": "ab', 1)),
+    "a state more": states(lambda text: '{"step": 1, "digest": "ab"}\n' + text),
+    "no states": states(lambda text: ""),
+    "words as states": states(lambda text: "[" * 100_000),
     "a byte": lambda run: test_attest.flip(run / "metrics.ndjson"),
     "a byte of the weights": lambda run: test_attest.flip(run / FIRST / "model.safetensors"),
     "cut": lambda run: os.truncate(run / "metrics.ndjson", 10),

@@ -45,8 +45,8 @@ def find_problems(
         found += [line for line in problems(folder) if line not in found]
     try:
         required, states = read_parts(run)
-    except (ArtifactError, ValueError, KeyError, TypeError) as e:
-        return found or [str(e)]
+    except (ArtifactError, ValueError, KeyError, TypeError, RecursionError) as e:
+        return found or [f"{run}: its states cannot be read: {e}"]
     held = {name: read_digest(folder) for name, folder in parts.items()}
     for name in sorted(required.keys() | held.keys()):
         if required.get(name, states.get(name)) != held.get(name):

@@ -511,7 +511,8 @@ def resume(
     for name in changes or {}:
         if name not in names:
             raise ConfigError(f"{name}: unknown parameter; {suggest(name, names)}")
-        if _contains(fixed, names[name]):
+        # `save_every` decides which states are recorded, and so the digest of the run.
+        if name == "save_every" or _contains(fixed, names[name]):
             raise RunError(
                 f"{name}: part of the run's identity, so it cannot change on resume; "
                 "start a new run"
