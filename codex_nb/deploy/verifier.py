@@ -46,7 +46,7 @@ def find_problems(
     try:
         required, states = read_parts(run)
     except (ArtifactError, ValueError, KeyError, TypeError, RecursionError) as e:
-        return found or [f"{run}: its states cannot be read: {e}"]
+        return found or [f"{run}: {e!r}"]
     held = {name: read_digest(folder) for name, folder in parts.items()}
     for name in sorted(required.keys() | held.keys()):
         if required.get(name, states.get(name)) != held.get(name):
