@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Contradictions', 'MEASURED', 'CHECKS', 'check_settings', 'check_metrics', 'check_parts',
            'check_checkpoints', 'check_states', 'check_evaluations', 'check_manifest',
-           'contradictions', 'verify_run']
+           'check_environment', 'contradictions', 'verify_run']
 
 # %% ../../nbs/experiments/71_verify.ipynb #c3f7bdf8
 import csv
@@ -19,6 +19,7 @@ from typing import Any
 
 from ..core.artifacts import MANIFEST, read_manifest
 from ..core.config import diff_dicts, digest_of, identity
+from ..core.repro import numeric_identity
 from ..eval.contamination import Overlap
 from ..eval.evaluate import flat_record, summarize
 from ..eval.scoring import Record
@@ -257,8 +258,20 @@ def check_manifest(folder: Path, record: RunRecord) -> Contradictions:
         "config": config,
         "parents": parents,
     }
-    for name, (a, b) in list(diff_dicts(stated, computed).items())[:3]:
+    differing = list(diff_dicts(stated, computed).items())[:3]
+    for name, (a, b) in differing:
         yield f"{folder}/{MANIFEST}: {name} is {a!r}, the folder has {b!r}"
+    if stated != computed and not differing:  # to `diff_dicts`, null and nothing are the same
+        yield f"{folder}/{MANIFEST}: a value of null is left out, or one more is there"
+    run_status(folder)  # raises for any other than those a run can have
+
+
+def check_environment(folder: Path, record: RunRecord) -> Contradictions:
+    "What a replay asks of the recorded machine must be there."
+    path = folder / "environment.json"
+    if path.is_file():
+        numeric_identity(json.loads(path.read_bytes()))  # raises where something is missing
+    yield from ()
 
 # %% ../../nbs/experiments/71_verify.ipynb #daff4ca6
 CHECKS: tuple[Callable[[Path, RunRecord], Contradictions], ...] = (
@@ -269,6 +282,7 @@ CHECKS: tuple[Callable[[Path, RunRecord], Contradictions], ...] = (
     check_states,
     check_evaluations,
     check_manifest,
+    check_environment,
 )
 
 

@@ -58,7 +58,10 @@ def run_status(
     "The state of a run."
     folder = Path(folder)
     if (folder / MANIFEST).is_file():
-        return read_manifest(folder).meta["status"]
+        status = read_manifest(folder).meta.get("status")
+        if status not in ("finished", "failed"):
+            raise ArtifactError(f"{folder / MANIFEST}: a run cannot be {status!r}")
+        return status
     return "running" if is_locked(folder / LOCK) else "interrupted"
 
 
