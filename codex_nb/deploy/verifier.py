@@ -189,7 +189,7 @@ _HEAD = '''#!/usr/bin/env python3
 """Verify a run: python3 verify.py RUN [--signers FILE]
 
 Every file, parts and parents, and who signed it. It needs Python 3.9 or newer, and
-ssh-keygen for signatures. Made from codex_nb VERSION.
+ssh-keygen for signatures. Made by codex_nb VERSION.
 """
 
 from __future__ import annotations
