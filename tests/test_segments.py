@@ -157,18 +157,25 @@ def splice_run(run, other, step):
     for p in (run / "checkpoints").iterdir():
         if int(p.name[5:]) > step:
             copy(other / "checkpoints" / p.name, p)
-    copy(other / "evaluations", run / "evaluations")
-    edit_seed(run)
-    derive(run)
-    reseal(run)
+    evaluate_again(run)
     return run
 
 
-def edit_seed(run):
-    "The summary's intervals follow from the seed of the settings."
-    from forger import edit, evaluation
+def evaluate_again(run):
+    "With the settings of the run, whoever trained its weights; then seal it."
+    from codex_nb.core.artifacts import open_artifact
+    from codex_nb.data.corpus import open_corpus
+    from codex_nb.run.judging import judge, open_trained
+    from codex_nb.run.run_folder import Run, seal_run
+    from codex_nb.tracking.metrics_log import metrics_csv
 
-    edit(evaluation(run) / "summary.json", lambda s: s.update(seed=0))
+    shutil.rmtree(run / "evaluations")
+    (run / MANIFEST).unlink()
+    last = open_artifact(checkpoint_at(run, SMALL["steps"]))
+    corpus = open_corpus(config().corpus)
+    judge(Run(run, "train", config(), None, True), *open_trained(last), corpus, last)
+    metrics_csv(run / "metrics.ndjson", run / "metrics.csv")
+    seal_run(run, "finished")
 
 
 def edit_figure(run, other, step):
