@@ -93,7 +93,7 @@ def test_what_only_a_person_knows_is_blank(plain):
     assert not front_matter(card).keys() & {"license", "language", "datasets"}
     assert "\n# license:" in card.split("\n---\n")[0]
     for title in ("Intended use", "Limitations", "Licence", "Contact"):
-        assert f"\n## {title}\n\n**TODO, by a person:**" in card
+        assert f"\n## {title}\n\n**[More Information Needed]**" in card
 
 
 def test_the_hub_reads_the_metadata(home):

@@ -350,12 +350,14 @@ def _result(e: Evaluated) -> dict[str, Any]:
 
 
 _LEFT_OUT = """\
-# TODO: only a person knows these. Fill them in, and remove the mark in front of them.
+# More information needed: only a person knows these. Fill them in, and remove the mark.
 # license: an identifier from https://huggingface.co/docs/hub/repositories-licenses
 # language: of the text, such as en
 # datasets: names on the Hub, if the data are there
 """
-_BASE_NAME = "# TODO: base_model is the base's name here; give its name on the Hub.\n"
+_BASE_NAME = (
+    "# More information needed: base_model is the base's name here; give its name on the Hub.\n"
+)
 
 
 def _front_matter(values: dict[str, Any]) -> str:
@@ -402,7 +404,8 @@ _BLANKS = {
 
 def _blanks() -> str:
     return "\n".join(
-        f"## {title}\n\n**TODO, by a person:** {what}.\n" for title, what in _BLANKS.items()
+        f"## {title}\n\n**[More Information Needed]** By a person: {what}.\n"
+        for title, what in _BLANKS.items()
     )
 
 
@@ -508,7 +511,7 @@ def _card_text(
             f"# {markdown_text(name)}\n",
             f"This is{method} a causal language model, trained with codex_nb in the run "
             f"{markdown_text(name)}, digest `{m.digest}`.{origin} `codex-nb card` wrote this from "
-            "the run's own records. What it cannot know is marked **TODO**.\n",
+            "the run's own records. What it cannot know is marked **[More Information Needed]**.\n",
             f"## Model\n\n{markdown_table(rows, model)}\n",
             f"## Training\n\n{markdown_table(rows, _training_rows(folder, cfg, checkpoint, m))}\n",
             "## Training data\n",

@@ -218,7 +218,7 @@ def compare_training(
             what = ", ".join(f"{k}: {a}, here {b}" for k, (a, b) in list(differing.items())[:3])
             return None, f"another machine computes other bits ({what})"
     again = read_contents(folder)
-    records = _inside(run, segment), _inside(again, segment)
+    records = _inside(run.metrics, segment), _inside(again.metrics, segment)
     if difference := find_first_difference(*records, complete=True):
         return False, str(difference)
     for step in [s for s in claimed if start < s <= end]:
@@ -226,20 +226,16 @@ def compare_training(
             return False, f"the state of step {step} is another one"
     if again.steps > end:
         return False, f"the run ends at step {end:,}, its settings go on to {again.steps:,}"
-    first = start + 1 if start else 0
-    samples = [
-        [s for s in read_samples(p / "samples.ndjson") if first <= s["step"] <= end]
-        for p in (run.folder, folder)
-    ]
+    samples = [_inside(read_samples(p / "samples.ndjson"), segment) for p in (run.folder, folder)]
     if samples[0] != samples[1]:
         return False, "the model writes other samples"
     return True, f"equal bit for bit, up to the state {claimed[end][:12]} of step {end:,}"
 
 
-def _inside(run: RunContents, segment: Segment) -> list[dict[str, Any]]:
+def _inside(records: list[dict[str, Any]], segment: Segment) -> list[dict[str, Any]]:
     start, end = segment.span.start, segment.span.stop
     first = start + 1 if start else 0  # the initial weights belong to the first segment
-    return [r for r in run.metrics if first <= r["step"] <= end]
+    return [r for r in records if first <= r["step"] <= end]
 
 # %% ../../nbs/experiments/76_segments.ipynb #f8ef1c75
 def execute_scoring(
@@ -457,8 +453,7 @@ def execute(
 
 def _score_job(path: Path) -> None:
     job = json.loads(path.read_bytes())
-    run, s = read_contents(job["run"]), job["segment"]
-    segment = _segment_of(s)
+    run, segment = read_contents(job["run"]), _segment_of(job["segment"])
     if launched_in := run.record.launch_folder(run.folder):
         os.chdir(launched_in)
     result = execute_scoring(run, segment, job["given"])
@@ -489,7 +484,8 @@ def audit_run(
     contents, subject, level = read_contents(run), run_subject(run) or "", sealed_level(run)
     if not level.holds:
         return Audit(str(run), subject, number, level.detail, {}, (), ())
-    found, gaps, left_out = segments(run), _gaps(contents), _left_out(contents)
+    found = segments(run)
+    gaps, left_out = _gaps(contents, found), _left_out(contents)
     if not found:
         raise RunError(f"{run}: has neither states nor evaluations that could be executed again")
     drawn = [s for of in found.values() for s in draw(of, subject, number, n)]
@@ -519,13 +515,10 @@ def _finding(
         return Finding(segment, None, str(e))
 
 
-def _gaps(run: RunContents) -> tuple[str, ...]:
+def _gaps(run: RunContents, found: dict[str, list[Segment]]) -> tuple[str, ...]:
     "Steps that belong to no segment."
-    if run.record.kind not in TRAINING_KINDS:
-        return ()
-    states = load_states(run.folder)
-    covered = max((s for s in states if f"checkpoints/step-{s:08}" in run.parts), default=0)
-    if covered >= run.steps:
+    covered = found[TRAINING][-1].span.stop if TRAINING in found else 0
+    if covered >= run.steps:  # no steps in a run that trained nothing
         return ()
     return (f"{TRAINING}, steps {covered + 1:,} to {run.steps:,}: no state after them was kept",)
 
@@ -586,7 +579,7 @@ def merge(
         raise RunError(f"{run}: the reports are of segments that number {number} does not draw")
     sealed = "" if level.holds else level.detail
     ordered = tuple(findings[s] for s in drawn if s in findings)
-    gaps, left_out, totals = _gaps(contents), _left_out(contents), _totals(found)
+    gaps, left_out, totals = _gaps(contents, found), _left_out(contents), _totals(found)
     return Audit(str(run), subject, number, sealed, totals, tuple(drawn), ordered, gaps, left_out)
 
 
