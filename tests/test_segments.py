@@ -362,7 +362,7 @@ def test_a_segment_compares_all_of_its_records(step, honest, tmp_path):
     edit_lines(forged / "metrics.ndjson", better)
     segment = Segment("training", range(step - 2, step))
     holds, detail = compare_training(read_contents(forged), segment, honest)
-    assert holds is False and f"step {step}" in detail
+    assert holds is False and detail == f"step {step}: missing from the record of A"
     first = Segment("training", range(0, 2))
     edit_lines(forged / "metrics.ndjson", lambda rows: rows[0]["exact"].update(x="ab" * 8))
     holds, detail = compare_training(read_contents(forged), first, honest)
@@ -406,9 +406,11 @@ def test_the_command_executes_segments_in_their_own_process(honest, runs):
     assert [p.name for p in (runs / "audit").iterdir()] == ["audit.json"]
 
 
-def test_scoring_that_was_interrupted_has_the_same_records(honest, runs, tmp_path):
+def test_scoring_that_was_interrupted_has_the_same_records(honest, tmp_path, monkeypatch):
+    "Documents that share batches are scored together again: on some processors it shows."
     from codex_nb.core.artifacts import open_artifact
     from codex_nb.data.corpus import open_corpus
+    from codex_nb.eval import scoring
     from codex_nb.eval.scoring import load_records, score_shard
     from codex_nb.run.judging import open_trained
 
@@ -420,5 +422,15 @@ def test_scoring_that_was_interrupted_has_the_same_records(honest, runs, tmp_pat
     (name,) = [p.name for p in (tmp_path / "a").iterdir()]
     lines = (tmp_path / "a" / name).read_bytes().splitlines(keepends=True)
     (tmp_path / "b" / name).write_bytes(b"".join(lines[:31]) + b"00000000 [3")
+    together = []
+
+    def score(model, tokenizer, documents, **options):
+        together.append([d.id for d in documents])
+        return original(model, tokenizer, documents, **options)
+
+    original = scoring.score
+    monkeypatch.setattr(scoring, "score", score)
     score_shard(tmp_path / "b", "key", model, tokenizer, documents, detail=True)
+    ids = [d.id for d in documents]
+    assert together == [ids[:64], ids[64:]]
     assert load_records(tmp_path / "b", "key") == records
