@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import datetime
 import functools
+import io
 import json
 import os
 import re
@@ -91,9 +92,13 @@ def prepared(args, preset="smoke", vocabulary=None, **values):
     from codex_nb.data.batches import BatchSampler
     from codex_nb.model.causal_lm import build_model
     from codex_nb.model.compute import apply_compute
-    from codex_nb.model.loss import LMLoss
     from codex_nb.run.bases import resolve_compute_settings
-    from codex_nb.run.training_inputs import model_for, prepare_data, setup_process
+    from codex_nb.run.training_inputs import (
+        model_for,
+        objective_for,
+        prepare_data,
+        setup_process,
+    )
     from codex_nb.train.optim import make_optimizer
 
     cfg = settings(args, preset, **values)
@@ -108,13 +113,15 @@ def prepared(args, preset="smoke", vocabulary=None, **values):
         model = model_for(cfg, tokenizer)
     batches = BatchSampler(dataset, cfg.fit.batch_size, cfg.seed, cfg.fit.micro_batch)
     shape = batches.micro_batch, cfg.model.seq_len
-    objective = LMLoss(model, cfg.model.dtype, cfg.compute, shape)
+    objective, compute = objective_for(cfg, model, batches, shape)
+    cfg = cfg.updated(compute=compute)
     optimizer = make_optimizer(model, cfg.optim)
     return Prepared(cfg, tokenizer, batches, model, objective, optimizer)
 
 
 def stepper(made):
     "A function that makes the step of a given number; its values stay on the device."
+    from codex_nb.model.cuda_graphs import CUDAGraphs
     from codex_nb.train.engine import train_step
 
     cfg, batches, vocabulary = made.cfg, made.batches, made.model.config.vocab_size
@@ -123,11 +130,19 @@ def stepper(made):
     def loss(_, b):
         return made.objective(b.ids_BT, b.targets_BT, b.positions_BT, b.cu_seqlens), None
 
+    graphs = None
+    if cfg.compute.graphs == "on":
+        passes = -(-batches.batch_size // batches.micro_batch)
+        graphs = CUDAGraphs(made.model, loss, (batches.micro_batch, cfg.model.seq_len), passes)
+
     def step(i):
         micro = batches.step(i * batches.batch_size)
         if spread > 1:
             micro = [b._replace(ids_BT=b.ids_BT * spread) for b in micro]
-        return train_step(made.model, micro, loss, made.optimizer, cfg.optim.lr, cfg.fit.clip)
+        lr, clip = cfg.optim.lr, cfg.fit.clip
+        return train_step(made.model, micro, loss, made.optimizer, lr, clip, graphs=graphs)
+
+    step.graphs = graphs
 
     return step
 
@@ -282,6 +297,75 @@ def no_synchronisation(args, values):
     if cuda:
         torch.cuda.set_sync_debug_mode("default")
     return "none"
+
+
+GRAPHS = {
+    "llama bf16 muon eager": dict(optimizer="muon", compile="off", dtype="bf16"),
+    "gpt2 bf16 dropout": dict(arch="gpt2", dropout=0.1, optimizer="adamw", dtype="bf16"),
+    "llama fp32 micro-batches": dict(dtype="fp32", micro_batch=4, optimizer="adamw"),
+}
+
+
+COMPILED = {
+    "gpt2 124M deterministic": dict(determinism="deterministic"),
+    "gpt2 124M off": dict(determinism="off"),
+    "llama, 2048 wide": dict(preset="smoke", arch="llama", width=2048, heads=16, seq_len=512),
+    "gpt2, 2048 wide": dict(preset="smoke", arch="gpt2", width=2048, heads=16, seq_len=512),
+}
+
+
+@check(kinds=COMPILED)
+def compiled(args, values):
+    "Whether compiled code computes what the model does, and the same bits twice."
+    import torch
+
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        made = large(args, **values)
+    totals, gradients = [], []
+    for _ in range(2):
+        made.model.zero_grad(set_to_none=True)
+        (b,) = (b.to(args.device) for b in made.batches.step(0))
+        total = made.objective(b.ids_BT, b.targets_BT, b.positions_BT, b.cu_seqlens)
+        total.backward()
+        totals.append(float(total.detach()))
+        gradients.append([p.grad.clone() for p in made.model.parameters()])
+    return {
+        "compile": made.cfg.compute.compile,
+        "attention": made.cfg.compute.attention,
+        "said": said.getvalue(),
+        "losses": totals,
+        "gradients equal": all(map(torch.equal, *gradients)),
+    }
+
+
+@check(kinds=GRAPHS)
+def graphs(args, values):
+    "Losses of steps whose passes are replayed, against the same without; time of a step."
+    found, losses = {}, {}
+    on_cuda = args.device.startswith("cuda")
+    for setting in ("off", "on") if on_cuda else ("off",):
+        made = prepared(args, graphs=setting, **values)
+        step = stepper(made)
+        losses[setting] = [float(step(i)["loss"]) for i in range(12)]
+        found[f"milliseconds a step, graphs={setting}"] = round(
+            1000 * seconds(lambda: step(12), *((5, 10) if on_cuda else (1, 1))), 2
+        )
+    pairs = list(zip(*losses.values()))
+    found["largest difference"] = max(abs(p[0] - p[-1]) / p[0] for p in pairs)
+    found["problem"] = step.graphs and step.graphs.problem
+    return found
+
+
+@check()
+def graphs_refused(args):
+    "A model that asks the GPU for a value cannot be recorded: said, and trained as before."
+    made = prepared(args, compile="off", optimizer="adamw", attention="sdpa")
+    made.model.model.norm.register_forward_hook(lambda m, a, y: y * float(y.sum() < 1e9))
+    step, said = stepper(made), io.StringIO()
+    with contextlib.redirect_stdout(said):
+        losses = [float(step(i)["loss"]) for i in range(4)]
+    return {"said": said.getvalue(), "losses": losses}
 
 
 PACKED = {
@@ -627,6 +711,8 @@ def race(args):
     import torch
 
     from codex_nb.core.repro import set_determinism
+    from codex_nb.model.causal_lm import flops_per_token
+    from codex_nb.tracking.timers import measure_peak_flops, mfu
 
     steps, rounds = (10, 6) if args.device.startswith("cuda") else (2, 2)
     if args.kind == "warm":
@@ -642,7 +728,9 @@ def race(args):
             step = stepper(made)
             found["shape"] = made.model.config.to_dict()
             found["tokens"] = made.batches.tokens
+            found["flops"] = flops_per_token(made.model, made.cfg.model.seq_len)
             found.setdefault("attention", {})[name] = made.cfg.compute.attention
+            found.setdefault("compile", {})[name] = made.cfg.compute.compile
             return functools.partial(run_steps, step, values["determinism"], set_determinism)
 
         runner = outcome(make)
@@ -684,11 +772,32 @@ def race(args):
         if t
     }
     found["rounds"] = {n: [round(found["tokens"] / t) for t in ts] for n, ts in times.items()}
+    if "flops" in found and torch.cuda.is_available():
+        # The same product as in `machine`, in the same process; GPUs without an entry have no peak
+        product = measure_peak_flops(args.device, "bf16", 8192)
+        peaks = {"a large product": product, "the datasheet": datasheet_peak()}
+        flops = found.pop("flops")
+        found["model FLOPs utilisation"] = {
+            name: {of: round(mfu(s, flops, peak), 3) for of, peak in peaks.items() if peak}
+            for name, s in speed.items()
+        }
     if "nanoGPT" in speed:
         found["of nanoGPT"] = {n: round(s / speed["nanoGPT"], 3) for n, s in speed.items()}
     if torch.cuda.is_available():
         found["peak GB"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
     return found
+
+
+# Peak of dense bf16 products in FLOP/s, from NVIDIA's datasheets (SXM where there is a choice)
+DATASHEET = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
+
+
+def datasheet_peak():
+    "Of this GPU; None where it is not listed."
+    import torch
+
+    name = torch.cuda.get_device_name()
+    return next((peak for gpu, peak in DATASHEET.items() if gpu in name), None)
 
 
 def run_steps(step, level, set_determinism, first, n):

@@ -16,6 +16,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -271,6 +272,7 @@ def resolve_compute(
     seq_len: int,  # Tokens per row
     flops: float,  # Floating-point operations of the whole run
     model_config: Mapping[str, Any] | None = None,  # The model's, as in its `config.json`
+    processes: int = 1,  # That train together
 ) -> ComputeConfig:  # Without `auto`
     "Resolve every `auto`; `ConfigError` for a choice that cannot be used here."
     compiled = _resolve_compile(cfg.compile, device, flops)
@@ -284,8 +286,14 @@ def resolve_compute(
         attention = "eager" if short_bf16 and compiled == "on" else "sdpa"
         if not problem and dtype == "bf16" and has_varlen_kernel(device):
             attention = "varlen"
+    graphs = _resolve_graphs(cfg, device, processes)
     return cfg.model_copy(
-        update={"compile": compiled, "products": products, "attention": attention}
+        update={
+            "compile": compiled,
+            "products": products,
+            "attention": attention,
+            "graphs": graphs,
+        }
     )
 
 
@@ -299,6 +307,19 @@ def _resolve_compile(asked: str, device: str, flops: float) -> str:
         return asked
     worth_it = on_cuda or (on_cpu and flops >= WORTH_COMPILING)
     return "on" if worth_it and not problem else "off"
+
+
+def _resolve_graphs(cfg: ComputeConfig, device: str, processes: int) -> str:
+    problem = None
+    if not device.startswith("cuda"):
+        problem = f"CUDA graphs are for GPUs, and this run computes on {device}"
+    elif processes > 1:
+        problem = "communication between processes is not recorded"
+    elif cfg.recompute:
+        problem = "recompute=true reads the state of random numbers, which is not recorded"
+    if cfg.graphs == "on" and problem:
+        raise ConfigError(f"graphs: {problem}; give graphs=off")
+    return "off" if problem or cfg.graphs == "off" else "on"
 
 
 def _resolve_products(asked: str, device: str, dtype: str) -> str:
@@ -343,10 +364,32 @@ def compiled_for(
     def call(**inputs):
         if "attention_mask" in inputs:  # as many documents as there are, without a new compilation
             torch._dynamo.mark_dynamic(inputs["attention_mask"], 3)
-        fits = inputs["input_ids"].shape == shape
-        return (compiled if fits else body)(**inputs)
+        if inputs["input_ids"].shape != shape:
+            return body(**inputs)
+        with _rows_in_one_block():
+            return compiled(**inputs)
 
     return call
+
+
+def _rows_in_one_block() -> AbstractContextManager[Any]:
+    "Let inductor reduce short rows without a loop over their parts."
+    from torch._inductor.choices import InductorChoices
+    from torch._inductor.virtualized import V
+
+    class OneBlock(InductorChoices):
+        @staticmethod
+        def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
+            default = InductorChoices.should_use_persistent_reduction
+            return default(features, cooperative_reduction) or (
+                not cooperative_reduction and _is_short(features.reduction_numel)
+            )
+
+    return V.set_choices_handler(OneBlock())
+
+
+def _is_short(elements: Any) -> bool:  # False for a number that is not known yet
+    return bool(getattr(elements, "is_number", True)) and int(elements) <= 1024
 
 # %% ../../nbs/model/22_compute.ipynb #5d3bbd90
 class InferenceLinear(nn.Linear):

@@ -91,7 +91,8 @@ def resolve_compute_settings(
             predictions = fit.tokens or round((fit.epochs or 0) * in_store)
         flops = predictions * rough_flops(*_shape(cfg, model_config), seq_len)
     device, dtype = cfg.model.device, cfg.model.dtype
-    compute = resolve_compute(cfg.compute, device, dtype, seq_len, flops, model_config)
+    processes = cfg.distributed.nproc
+    compute = resolve_compute(cfg.compute, device, dtype, seq_len, flops, model_config, processes)
     return cfg.updated(compute=compute)
 
 

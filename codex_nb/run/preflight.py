@@ -9,6 +9,7 @@ __all__ = ['isolation', 'preflight', 'preflight_lines']
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,10 +20,10 @@ from ..data.batches import BatchSampler, order_digest, to_batch
 from ..data.corpus import SPLITS
 from ..data.tokens import PackedDataset
 from ..model.causal_lm import count_parameters, logits_of
-from ..model.loss import LMLoss
+from ..model.cuda_graphs import CUDAGraphs
 from .bases import resolve_compute_settings
 from .settings import RunConfig
-from .training_inputs import model_for, prepare_data
+from .training_inputs import model_for, objective_for, prepare_data
 from ..tracking.timers import synchronize
 from ..train.engine import total_samples, train_step
 from ..train.optim import make_optimizer
@@ -117,7 +118,7 @@ def _try_step(
     compute = cfg.compute if on_cuda else cfg.compute.model_copy(update={"compile": "off"})
     rows = min(batches.micro_batch, batches.batch_size // batches.world_size)
     shape = rows, cfg.model.seq_len
-    objective = LMLoss(model, cfg.model.dtype, compute, shape)
+    objective, compute = objective_for(cfg.updated(compute=compute), model, batches, shape)
 
     def loss(_: Any, b: Batch) -> tuple[torch.Tensor, None]:
         return objective(b.ids_BT, b.targets_BT, b.positions_BT, b.cu_seqlens), None
@@ -125,13 +126,17 @@ def _try_step(
     model.train()
     activations = _activation_bytes(lambda: loss(model, batches.step(0)[0].to(device))[0], model)
     optimizer, seconds = make_optimizer(model, cfg.optim), 0.0
-    for _ in range(3):  # the first ones warm up, and make the moments
+    step = partial(train_step, model, batches.step(0), loss, optimizer, 0.0, cfg.fit.clip)
+    step()  # makes the moments; a rate of 0 leaves the weights as they are
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    graphs = None
+    if compute.graphs == "on" and batches.world_size == 1:
+        graphs = CUDAGraphs(model, loss, shape, math.ceil(batches.batch_size / rows))
+    for _ in range(2):  # the first one records the graph, if there is one
         synchronize(device)
-        if on_cuda:
-            torch.cuda.reset_peak_memory_stats(device)
         start = time.perf_counter()
-        # A rate of 0 leaves the weights as they are.
-        train_step(model, batches.step(0), loss, optimizer, 0.0, cfg.fit.clip)
+        step(graphs=graphs)
         synchronize(device)
         seconds = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated(device) if on_cuda else None

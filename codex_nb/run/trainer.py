@@ -25,17 +25,19 @@ from ..data.tokenizer import Tokenizer
 from ..data.tokens import PackedDataset
 from ..eval.scoring import sample_documents
 from ..model.causal_lm import flops_per_token
-from ..model.loss import LMLoss
+from ..model.cuda_graphs import CUDAGraphs
 from .callbacks import CheckpointCallback, EarlyStopping, Evaluator, MetricsLogger
 from .run_folder import Run, replay_hints
 from .run_record import load_parents
 from .settings import RunConfig
+from .training_inputs import objective_for
 from ..tracking.system_monitor import SystemMonitor
 from ..tracking.timers import measure_peak_flops, mfu
 from ..train.checkpoint import ResumeMetadata, latest_checkpoint, load_checkpoint
 from ..train.distributed import World, grad_sync_context, parallelize
 from codex_nb.train.engine import (
     Hook,
+    LossFn,
     TrainState,
     estimate_steps,
     fit,
@@ -86,7 +88,9 @@ def resume_metadata(
         identity={"seed": cfg.seed, "model": model, "adapter": identity(cfg.adapter), "base": base}
         | rules
         | stopping,
-        exact=exact | {k: getattr(compute, k) for k in kernels},
+        exact=exact
+        | {k: getattr(compute, k) for k in kernels}
+        | ({"graphs": "on"} if compute.graphs == "on" else {}),
     )
 
 # %% ../../nbs/run/66_trainer.ipynb #ff353bd4
@@ -134,8 +138,18 @@ class Trainer:
             self.dataset, cfg.fit.batch_size, cfg.seed, cfg.fit.micro_batch, world.rank, world.size
         )
         rows = min(batches.micro_batch, batches.batch_size // world.size)
-        objective = LMLoss(model, cfg.model.dtype, cfg.compute, (rows, cfg.model.seq_len))
-        plan = self._plan_steps(batches, objective)
+        shape = rows, cfg.model.seq_len
+        objective, compute = objective_for(cfg, model, batches, shape, world)
+        cfg = cfg.updated(compute=compute)
+        wrapped: torch.nn.Module = objective  # until the ranks train together
+
+        def loss(_: Any, b: Batch) -> tuple[torch.Tensor, None]:
+            return wrapped(b.ids_BT, b.targets_BT, b.positions_BT, b.cu_seqlens), None
+
+        graphs = None
+        if cfg.compute.graphs == "on" and world.size == 1:
+            graphs = CUDAGraphs(model, loss, shape, math.ceil(cfg.fit.batch_size / rows))
+        plan = self._plan_steps(batches, loss, graphs)
         limit = cfg.fit
         if "steps" in plan and plan.keys() & {"stop", "leave"}:
             # A replay trains the steps of the original, and has no clock.
@@ -153,9 +167,6 @@ class Trainer:
             self.logger, self.evaluator, self.tokenizer, metadata, self.parents, self.sharded
         )
         state = self._resume_from_latest(optimizer, metadata, ema)
-
-        def loss(_: Any, b: Batch) -> tuple[torch.Tensor, None]:
-            return wrapped(b.ids_BT, b.targets_BT, b.positions_BT, b.cu_seqlens), None
 
         # One process stops at once; several note the request and agree after each step.
         requests: list[str] = []
@@ -179,6 +190,7 @@ class Trainer:
                     plan.get("steps"),
                     ema,
                     partial(grad_sync_context, wrapped),
+                    graphs,
                 )
         if state.interrupted and state.step != plan.get("leave"):
             reason = state.stop_reason or ""
@@ -219,7 +231,9 @@ class Trainer:
         hooks += [Hook(close, when="end"), Hook(partial(close, failed=True), when="error")]
         return hooks
 
-    def _plan_steps(self, batches: BatchSampler, objective: LMLoss) -> dict[str, int]:
+    def _plan_steps(
+        self, batches: BatchSampler, loss: LossFn, graphs: CUDAGraphs | None
+    ) -> dict[str, int]:
         """`steps` that fit a limit in minutes, and in a replay where to end.
 
         At `stop` training is over and is evaluated; at `leave` it goes on, but not here."""
@@ -228,12 +242,9 @@ class Trainer:
         if "steps" in plan or not self.cfg.fit.minutes:
             return plan
         path = self.run.folder / "plan.json"
-
-        def loss(_: Any, b: Batch) -> tuple[torch.Tensor, None]:
-            return objective(b.ids_BT, b.targets_BT, b.positions_BT, b.cu_seqlens), None
-
         if not path.exists():  # all ranks measure, since each computes a part of the batch
-            steps = estimate_steps(self.cfg.fit.minutes, self.model, batches, loss)
+            minutes = self.cfg.fit.minutes
+            steps = estimate_steps(minutes, self.model, batches, loss, graphs=graphs)
             if self.world.main:
                 write_file(path, json_text({"steps": steps}))
         self.world.barrier()

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['S', 'setup_process', 'HasDigest', 'start_run', 'display_path', 'tokenizer_for',
-           'dataset_for', 'model_for', 'TrainingInputs', 'prepare_data', 'prepare_training']
+           'dataset_for', 'model_for', 'objective_for', 'TrainingInputs', 'prepare_data',
+           'prepare_training']
 
 # %% ../../nbs/run/64_training_inputs.ipynb #3c2bb332
 import sys
@@ -15,6 +16,7 @@ import torch
 
 from ..core.config import ConfigError, env_setting
 from ..core.repro import seed_everything, set_determinism
+from ..data.batches import BatchSampler
 from ..data.corpus import Corpus, open_corpus
 from ..data.tokenizer import Tokenizer
 from ..data.tokenizer_training import import_tokenizer, train_tokenizer
@@ -22,6 +24,8 @@ from ..data.tokens import PackedDataset, build_tokens
 from ..model.adapters import add_adapter
 from ..model.causal_lm import build_model
 from ..model.compute import apply_compute
+from ..model.loss import LMLoss, compiled_problem
+from ..model.model_config import ComputeConfig
 from ..model.model_registry import load_model, model_digest
 from .bases import find_base, resolve_compute_settings
 from .run_folder import Run
@@ -137,6 +141,32 @@ def model_for(
 
 def _to_device(model: Any, cfg: RunConfig) -> Any:
     return model.to(cfg.model.device).train()
+
+# %% ../../nbs/run/64_training_inputs.ipynb #91457b21
+def objective_for(
+    cfg: RunConfig,  # The run's settings, without `auto`
+    model: "PreTrainedModel",  # From `model_for`
+    batches: BatchSampler,  # The training data
+    shape: tuple[int, int],  # Rows and length of a micro-batch
+    world: World = World(),
+    check: bool | None = None,  # Whether to test compiled code; default: on a GPU
+) -> tuple[LMLoss, ComputeConfig]:  # And how it computes: uncompiled if compiling goes wrong
+    "The training loss of a model."
+    compute, dtype = cfg.compute, cfg.model.dtype
+    objective = LMLoss(model, dtype, compute, shape)
+    if check is None:
+        check = cfg.model.device.startswith("cuda")
+    if compute.compile == "off" or not check:
+        return objective, compute
+    steps = (batches.step(k * batches.batch_size)[0] for k in range(2))
+    found = world.all_gather(compiled_problem(objective, list(steps)))
+    problem = next(filter(None, found), None)
+    if problem is None:
+        return objective, compute
+    if world.main:
+        print(f"compile: the compiled model is wrong, so it is trained uncompiled: {problem}")
+    compute = compute.model_copy(update={"compile": "off"})
+    return LMLoss(model, dtype, compute, shape), compute
 
 # %% ../../nbs/run/64_training_inputs.ipynb #2b2be338
 class TrainingInputs(NamedTuple):

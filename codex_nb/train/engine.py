@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from ..core.types import IGNORE, Batch
 from ..data.batches import BatchSampler, batch_fingerprint
+from ..model.cuda_graphs import CUDAGraphs
 from ..tracking.timers import StepClock, Throughput, synchronize
 from .distributed import World, full_tensor
 from .optim import EMA, Optimizer, guarded_step
@@ -77,6 +78,7 @@ def train_step(
     sync: SyncFn = _no_sync,  # Decides when gradients are sent, see `grad_sync_context`
     limit: float = math.inf,  # A mean loss above it is a spike: the step is not applied
     clock: StepClock | None = None,  # Told which part of the step is running
+    graphs: CUDAGraphs | None = None,  # Replays the passes of one process on a GPU
 ) -> dict[str, Any]:  # `loss` (mean, nats), `grad_norm` (before clipping), `tokens`, `applied`
     """Accumulate gradients over the micro-batches and update once.
 
@@ -93,7 +95,12 @@ def train_step(
         raise ValueError(f"no token to predict in samples {samples}: nothing would be learned")
 
     total = torch.zeros((), device=device)
+    replayed = graphs if graphs and graphs.ready(micro_batches) else None
     for i, batch in enumerate(micro_batches):
+        if replayed:
+            clock.mark("forward_backward")
+            total += replayed.backward(batch, tokens, first=i == 0)
+            continue
         is_last = i == len(micro_batches) - 1
         clock.mark("forward")
         with sync(is_last):
@@ -255,6 +262,7 @@ def fit(
     steps: int | None = None,  # What a limit in minutes was estimated to be
     ema: EMA | None = None,  # An average of the weights to keep
     sync: SyncFn = _no_sync,  # As for `train_step`
+    graphs: CUDAGraphs | None = None,  # As for `train_step`
 ) -> TrainState:  # Where it ended
     "Train until the limit, or until a hook asks to stop; `GuardError` for a bad step."
     state, end = start or TrainState(), total_samples(cfg, batches, steps)
@@ -274,7 +282,7 @@ def fit(
             lr = schedule(state.step, state.total_steps)
             limit = _spike_limit(state, cfg.spike)
             result = train_step(
-                model, micro, loss, optimizer, lr, cfg.clip, world, sync, limit, state.clock
+                model, micro, loss, optimizer, lr, cfg.clip, world, sync, limit, state.clock, graphs
             )
             _advance(state, result, micro, lr, limit)
             state.position = min(state.position + batches.batch_size, end)
@@ -358,6 +366,7 @@ def estimate_steps(
     batches: BatchSampler,  # The training data
     loss: LossFn,  # `(model, batch) -> (sum, count)`
     probes: int = 3,  # Timed steps, after one to warm up
+    graphs: CUDAGraphs | None = None,  # As for `train_step`
 ) -> int:  # At least 1
     "How many steps fit into a time."
     device = next(model.parameters()).device
@@ -365,8 +374,12 @@ def estimate_steps(
     with torch.random.fork_rng():  # dropout draws random numbers
         for _ in range(probes + 1):
             start = time.perf_counter()
+            replayed = graphs if graphs and graphs.ready(micro_batches) else None
             for b in micro_batches:
-                loss(model, b.to(device))[0].backward()
+                if replayed:
+                    replayed.backward(b, 1)
+                else:
+                    loss(model, b.to(device))[0].backward()
             synchronize(device)
             times.append(time.perf_counter() - start)
     model.zero_grad(set_to_none=True)
