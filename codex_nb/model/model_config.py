@@ -85,7 +85,7 @@ class ComputeConfig(Config):
     # Library for fp32 matrix products on a CPU
     products: Literal["auto", "torch", "onednn"] = "auto"
     # `on`: a pass is recorded as a CUDA graph and replayed; `auto`: on a GPU, in one process
-    graphs: Literal["auto", "on", "off"] = "auto"
+    graphs: Literal["auto", "on", "off"] = Field("auto", json_schema_extra=NOT_IN_DIGEST)
     recompute: bool = False  # Activation checkpointing: recompute in the backward pass
     # Tokens whose logits are in memory at once; default: at most 512 and about 64 MB, on CUDA 1 GB
     loss_chunk: int | None = Field(None, ge=16)
