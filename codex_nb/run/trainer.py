@@ -34,7 +34,7 @@ from .training_inputs import objective_for
 from ..tracking.system_monitor import SystemMonitor
 from ..tracking.timers import measure_peak_flops, mfu
 from ..train.checkpoint import ResumeMetadata, latest_checkpoint, load_checkpoint
-from ..train.distributed import World, grad_sync_context, parallelize
+from ..train.distributed import World, grad_sync_context, parallelize, settle_buckets
 from codex_nb.train.engine import (
     Hook,
     LossFn,
@@ -158,6 +158,8 @@ class Trainer:
 
         # The model is sharded before the optimizer is made, so that its state is sharded too.
         wrapped = parallelize(objective, _layers(model), world, cfg.distributed.parallel)
+        device = cfg.model.device
+        settle_buckets(wrapped, lambda: loss(model, batches.step(0)[0].to(device))[0])
         optimizer = make_optimizer(model, cfg.optim)
         ema = EMA(model, cfg.optim.ema) if cfg.optim.ema else None
 

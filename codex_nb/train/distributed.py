@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['World', 'this_world', 'init_distributed', 'exit_process', 'parallelize',
-           'grad_sync_context', 'full_tensor', 'shard_like', 'shard_filename', 'local_shards',
-           'load_shards']
+           'settle_buckets', 'grad_sync_context', 'full_tensor', 'shard_like', 'shard_filename',
+           'local_shards', 'load_shards']
 
 # %% ../../nbs/train/42_distributed.ipynb #bd5b4ce5
 import datetime
@@ -201,6 +201,19 @@ def parallelize(
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     return objective
+
+
+def settle_buckets(
+    wrapped: nn.Module,  # From `parallelize`
+    loss: Callable[[], torch.Tensor],  # Of any batch; every rank must call it
+) -> None:
+    "Let DDP divide the gradients into buckets for good, by a pass that is thrown away."
+    if not isinstance(wrapped, nn.parallel.DistributedDataParallel):
+        return
+    device = next(wrapped.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        loss().backward()
+    wrapped.zero_grad(set_to_none=True)
 
 # %% ../../nbs/train/42_distributed.ipynb #df044e0a
 def grad_sync_context(
