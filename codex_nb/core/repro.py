@@ -62,12 +62,13 @@ def seed_everything(
 
 
 def rng_state() -> dict[str, Any]:  # JSON types; torch's states as hex
-    "The state of every global generator."
+    "The state of every global generator; on a GPU machine, of the current GPU's."
     import torch
 
     version, internal, gauss = random.getstate()
     numpy = np.random.get_state(legacy=False)
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    # A process computes on one GPU. To ask the others would take memory on each of them.
+    cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
     return {
         "python": [version, list(internal), gauss],
         "numpy": [
@@ -102,8 +103,12 @@ def set_rng_state(
     name, key, *rest = state["numpy"]
     np.random.set_state((name, np.array(key, dtype=np.uint32), *rest))
     torch.set_rng_state(from_hex(state["torch"]))
-    if torch.cuda.is_available() and state["cuda"]:
-        torch.cuda.set_rng_state_all([from_hex(text) for text in state["cuda"]])
+    states = state["cuda"]
+    if torch.cuda.is_available() and states:
+        i = torch.cuda.current_device()
+        # Earlier versions kept the states of all GPUs.
+        own = states[i] if 1 < len(states) > i else states[0]
+        torch.cuda.set_rng_state(from_hex(own))
 
 # %% ../../nbs/core/03_repro.ipynb #2edc3880
 def fix_cublas_workspace() -> None:

@@ -368,6 +368,16 @@ def _differences(was: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     return out
 
 
+def _of_the_device(exact: dict[str, Any], device: str) -> dict[str, Any]:
+    "What decides the last bits of a computation on a device."
+    if not device.startswith("cuda"):
+        return {k: v for k, v in exact.items() if k not in ("gpus", "cuda")}
+    # The processor only prepares what the GPU computes, and how many GPUs can be seen does not
+    # count: how many take part is `world_size`.
+    kept = {k: v for k, v in exact.items() if k not in ("cpu", "instructions", "threads")}
+    return kept | {"gpus": sorted(set(kept.get("gpus", [])))}
+
+
 def _check_same_run(
     folder: Path, state: dict[str, Any], metadata: ResumeMetadata, allow: tuple[str, ...]
 ) -> list[str]:
@@ -382,7 +392,9 @@ def _check_same_run(
             f"{folder}: cannot resume, this would be another run: {'; '.join(different)}; "
             "start a new run, or restore the settings of this one"
         )
-    inexact = _differences(state["exact"], metadata.exact | numeric_identity())
+    device = str(metadata.exact.get("device", "cpu"))
+    before, now = state["exact"], metadata.exact | numeric_identity()
+    inexact = _differences(_of_the_device(before, device), _of_the_device(now, device))
     if refused := [k for k in inexact if k not in allow]:
         raise InexactResumeError(
             f"{folder}: resuming would not be bit-for-bit identical: {'; '.join(inexact.values())}."
