@@ -9,6 +9,7 @@ __all__ = ['SYSTEM_SCHEMA', 'MonitorConfig', 'machine_readings', 'GPUs', 'promet
 # %% ../../nbs/tracking/32_system_monitor.ipynb #2ce9124b
 import json
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -67,24 +68,42 @@ def machine_readings(
 
 # %% ../../nbs/tracking/32_system_monitor.ipynb #97b2d9b0
 class GPUs:
-    "The NVIDIA GPUs of this machine."
+    "The NVIDIA GPUs that this process may use."
 
     def __init__(self) -> None:
         self.missing: str | None = None  # Why there are no readings
-        self.handles: list[Any] = []  # One per GPU, in NVML's order
+        self.handles: list[Any] = []  # One per GPU, in the order in which CUDA counts them
         try:
             import pynvml
 
             pynvml.nvmlInit()
             self.nvml: Any = pynvml
-            count = pynvml.nvmlDeviceGetCount()
-            self.handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(count)]
+            self.handles = self._visible(os.environ.get("CUDA_VISIBLE_DEVICES"))
         except ImportError:
             self.missing = (
                 "no readings of GPUs: nvidia-ml-py is not installed; pip install 'codex_nb[gpu]'"
             )
         except Exception as e:  # NVML's own error: no driver, no library
             self.missing = f"no readings of GPUs: {e}"
+
+    def _visible(self, names: str | None) -> list[Any]:
+        "Handles of the GPUs that `CUDA_VISIBLE_DEVICES` names: by number, or by (part of) a UUID."
+        nvml = self.nvml
+        handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+        if names is None:
+            return handles
+        visible = []
+        for name in map(str.strip, names.split(",")):
+            if name.startswith("MIG-"):  # a part of a GPU
+                found = [nvml.nvmlDeviceGetHandleByUUID(name)]
+            elif name.startswith("GPU-"):
+                found = [h for h in handles if nvml.nvmlDeviceGetUUID(h).startswith(name)]
+            else:
+                found = [handles[int(name)]] if name in map(str, range(len(handles))) else []
+            if not found:  # CUDA ignores what follows
+                break
+            visible.append(found[0])
+        return visible
 
     def read(self) -> dict[str, float]:  # Name, such as `gpu0_watts`, -> number
         "Read each GPU once; what a card cannot report is absent."
