@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Schedule', 'param_groups', 'Optimizer', 'make_optimizer', 'adamw', 'CombinedOptimizer',
-           'muon', 'lr_at', 'constant', 'linear', 'cosine', 'wsd', 'check_schedule',
+           'Muon', 'muon', 'lr_at', 'constant', 'linear', 'cosine', 'wsd', 'check_schedule',
            'check_optimizer', 'guarded_step', 'EMA']
 
 # %% ../../nbs/train/41_optim.ipynb #078a749b
 import math
+from collections import defaultdict
 from collections.abc import Callable, MutableMapping
 from functools import cache
 from typing import Any, Protocol
@@ -108,6 +109,61 @@ class CombinedOptimizer:
         for p in self.parts:
             p.zero_grad()
 
+# %% ../../nbs/train/41_optim.ipynb #17e72c29
+class Muon(torch.optim.Muon):
+    "Muon that can step for all matrices of one shape at once, and only where a scalar is true."
+
+    @torch.no_grad()
+    def step_if(
+        self,
+        ok: torch.Tensor,  # bool scalar on the device
+    ) -> None:
+        "Step where `ok` is true, without asking the device."
+        for group in self.param_groups:
+            by_shape = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape[p.shape].append(p)
+            for matrices in by_shape.values():
+                self._step_together(matrices, group, ok)
+
+    def _step_together(
+        self, matrices: list[torch.Tensor], group: dict[str, Any], ok: torch.Tensor
+    ) -> None:
+        for p in matrices:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum_buffer"] for p in matrices]
+        grads_KMN = torch.stack([p.grad for p in matrices])  # type: ignore[misc]
+        grads_KMN = torch.where(ok, grads_KMN, 0)  # 0 times infinity would not be 0
+        momentum = group["momentum"]
+        average_KMN = torch.stack(buffers).lerp(grads_KMN, ok * (1 - momentum))
+        torch._foreach_copy_(buffers, list(average_KMN.unbind()))
+        if group["nesterov"]:
+            average_KMN = grads_KMN.lerp(average_KMN, momentum)
+        update_KMN = _orthogonalize(
+            average_KMN, group["ns_coefficients"], group["ns_steps"], group["eps"]
+        )
+        lr = group["lr"]
+        rate = 0.2 * lr * max(matrices[0].shape) ** 0.5  # as `match_rms_adamw` has it
+        torch._foreach_mul_(matrices, 1 - ok * (lr * group["weight_decay"]))
+        torch._foreach_sub_(matrices, list((update_KMN * (ok * rate)).unbind()))
+
+
+def _orthogonalize(
+    x_KMN: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
+) -> torch.Tensor:  # fp32
+    "Newton-Schulz iterations on each matrix of a stack (Jordan et al. 2024), in bf16."
+    a, b, c = coefficients
+    is_tall = x_KMN.shape[1] > x_KMN.shape[2]
+    x = x_KMN.bfloat16()
+    x = x.mT if is_tall else x
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if is_tall else x).float()
+
 # %% ../../nbs/train/41_optim.ipynb #6c5fb8b7
 def _select(
     groups: list[dict[str, Any]], test: Callable[[nn.Parameter], bool]
@@ -138,7 +194,7 @@ def muon(
             "optimizer: muon is for the matrices of a model's layers, and this model has none: "
             "use adamw"
         )
-    by_muon = torch.optim.Muon(matrices, lr=cfg.lr, adjust_lr_fn="match_rms_adamw")
+    by_muon = Muon(matrices, lr=cfg.lr, adjust_lr_fn="match_rms_adamw")
     if not rest:
         return by_muon
     return CombinedOptimizer(by_muon, torch.optim.AdamW(rest, **_adam_settings(cfg)))
@@ -283,15 +339,26 @@ def guarded_step(
     ok: torch.Tensor,  # bool scalar on the device
 ) -> bool | None:  # Whether the step was applied; None when only the device knows
     "Update the weights unless something was wrong."
-    if ok.device.type != "cpu" and isinstance(optimizer, torch.optim.AdamW):
-        _on_device(optimizer, ok)
+    parts = optimizer.parts if isinstance(optimizer, CombinedOptimizer) else (optimizer,)
+    if ok.device.type != "cpu" and all(map(_decides_on_device, parts)):
+        for part in parts:
+            part.step_if(ok) if isinstance(part, Muon) else _on_device(part, ok)
         return None
     if ok:
         optimizer.step()
     return bool(ok)
 
 
-def _on_device(adamw: torch.optim.AdamW, ok: torch.Tensor) -> None:
+def _decides_on_device(optimizer: Any) -> bool:
+    if isinstance(optimizer, torch.optim.AdamW):
+        return True
+    # The shards of a matrix, which FSDP leaves on each GPU, cannot be taken together.
+    return isinstance(optimizer, Muon) and not any(
+        hasattr(p, "placements") for g in optimizer.param_groups for p in g["params"]
+    )
+
+
+def _on_device(adamw: Any, ok: torch.Tensor) -> None:
     "Step where `ok` is true, without asking the device."
     # The interface that `torch.amp.GradScaler` uses; a fused optimizer reads both attributes.
     scaled: Any = adamw
