@@ -21,6 +21,7 @@ import yaml
 
 import codex_nb
 from ..core.artifacts import code_files
+from ..core.config import digest_of
 from .doctor import healthy, probe
 from ..tracking.pages import html_page, html_table
 
@@ -40,6 +41,8 @@ class Evidence:
     modules: dict[str, str] = field(default_factory=dict)  # File of the package -> SHA-256
     # `tests/test_x.py::test_y` or `nbs/00_x.ipynb` -> `passed`, `failed`, `skipped`, `why`
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    # Check of `make cuda` -> its record, or kind -> record
+    gpu_checks: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 # %% ../../nbs/deploy/83_audit.ipynb #fe900db2
 def evidence_file() -> Path:
@@ -65,17 +68,19 @@ def read_evidence(
     schema = content.pop("schema", None)
     if schema != EVIDENCE_SCHEMA:
         raise ValueError(f"{path}: has schema {schema}, this version reads {EVIDENCE_SCHEMA}")
-    return Evidence(**content)
+    on_gpu = path.with_name("cuda.json")
+    checks = json.loads(on_gpu.read_bytes())["checks"] if on_gpu.is_file() else {}
+    return Evidence(**content, gpu_checks=checks)
 
 # %% ../../nbs/deploy/83_audit.ipynb #88728fd1
 @dataclass(frozen=True)
 class Claim:
     "Something that the package claims."
 
-    group: str  # `capability`, `reproducibility` or `ML Test Score`
+    group: str  # `capability`, `reproducibility`, `GPU` or `ML Test Score`
     name: str  # What is claimed
     modules: tuple[str, ...] = ()  # The modules it depends on
-    shown_by: tuple[str, ...] = ()  # Tests, chapters, and `doctor:NAME`
+    shown_by: tuple[str, ...] = ()  # Tests, chapters, `doctor:NAME`, and `cuda:NAME`
     left_out: str = ""  # Why it does not apply, if it does not
 
 # %% ../../nbs/deploy/83_audit.ipynb #7d5ab0b3
@@ -113,6 +118,21 @@ class _Proof:
     failed: list[str] = field(default_factory=list)  # names of tests
     missing: list[str] = field(default_factory=list)  # reasons
     no_result: list[str] = field(default_factory=list)  # names of tests
+    other_code: list[str] = field(default_factory=list)  # names of checks on a GPU
+
+    def add_gpu_check(self, name: str, checks: dict[str, dict[str, Any]], code: str) -> None:
+        found = checks.get(name)
+        if not found:
+            self.no_result.append(f"make cuda's {name}")
+            return
+        for kind, record in ({"": found} if "code" in found else found).items():
+            label = f"{name} {kind}".strip()
+            if "error" in record:
+                self.failed.append(label)
+            else:
+                self.passed += 1
+            if record.get("code") != code:
+                self.other_code.append(label)
 
     def add_check(self, name: str, checks: dict[str, tuple[bool, str]]) -> None:
         works, found = checks.get(name, (False, "not checked"))
@@ -148,6 +168,9 @@ def check_claim(
     for name in claim.shown_by:
         if name.startswith("doctor:"):
             proof.add_check(name.removeprefix("doctor:").replace("-", " "), checks)
+        elif name.startswith("cuda:"):
+            code = digest_of(modules)[:16]  # as tools/cuda.py records it
+            proof.add_gpu_check(name.removeprefix("cuda:"), evidence.gpu_checks, code)
         else:
             proof.add_test(name, evidence.results)
     missing = list(proof.missing)
@@ -161,6 +184,8 @@ def check_claim(
         state, why = "unproven", "; ".join(missing)
     elif changed:
         state, why = "changed", "since then: " + ", ".join(changed)
+    elif proof.other_code:
+        state, why = "changed", "seen on a GPU with another version of the code"
     else:
         state, why = "proven", ""
     return ClaimResult(claim.group, claim.name, state, proof.passed, why, claim.shown_by)
@@ -238,8 +263,8 @@ HOW_TO_DISABLE = {
 }
 # What is not tested -> what there is instead
 DEFERRED = {
-    "speed, memory and equality on a GPU": (
-        "tests marked for CUDA are skipped where there is none, and the results say so"
+    "several GPUs": (
+        "DDP and FSDP are tested on several processes of a CPU, and on one GPU in a world of one"
     ),
     "the rendered site": (
         "Quarto renders it; the tests process every page and follow every link, "
@@ -267,7 +292,8 @@ def audit(
     works = {c.name: (c.available, c.found) for c in checks}
     results = [check_claim(c, evidence, works, modules) for c in load_claims()]
     about_evidence = asdict(evidence)
-    del about_evidence["modules"], about_evidence["results"]
+    for detail in ("modules", "results", "gpu_checks"):
+        del about_evidence[detail]
     return {
         "version": codex_nb.__version__,
         "evidence": about_evidence,
