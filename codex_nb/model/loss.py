@@ -268,9 +268,9 @@ def compiled_problem(
         if _has_dropout(model):
             return None  # compiled code draws other masks
         plain = LMLoss(model, objective.dtype, objective.cfg.model_copy(update={"compile": "off"}))
-        # Row by row: uncompiled, a whole batch could need more memory than there is.
-        rows = [row for b in batches for row in _rows(b)]
-        difference = _relative_difference(first, gradients(plain, rows))
+        # In parts: uncompiled, a whole batch could need more memory than there is.
+        parts = [part for b in batches for part in _parts(b)]
+        difference = _relative_difference(first, gradients(plain, parts))
         if not difference <= largest:
             return f"its gradients differ from those of the model by {difference:.0%}"
         return None
@@ -290,14 +290,14 @@ def _has_dropout(model: nn.Module) -> bool:
     return in_attention > 0 or any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
 
 
-def _rows(batch: Batch) -> list[Batch]:
-    "Each row of a batch as a batch."
+def _parts(batch: Batch, parts: int = 8) -> list[Batch]:
+    "The rows of a batch, in at most so many batches."
     B, T = batch.ids_BT.shape
-    found = []
-    for r in range(B):
-        row = Batch(*(x[r : r + 1] for x in batch[:4]))
+    rows, found = -(-B // parts), []
+    for r in range(0, B, rows):
+        part = Batch(*(x[r : r + rows] for x in batch[:4]))
         if (cu_seqlens := batch.cu_seqlens) is not None:
-            inside = (cu_seqlens >= r * T) & (cu_seqlens <= (r + 1) * T)
-            row = row._replace(cu_seqlens=cu_seqlens[inside] - r * T)
-        found.append(row)
+            inside = (cu_seqlens >= r * T) & (cu_seqlens <= min(r + rows, B) * T)
+            part = part._replace(cu_seqlens=cu_seqlens[inside] - r * T)
+        found.append(part)
     return found
