@@ -14,7 +14,7 @@ import difflib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
@@ -62,6 +62,8 @@ class Config(BaseModel):
     ignored_when: ClassVar[dict[str, tuple[Callable[[Any], bool], str]]] = {}
     # Name in an earlier version -> current name. Files and parameters may use either.
     renamed: ClassVar[dict[str, str]] = {}
+    # Name in other tools -> name here, or a sentence. Only used to say so.
+    also_called: ClassVar[dict[str, str]] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -137,13 +139,27 @@ def allowed(
 def suggest(
     name: str,  # The unknown name
     names: Iterable[str],  # The known names
+    also_called: Mapping[str, str] | None = None,  # As in `Config`
 ) -> str:  # `did you mean lr?`, or all known names when none is close
-    "Point to the closest known name."
+    "Point to the name that is meant, or to the closest one."
     known = sorted(names)
+    meant = (also_called or {}).get(name)
+    if meant:
+        return f"here it is called {meant}" if meant in known else meant
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
 
 # %% ../../nbs/core/00_config.ipynb #7e1cdaa6
+def _command_line_form(field: FieldInfo, given: Any) -> str:
+    "How to type what was probably meant; empty where the type says it."
+    kind = str(field.annotation)
+    if isinstance(given, str) and kind.startswith("list["):
+        return f"; on the command line '{json.dumps([given])}'"
+    if isinstance(given, (int, float)) and field.annotation in (str, str | None):
+        return f"; on the command line '{json.dumps(str(given))}', or ./{given} for a path"
+    return ""
+
+
 def _explain(cls: type[Config], error: ValidationError) -> str:
     "All problems pydantic found, in one line."
     return f"{cls.__name__}: " + "; ".join(_explain_one(cls, e) for e in error.errors())
@@ -164,7 +180,8 @@ def _explain_one(cls: type[Config], problem: ErrorDetails) -> str:
     if problem["type"] == "missing":
         return f"{where}: missing; needs {allowed(fields[name])}"
     if name in fields and problem["type"] != "value_error":
-        return f"{where}: {given}; must be {allowed(fields[name])}"
+        form = _command_line_form(fields[name], problem["input"])
+        return f"{where}: {given}; must be {allowed(fields[name])}{form}"
     # A validator's own message. A whole configuration as its input would say nothing.
     message = problem["msg"].removeprefix("Value error, ")
     prefix = f"{where}: " if where else ""
@@ -250,9 +267,8 @@ def resolve(
     base = _use_current_names(presets[preset], renamed)
     for name, value in (base | given).items():
         if name not in known:
-            raise ConfigError(
-                f"{name}: unknown parameter, given {value!r}; {suggest(name, [*known, 'preset'])}"
-            )
+            hint = suggest(name, [*known, "preset"], cls.also_called)
+            raise ConfigError(f"{name}: unknown parameter, given {value!r}; {hint}")
     values = _without_cleared(cls, base, given) | given
     sources = dict.fromkeys(known, "default")
     sources |= dict.fromkeys(values, f"preset {preset}") | dict.fromkeys(given, "given")
@@ -368,9 +384,8 @@ def notebook_parameters(
     names = _parameter_names([c for c in namespace.get("In", []) if c.strip()])
     for name in names:
         if name not in known:
-            raise ConfigError(
-                f"{name}: unknown parameter, given {namespace.get(name)!r}; {suggest(name, known)}"
-            )
+            hint = suggest(name, known, cls.also_called)
+            raise ConfigError(f"{name}: unknown parameter, given {namespace.get(name)!r}; {hint}")
     values = {n: namespace[n] for n in names or known if namespace.get(n) is not None}
     return values.pop("preset", None), _use_current_names(values, renamed)
 

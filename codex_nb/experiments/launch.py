@@ -115,12 +115,12 @@ def check_parameters(
     "Check parameters and build the configuration they describe."
     known = {*flat_names(cls), *renamed_settings(cls), "preset"}
     for name, value in parameters.items():
-        _check_parameter(name, value, known)
+        _check_parameter(name, value, known, cls.also_called)
     settings = {k: v for k, v in parameters.items() if k != "preset"}
     return cls.check(parameters.get("preset"), **settings)
 
 
-def _check_parameter(name: Any, value: Any, known: set[str]) -> None:
+def _check_parameter(name: Any, value: Any, known: set[str], also_called: dict[str, str]) -> None:
     if not isinstance(name, str):
         raise ConfigError(f"parameters: a name must be a string, given {type(name).__name__}")
     if not name.isidentifier() or keyword.iskeyword(name):
@@ -139,7 +139,8 @@ def _check_parameter(name: Any, value: Any, known: set[str]) -> None:
             f"pass secrets in an environment variable such as {name.upper()}"
         )
     if name not in known:
-        raise ConfigError(f"{name}: unknown parameter, given {value!r}; {suggest(name, known)}")
+        hint = suggest(name, known, also_called)
+        raise ConfigError(f"{name}: unknown parameter, given {value!r}; {hint}")
     if found := find_secrets(text):
         raise ConfigError(
             f"{name}: the value looks like a secret ({found[0].kind}); parameters are stored in "
