@@ -561,8 +561,10 @@ def test_many_lines_at_once_are_read_as_each_alone(tmp_path_factory, shreds, las
     path = tmp_path_factory.getbasetemp() / "shreds.jsonl"
     path.write_bytes(b"\n".join(shreds) + b"\n" * last)
     lines, want = path.read_bytes().split(b"\n"), []
-    if not lines[-1]:
-        lines.pop()
+    while lines and not lines[-1].strip() and (len(lines) > 1 or not lines[0]):
+        lines.pop()  # empty lines at the end say nothing
+    if path.stat().st_size and not lines:
+        lines = [b""]  # nothing but empty lines
     for n, line in enumerate(lines, 1):
         try:
             d = parse_line(line)

@@ -7,6 +7,7 @@ __all__ = ['MAX_EXPANSION', 'TEXT_SUFFIXES', 'Rejects', 'open_bytes', 'kind_of',
            'read_text', 'read_file', 'read_path']
 
 # %% ../../nbs/data/11_readers.ipynb #fe4a1dff
+import codecs
 import csv
 import gzip
 import io
@@ -38,6 +39,11 @@ from codex_nb.data.documents import (
 )
 
 # %% ../../nbs/data/11_readers.ipynb #0bfc05dd
+def _printable(name: str) -> str:
+    "A file's name as text: bytes that are not UTF-8 are escaped, as in `caf\\xe9.txt`."
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 class Rejects:
     "What happens to refused input: stop with an error, or record it and continue."
 
@@ -65,8 +71,8 @@ class Rejects:
         "Refuse something; `ReadError` under `stop`."
         if self.on_error == "stop":
             self.stopped = True
-            raise ReadError(str(Reject(str(file), line, reason)))
-        reject = Reject(name or Path(file).name, line, reason)
+            raise ReadError(str(Reject(_printable(str(file)), line, reason)))
+        reject = Reject(name or _printable(Path(file).name), line, reason)
         self.count += 1
         if len(self.first) < self.keep:
             self.first.append(reject)
@@ -119,11 +125,27 @@ def open_bytes(
     try:
         f = open(path, "rb")
         if opener is None:
-            return io.BufferedReader(f.detach(), 1 << 20)
+            return _without_mark(io.BufferedReader(f.detach(), 1 << 20), path)
         limit = max(_ALLOWANCE, path.stat().st_size * MAX_EXPANSION)
-        return io.BufferedReader(_LimitedReader(opener(f, "rb"), limit), 1 << 20)
+        decompressed = _LimitedReader(opener(f, "rb"), limit)
+        return _without_mark(io.BufferedReader(decompressed, 1 << 20), path)
+    except _DAMAGE:
+        raise
     except OSError as e:
         raise ReadError(f"{path}: cannot be read: {e.strerror}") from None
+
+
+def _without_mark(f: io.BufferedReader, path: Path) -> io.BufferedReader:
+    "Take off a byte order mark, which is no part of the text; `ReadError` for that of UTF-16."
+    start = f.peek(4)[:4]
+    if start.startswith(codecs.BOM_UTF8):
+        f.read(len(codecs.BOM_UTF8))
+    elif start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        f.close()
+        raise ReadError(
+            f"{path}: this is UTF-16, or UTF-32; convert it, e.g. iconv -f utf-16 -t utf-8"
+        )
+    return f
 
 
 def kind_of(
@@ -236,6 +258,7 @@ def _parse_or_reject(line: bytes, n: int, source: _Source) -> Document | None:
 
 
 def _read_jsonl(path: Path, rejects: Rejects, name: str) -> Iterator[Document]:
+    blank: list[int] = []  # Empty lines, which only the end of a file may have
     with _reading(path, rejects, name) as source, open_bytes(path) as f:
         for chunk, is_single in _chunks(f, source):
             first = source.line + 1
@@ -244,22 +267,30 @@ def _read_jsonl(path: Path, rejects: Rejects, name: str) -> Iterator[Document]:
             lines = [chunk] if is_single else None
             for n, doc in enumerate(decoded or repeat(None, count), first):
                 # Only plain texts are complete when msgspec accepts them.
-                if (
-                    doc is None
-                    or not doc.text
-                    or doc.meta
-                    or not (doc.messages is doc.prompt is doc.completion is UNSET)
-                ):
-                    lines = lines or chunk.split(b"\n")
+                is_complete = (
+                    doc is not None
+                    and doc.text
+                    and not doc.meta
+                    and doc.messages is doc.prompt is doc.completion is UNSET
+                )
+                lines = lines or ([] if is_complete else chunk.split(b"\n"))
+                if not is_complete and not lines[n - first].strip():
+                    blank.append(n)
+                    continue
+                while blank:
+                    source.reject("an empty line", blank.pop(0))
+                if not is_complete:
                     doc = _parse_or_reject(lines[n - first], n, source)
-                    if doc is None:
-                        continue
+                if doc is None:
+                    continue
                 if not doc.id:
                     doc.id = f"{name}:{n}"
                 yield doc
             source.line = first + count - 1
         if not source.line:
             raise ReadError(f"{path}: the file is empty")
+        if len(blank) == source.line:
+            source.reject("an empty line", 1)
 
 # %% ../../nbs/data/11_readers.ipynb #6de3dff5
 def read_jsonl(
@@ -268,7 +299,7 @@ def read_jsonl(
     rejects: Rejects | None = None,  # Default: stop at the first bad line
 ) -> Iterator[Document]:  # In the order of the file
     "Stream the documents of a JSON-lines file; `ReadError` has file, line and reason."
-    return _read_jsonl(Path(path), rejects or Rejects(), name or Path(path).name)
+    return _read_jsonl(Path(path), rejects or Rejects(), name or _printable(Path(path).name))
 
 # %% ../../nbs/data/11_readers.ipynb #0c9e90eb
 def _read_text(path: Path, rejects: Rejects, name: str) -> Iterator[Document]:
@@ -307,6 +338,10 @@ def _decode_text(data: bytes, line: int, source: _Source) -> str:
     nul = data.find(0)
     if nul >= 0:
         source.line = line + data.count(b"\n", 0, nul)
+        # Western text in UTF-16 has a NUL in every second byte.
+        first, second = data[:40:2], data[1:40:2]
+        if any(first) != any(second) and (all(first) or all(second)):
+            raise BadLine("this looks like UTF-16; convert it, e.g. iconv -f utf-16le -t utf-8")
         raise BadLine(f"a NUL byte: this is a binary file, not text{_format_hint(data)}")
     try:
         return data.decode("utf-8")
@@ -324,7 +359,7 @@ def read_text(
     rejects: Rejects | None = None,  # Default: stop at a bad byte
 ) -> Iterator[Document]:  # One, or several of at most `MAX_LINE` bytes
     "Stream a text file; `ReadError` has file, line and reason."
-    return _read_text(Path(path), rejects or Rejects(), name or Path(path).name)
+    return _read_text(Path(path), rejects or Rejects(), name or _printable(Path(path).name))
 
 # %% ../../nbs/data/11_readers.ipynb #29edb9d5
 _FIELDS = Document.__struct_fields__
@@ -338,8 +373,14 @@ def _document_of_row(row: dict[str, Any]) -> Document:
             other[column] = value
         elif value is not None or column not in ("id", "group", "meta"):
             record[column] = value
-    if other:
-        record["meta"] = record.get("meta", {}) | other
+    meta = record.get("meta", {})
+    if isinstance(meta, str):  # all that a CSV file can hold
+        try:
+            record["meta"] = meta = msgspec.json.decode(meta)
+        except msgspec.DecodeError:
+            pass  # refused with the reason of any other `meta` that is no object
+    if other and isinstance(meta, dict):
+        record["meta"] = meta | other
     try:
         canonical_json(record.get("meta", {}))
     except (TypeError, ValueError) as e:
@@ -381,14 +422,18 @@ def _csv_rows(
     reader: Iterator[list[str]], columns: list[str], source: _Source
 ) -> Iterator[dict[str, Any]]:
     "The rows of a CSV file by column; an empty id or group is none."
+    blank: list[int] = []
     for cells in reader:
+        if not cells:
+            blank.append(source.line)
+            continue
+        while blank:  # not at the end of the file
+            source.reject("an empty line", blank.pop(0))
         if len(cells) == len(columns):
             named = zip(columns, cells)
             yield {k: v for k, v in named if v or k not in ("id", "group")}
-        elif cells:
-            source.reject(f"{len(cells)} cells in a row of {len(columns)} columns")
         else:
-            source.reject("an empty line")
+            source.reject(f"{len(cells)} cells in a row of {len(columns)} columns")
 
 
 def _read_csv(path: Path, rejects: Rejects, name: str) -> Iterator[Document]:
@@ -399,7 +444,6 @@ def _read_csv(path: Path, rejects: Rejects, name: str) -> Iterator[Document]:
             columns = next(reader, None)
             if columns is None:
                 raise ReadError(f"{path}: the file is empty")
-            columns[0] = columns[0].removeprefix("\ufeff")
             if len({*columns}) < len(columns):
                 raise BadLine(f"two columns have one name: {', '.join(columns)}")
             yield from _read_rows(_csv_rows(reader, columns, source), columns, source)
@@ -490,7 +534,7 @@ def read_file(
 ) -> Iterator[Document]:  # In the order of the file
     "Stream the documents of a file by its suffix; `ReadError` has file, line and reason."
     read = _READERS.get(kind_of(path), _read_text)
-    return read(Path(path), rejects or Rejects(), name or Path(path).name)
+    return read(Path(path), rejects or Rejects(), name or _printable(Path(path).name))
 
 # %% ../../nbs/data/11_readers.ipynb #b46def81
 TEXT_SUFFIXES = frozenset(
@@ -526,7 +570,7 @@ def read_path(
     found = False
     for rel in _walk_folder(path, skipped, included, excluded):
         found = True
-        yield from read_file(path / rel, rel, rejects)
+        yield from read_file(path / rel, rejects=rejects, name=_printable(rel))
     if not found:
         counts = ", ".join(f"{k}: {v}" for k, v in sorted(skipped.items()))
         why = f" (skipped: {counts})" if counts else ": it is empty"
