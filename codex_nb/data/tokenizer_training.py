@@ -11,6 +11,7 @@ __all__ = ['EDGE_CASES', 'TokenizerConfig', 'training_texts', 'bpe_tokenizer', '
 # %% ../../nbs/data/16_tokenizer_training.ipynb #ca73af5a
 import io
 import json
+import re
 import shutil
 import tempfile
 import time
@@ -103,8 +104,22 @@ def bpe_tokenizer(
         show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
-    tok.train_from_iterator(texts, trainer)
+    tok.train_from_iterator(_cut_long_words(texts), trainer)
     return tok
+
+
+_LONG = re.compile(r"\S{1000}|\s{1000}")
+
+
+def _cut_long_words(texts: Iterable[str]) -> Iterator[str]:
+    "Texts cut within words of more than 1000 characters, whose training takes quadratic time."
+    for text in texts:
+        start = 0
+        for found in _LONG.finditer(text):
+            yield text[start : found.end()]
+            start = found.end()
+        if start < len(text):
+            yield text[start:]
 
 
 def byte_tokenizer(
