@@ -184,7 +184,9 @@ LINES = [
         msg(("user", "a"), ("assistant", "b"), ("system", "c")),
         "message 3: system cannot follow assistant",
     ),
-    ("system alone", msg(("system", "a")), "nothing but a system message"),
+    ("system alone", msg(("system", "a")), "no message of the assistant"),
+    ("user alone", msg(("user", "a")), "no message of the assistant"),
+    ("system and user", msg(("system", "a"), ("user", "b")), "no message of the assistant"),
     ("a good conversation", msg(("system", "s"), ("user", "a"), ("assistant", "b")), None),
     ("CRLF", FINE + b"\r", None),
     (

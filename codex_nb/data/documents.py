@@ -310,8 +310,8 @@ def _check_messages(messages: list) -> None:
                 "after an optional system message, user and assistant take turns"
             )
         last = role
-    if last == "system":
-        raise BadLine("nothing but a system message")
+    if not any(m["role"] == "assistant" for m in messages):
+        raise BadLine("no message of the assistant, so nothing could be learned from it")
 
 # %% ../../nbs/data/10_documents.ipynb #c39d538d
 class ReadError(ValueError):
