@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from backports import zstd
-from helpers import PROGRAMS, counts
+from helpers import PROGRAMS, command, counts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -582,3 +582,17 @@ def test_many_lines_at_once_are_read_as_each_alone(tmp_path_factory, shreds, las
     assert got == [w for w in want if isinstance(w[0], str)] and [
         (r.line, r.reason) for r in rejects.first
     ] == [w for w in want if isinstance(w[0], int)]
+
+
+def test_a_terminal_and_arguments_with_other_characters(tmp_path):
+
+    path = tmp_path / "é.jsonl"
+    path.write_text('{"text": "a"}\n')
+    done = command(
+        "codex-nb", "data", "check", path, home=tmp_path, fresh=True, PYTHONIOENCODING="ascii"
+    )
+    assert done.returncode == 0 and "\\xe9.jsonl" in done.stdout, done.stderr
+    word = os.fsdecode(b"caf\xe9.jsonl")
+    done = command("codex-nb", "data", "check", word, home=tmp_path, fresh=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "'caf\\\\xe9.jsonl': this argument is not UTF-8" in done.stderr

@@ -8,7 +8,9 @@ __all__ = ['app', 'OutOption', 'run', 'resume', 'preflight', 'prepare', 'runs', 
            'doctor', 'audit', 'bundle', 'main']
 
 # %% ../../nbs/cli/93_main.ipynb #6a029ed7
+import io
 import json
+import os
 import re
 import signal
 import sys
@@ -814,13 +816,33 @@ def main(
     if threading.current_thread() is threading.main_thread():
         signals = (signal.SIGINT, signal.SIGTERM)
         previous = {number: signal.signal(number, _exit_on_signal) for number in signals}
+    # A terminal that knows fewer characters than a text has shows the others as \\u.... .
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
     try:
-        app(join_parameters(sys.argv[1:] if argv is None else argv))
+        words = sys.argv[1:] if argv is None else argv
+        for word in words:
+            _require_text(word)
+        app(join_parameters(words))
     except Exception as e:
         sys.exit(_report(e))
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _require_text(word: str) -> None:
+    "`ConfigError` for an argument that Python could not decode."
+    if not any("\udc80" <= c <= "\udcff" for c in word):
+        return
+    from codex_nb.core.config import ConfigError
+
+    shown = os.fsencode(word).decode("utf-8", "backslashreplace")
+    raise ConfigError(
+        f"{shown!r}: this argument is not UTF-8; give a file's folder instead of its name, or set "
+        "PYTHONUTF8=1 where only the locale is at fault"
+    )
 
 
 def _exit_on_signal(number: int, frame: object) -> None:
