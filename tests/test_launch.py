@@ -292,6 +292,7 @@ def test_refused_resume_leaves_the_run_interrupted(tmp_path):
     refused = codex("resume", "one", home=tmp_path)
     assert refused.returncode == 1 and "no such file" in refused.stderr, refused.stderr
     assert "the run is interrupted" in refused.stderr
+    assert "go on with: codex-nb resume /" in refused.stderr
     assert (
         files_below(folder) == ["config.json"] and (folder / "config.json").read_bytes() == before
     )

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -129,6 +130,8 @@ def _print_outcome(outcome: "Outcome") -> None:
         state = "no run was started, and nothing was written"
         if outcome.folder:
             state = f"the run is {outcome.status}: {outcome.folder}"
+            if outcome.status == "interrupted":
+                state += f"\ngo on with: codex-nb resume {shlex.quote(str(outcome.folder))}"
         fail(f"{_explain_missing_package(outcome.error)}\n{state}", outcome.code)
     assert outcome.folder is not None
     for path in sorted((outcome.folder / "evaluations").glob("*/summary.json")):
