@@ -15,7 +15,7 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
@@ -375,10 +375,8 @@ def _document_of_row(row: dict[str, Any]) -> Document:
             record[column] = value
     meta = record.get("meta", {})
     if isinstance(meta, str):  # all that a CSV file can hold
-        try:
+        with suppress(msgspec.DecodeError):  # then it is refused as any that is no object
             record["meta"] = meta = msgspec.json.decode(meta)
-        except msgspec.DecodeError:
-            pass  # refused with the reason of any other `meta` that is no object
     if other and isinstance(meta, dict):
         record["meta"] = meta | other
     try:
