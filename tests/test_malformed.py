@@ -585,7 +585,6 @@ def test_many_lines_at_once_are_read_as_each_alone(tmp_path_factory, shreds, las
 
 
 def test_a_terminal_and_arguments_with_other_characters(tmp_path):
-
     path = tmp_path / "é.jsonl"
     path.write_text('{"text": "a"}\n')
     done = command(

@@ -819,7 +819,7 @@ def main(
     if threading.current_thread() is threading.main_thread():
         signals = (signal.SIGINT, signal.SIGTERM)
         previous = {number: signal.signal(number, _exit_on_signal) for number in signals}
-    # A terminal that knows fewer characters than a text has shows the others as \\u.... .
+    # Characters that a terminal does not know are shown escaped.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")

@@ -169,6 +169,12 @@ class _Source:
         "Refuse a line, by default the current one; the file as a whole before the first."
         self.rejects(self.path, line or self.line or None, reason, self.name)
 
+    def reject_blank(self, lines: list[int]) -> None:
+        "Refuse empty lines, which only the end of a file may have, and forget them."
+        for line in lines:
+            self.reject("an empty line", line)
+        lines.clear()
+
 
 @contextmanager
 def _reading(path: Path, rejects: Rejects, name: str) -> Iterator[_Source]:
@@ -273,13 +279,14 @@ def _read_jsonl(path: Path, rejects: Rejects, name: str) -> Iterator[Document]:
                     and not doc.meta
                     and doc.messages is doc.prompt is doc.completion is UNSET
                 )
-                lines = lines or ([] if is_complete else chunk.split(b"\n"))
-                if not is_complete and not lines[n - first].strip():
-                    blank.append(n)
-                    continue
-                while blank:
-                    source.reject("an empty line", blank.pop(0))
-                if not is_complete:
+                if is_complete:
+                    source.reject_blank(blank)
+                else:
+                    lines = lines or chunk.split(b"\n")
+                    if not lines[n - first].strip():
+                        blank.append(n)
+                        continue
+                    source.reject_blank(blank)
                     doc = _parse_or_reject(lines[n - first], n, source)
                 if doc is None:
                     continue
@@ -425,8 +432,7 @@ def _csv_rows(
         if not cells:
             blank.append(source.line)
             continue
-        while blank:  # not at the end of the file
-            source.reject("an empty line", blank.pop(0))
+        source.reject_blank(blank)
         if len(cells) == len(columns):
             named = zip(columns, cells)
             yield {k: v for k, v in named if v or k not in ("id", "group")}

@@ -157,9 +157,6 @@ def _padded(batch: Batch) -> Batch:
 
 
 def _copy(batch: Batch, static: Batch) -> None:
-    for source, target in zip(_padded(batch), static):
+    for source, target in zip(_padded(batch).to(static.ids_BT.device), static):
         if source is not None and target is not None:
-            source = source.contiguous()
-            if target.is_cuda:  # only a copy from pinned memory runs beside the computation
-                source = source.pin_memory()
-            target.copy_(source, non_blocking=True)
+            target.copy_(source)
