@@ -40,12 +40,12 @@ def pytest(name, *words):
 
 
 # What the small form leaves out: benchmarks, which say little when they run small, and tutorials
-# that show with larger runs what test_sweep, test_distributed and test_judging, test_plugins,
-# test_signals and test_launch test.
+# that show with larger runs what test_sweep, test_replay, test_segments and test_attest,
+# test_distributed and test_judging, test_plugins, test_signals and test_launch test.
 if PROVE:  # nbval executes everything but the lessons about compiled modules
     LEFT_OUT = ["nbs/tutorials", *(f"nbs/{p.name}" for p in (ROOT / "nbs").glob("*.ipynb"))]
 else:
-    names = ["3_better", "6_many_processes", "7_plug_in", "8_when_it_goes_wrong"]
+    names = ["3_better", "4_check_a_run", "6_many_processes", "7_plug_in", "8_when_it_goes_wrong"]
     LEFT_OUT = [f"nbs/tutorials/{name}.ipynb" for name in names]
 IGNORED = [f"--ignore={path}" for path in ["nbs/benchmarks", *LEFT_OUT]]
 TESTS = pytest("tests", "nbs", "tests", "--warm", *NBVAL, *IGNORED)

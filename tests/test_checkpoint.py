@@ -205,7 +205,7 @@ def test_no_history_of_saves_damage_and_pruning_loses_the_last_checkpoint():
     run_state_machine_as_test(
         Histories,
         settings=settings(
-            max_examples=counts(40, 1000),
+            max_examples=counts(15, 1000),
             stateful_step_count=20,
             deadline=None,
             derandomize=True,

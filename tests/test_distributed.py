@@ -1,7 +1,8 @@
 """Several processes: the same samples, losses equal to rounding, another number when resumed.
 
 `make test` forks the ranks itself; torchrun starts them where its own behaviour counts (signals, a
-rank that dies, restarts), and everywhere in `make prove`.
+rank that dies, restarts), and everywhere in `make prove`. What torchrun starts in `make test` is a
+process that has a rank forked, hands its signals on, and ends as it ends.
 """
 
 import json
@@ -16,8 +17,10 @@ import psutil
 import pytest
 import warm
 from helpers import (
+    BIN,
     PROGRAMS,
     PROVE,
+    TESTS,
     checkpoint_files,
     command,
     counts,
@@ -62,8 +65,18 @@ def prepared(home, name, bare=SMALL, **change):
         return prepare_run("train", bare | change, home / "runs" / name)
 
 
+def ranks_are_forked():
+    "Variables by which torchrun starts its ranks as processes of the server of tests/warm.py."
+    if PROVE:
+        return {}
+    python = TESTS / "ranks" / "python"
+    path = f"{BIN}:{os.environ['PATH']}"
+    return {"PYTHON_EXEC": str(python), "WARM_SERVER": warm.server(), "PATH": path}
+
+
 def torchrun(config, n, home, program=RECIPE, **env):
     "A job of `n` ranks, started."
+    env = ranks_are_forked() | env
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
     return start(
         "python", *words, "--max-restarts", "0", *program, config, home=home, session=True, **env
@@ -313,10 +326,12 @@ def test_rank_that_dies_ends_the_job(tmp_path):
     assert "rank" in err and "SIGKILL" in err, err[-2000:]
 
 
-def launched(folder, home, **settings):
+def launched(folder, home, fresh=PROVE, **settings):
     "A notebook that trains on two processes, started."
+    words = ["codex-nb", "run", "train", "--folder", folder]
     given = flags(SMALL | dict(nproc=2) | settings)
-    return start("codex-nb", "run", "train", "--folder", folder, *given, home=home)
+    env = {} if fresh else ranks_are_forked()
+    return start(*words, *given, home=home, fresh=fresh, **env)
 
 
 def test_job_of_a_notebook_restarts_from_its_last_checkpoint(tmp_path):
@@ -385,7 +400,7 @@ def test_restarted_ranks_do_not_meet_those_before(tmp_path):
 
 def test_no_rank_outlives_a_killed_launcher(tmp_path):
     folder = tmp_path / "runs" / "two"
-    job = launched(folder, tmp_path, **LONG | dict(save_every=20))
+    job = launched(folder, tmp_path, fresh=True, **LONG | dict(save_every=20))
     wait_until(lambda: job.poll() is not None or list(folder.glob("checkpoints/step-*")))
     below = psutil.Process(job.pid).children(recursive=True)
     assert len(ranks_of(job)) == 2

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import BIN, ROOT
+from helpers import BIN, PROVE, ROOT
 from packaging.requirements import Requirement
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -77,9 +77,19 @@ LINTERS = {
 }
 
 
+# Where `make check` and `make prove` look at the types of these, `make test` takes what they give
+# for anything: reading the 4,000 modules of theirs that ours import takes most of a minute.
+UNTYPED = ["transformers", "peft", "mlflow", "wandb", "optuna"]
+
+
 @pytest.mark.parametrize("linter", LINTERS)
-def test_linters_find_nothing(linter):
+def test_linters_find_nothing(linter, tmp_path):
     command, *words = LINTERS[linter]
+    if linter == "types" and not PROVE:
+        config, names = tmp_path / "pyproject.toml", [x for m in UNTYPED for x in (m, f"{m}.*")]
+        override = f'[[tool.mypy.overrides]]\nmodule = {names}\nfollow_imports = "skip"\n'
+        config.write_text((ROOT / "pyproject.toml").read_text() + override)
+        words = ["--config-file", config, "--cache-dir", tmp_path / "cache"]
     done = subprocess.run([BIN / command, *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -4,6 +4,7 @@ import json
 import random
 import time
 
+import pytest
 from helpers import PROGRAMS, PROVE, codex, counts, flags, run_record, start, train_steps
 
 SMALL = dict(
@@ -67,6 +68,7 @@ def kill_and_resume(folder, home, more, kills):
     return after
 
 
+@pytest.mark.skipif(not PROVE, reason="a search that is killed, the next test, in `make test`")
 def test_killed_grid_resumes_without_a_lost_or_repeated_trial(tmp_path):
     folder = tmp_path / "runs" / "rates"
     rates = ["8e-3", "4e-3"][: counts(1, 2)]

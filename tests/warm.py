@@ -124,7 +124,7 @@ def run_command(argv):
     fork_workers()
     for loaded in [m for m in sys.modules if m.partition(".")[0] == "ipykernel"]:
         KERNEL_MODULES[loaded] = sys.modules.pop(loaded)  # it is not in a notebook
-    program, *words = argv
+    program, *words = [word for word in argv if word != "-u"]  # streams are what `enter` made them
     name = Path(program).name
     sys.argv = [program, *words]
     if name == "codex-nb":
