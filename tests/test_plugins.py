@@ -131,3 +131,17 @@ def test_two_plugins_of_one_name_are_a_conflict_until_one_is_chosen(garden_with_
     assert check(CODEX_NB_PREFER=CHOICE).returncode == 0
     badly = inside(garden_with_conflict, tmp_path, "plugins", CODEX_NB_PREFER="bleu")
     assert "write KIND:NAME=PACKAGE" in badly.stderr
+
+
+@pytest.mark.parametrize("order", [("mine", "theirs"), ("theirs", "mine")])
+def test_two_offers_are_named_in_one_order_however_they_are_found(order, tmp_path, monkeypatch):
+    from codex_nb.core.plugins import PluginError, get
+
+    for package in order:
+        info = tmp_path / package / f"{package}-1.0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text("[codex_nb.number]\nplain = math:pi\n")
+    monkeypatch.setattr(sys, "path", [*(str(tmp_path / p) for p in order), *sys.path])
+    with pytest.raises(PluginError, match="by mine and by theirs: .*=number:plain=theirs"):
+        get("number", "plain")

@@ -70,10 +70,12 @@ def entries(
         old = out.get(point.name)
         choice = preferred.get((kind, point.name))
         if old and choice not in (old.source, new.source):
+            # in the order of their names, not in that in which the file system lists them
+            one, other = sorted((old.source, new.source))
             raise PluginError(
-                f"{kind} {point.name!r} is offered by {old.source} and by {new.source}: "
+                f"{kind} {point.name!r} is offered by {one} and by {other}: "
                 "uninstall one of them, or choose one with "
-                f"CODEX_NB_PREFER={kind}:{point.name}={new.source}"
+                f"CODEX_NB_PREFER={kind}:{point.name}={other}"
             )
         if not old or choice == new.source:
             out[point.name] = new
