@@ -131,6 +131,13 @@ def test_finished_run_is_kept_listed_evaluated_and_verified(tmp_path):
     assert files_below(folder) == before
     listed = codex("runs", home=tmp_path)
     assert "finished" in listed.stdout and "mine" in listed.stdout
+    summary = json.loads((folder / "evaluations" / "validation" / "summary.json").read_text())
+    result = summary["metrics"]["bits_per_byte"]["value"]
+    for shown in (done.stdout, listed.stdout):  # the sealed evaluation, and it says so
+        assert f"validation: {result:.4f} bits per byte" in shown
+    (run,) = json.loads(codex("runs", "--json", home=tmp_path).stdout)
+    assert run["evaluations"]["validation"]["bits_per_byte"] == result
+    assert run["during_training"]["validation.bits_per_byte"] != result  # of fewer documents
     given = dict(checkpoint="mine", max_documents=3, resamples=100, max_new_tokens=4)
     judged = codex("run", "evaluate", *flags(given), home=tmp_path)
     assert judged.returncode == 0, judged.stderr

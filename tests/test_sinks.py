@@ -28,7 +28,7 @@ from codex_nb.run.run_folder import Run
 from codex_nb.run.settings import KINDS, RunConfig
 from codex_nb.run.trainer import Trainer
 from codex_nb.run.training_inputs import model_for, start_run
-from codex_nb.tracking.metrics_log import read_metrics
+from codex_nb.tracking.metrics_log import MetricsWriter, read_metrics
 from codex_nb.tracking.sinks import Sinks, mlflow_experiment, sink_names
 from codex_nb.train.checkpoint import require_checkpoint
 from codex_nb.train.engine import Hook
@@ -269,20 +269,27 @@ def test_sink_that_never_answers_is_given_up(alone, capfd):
     assert "asleep is disabled for this run: it was still busy" in capfd.readouterr().err
 
 
-def test_run_that_only_judged_is_exported():
+@pytest.mark.parametrize("trained", [False, True])
+def test_sealed_evaluation_is_exported_and_not_hidden_by_a_curve(trained):
     folder, cfg = workspace() / "runs" / "judged", KINDS["evaluate"].from_preset("smoke")
     run = Run.start("evaluate", cfg, folder=folder)
+    if trained:  # measured during training, on fewer documents
+        writer = MetricsWriter(folder / "metrics.ndjson")
+        writer.write(12, {"bits_per_byte": 1.9}, split="validation")
+        writer.close()
     (run.folder / "evaluations" / "validation").mkdir(parents=True)
     metrics = {"bits_per_byte": {"value": 1.25, "low": 1.0, "high": 1.5}}
     summary = run.folder / "evaluations" / "validation" / "summary.json"
     summary.write_text(json.dumps({"metrics": metrics}))
     run.finish()
     assert export_run(run.folder, "csv,mlflow") == {}
-    text = (workspace() / "csv" / "judged.csv").read_text()
-    assert text == "figure,value\nvalidation.bits_per_byte,1.25\n"
+    if not trained:
+        text = (workspace() / "csv" / "judged.csv").read_text()
+        assert text == "figure,value\nvalidation.bits_per_byte,1.25\n"
     client, experiment = mlflow_experiment()
     sent = client.search_runs([experiment])[0].data.metrics
-    assert sent == {"figures.validation.bits_per_byte": 1.25}
+    curve = {"validation.bits_per_byte": 1.9} if trained else {}
+    assert sent == {"evaluations.validation.bits_per_byte": 1.25} | curve
 
 
 def test_damaged_samples_leave_the_sink_out_by_name(alone, capfd):

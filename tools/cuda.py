@@ -121,7 +121,7 @@ def prepared(args, preset="smoke", vocabulary=None, **values):
 
 def stepper(made):
     "A function that makes the step of a given number; its values stay on the device."
-    from codex_nb.model.cuda_graphs import CUDAGraphs
+    from codex_nb.run.training_inputs import graphs_for
     from codex_nb.train.engine import train_step
 
     cfg, batches, vocabulary = made.cfg, made.batches, made.model.config.vocab_size
@@ -130,10 +130,8 @@ def stepper(made):
     def loss(_, b):
         return made.objective(b.ids_BT, b.targets_BT, b.positions_BT, b.cu_seqlens), None
 
-    graphs = None
-    if cfg.compute.graphs == "on":
-        passes = -(-batches.batch_size // batches.micro_batch)
-        graphs = CUDAGraphs(made.model, loss, (batches.micro_batch, cfg.model.seq_len), passes)
+    shape = batches.micro_batch, cfg.model.seq_len
+    graphs = graphs_for(cfg.compute, made.model, loss, batches, shape)
 
     def step(i):
         micro = batches.step(i * batches.batch_size)

@@ -195,10 +195,18 @@ def runs(as_json: JsonOption = False) -> None:
     if not found:
         print(f"no runs in {workspace() / 'runs'}")
     for r in found:
-        bits_per_byte = r["figures"].get("validation.bits_per_byte")
         steps = "" if r["steps"] is None else f" {r['steps']:>7} steps"
-        score = f"  {bits_per_byte:.3f} bits per byte" if bits_per_byte else ""
-        print(f"{r['status']:11} {r['name']:42}{steps}{score}")
+        print(f"{r['status']:11} {r['name']:42}{steps}{_result(r)}")
+
+
+def _result(run: dict[str, Any]) -> str:
+    "The first sealed evaluation of a run; of a run without one, the last measure while it trained."
+    for name, metrics in run["evaluations"].items():
+        for metric in ("bits_per_byte", "accuracy"):
+            if metrics.get(metric) is not None:
+                return f"  {name}: {metrics[metric]:.4f} {metric.replace('_', ' ')}"
+    measured = run["during_training"].get("validation.bits_per_byte")
+    return f"  {measured:.3f} bits per byte during training" if measured else ""
 
 
 @app.command()

@@ -419,7 +419,7 @@ def trial_value(
 def trial_interval(
     folder: Path | str,  # A run folder
     metric: str,  # e.g. `bits_per_byte`
-) -> Interval | None:  # Over documents; its ends are nan without an evaluation
+) -> Interval | None:  # Over documents; its ends are nan where there are too few
     "The value of a trial, with its interval."
     folder = Path(folder)
     try:
@@ -433,8 +433,7 @@ def trial_interval(
         if found := json.loads(path.read_bytes())["metrics"].get(metric):
             low, high = (nan if found[k] is None else found[k] for k in ("low", "high"))
             return Interval(found["value"], low, high, 0.95)
-    value = meta["figures"].get(f"validation.{metric}")
-    return None if value is None else Interval(value, nan, nan, 0.95)
+    return None
 
 
 def list_trials(

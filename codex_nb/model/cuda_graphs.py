@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..core.repro import fork_rng
 from ..core.types import Batch
 
 # %% ../../nbs/model/26_cuda_graphs.ipynb #ccd24f18
@@ -128,7 +129,7 @@ class CUDAGraphs:
                 for p, total in zip(self._parameters, self._sums):
                     p.grad = total
 
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with fork_rng(device):
             replay, total = self._record(warm_up, run)
         gradients: list[Any] = [p.grad for p in self._parameters]
         return _Recorded(static, tokens, total, gradients, replay)

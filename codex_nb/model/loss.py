@@ -16,6 +16,7 @@ import torch.nn.functional as F  # noqa: N812 (the name that torch's own documen
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..core.repro import fork_rng
 from ..core.types import IGNORE, Batch
 from .causal_lm import autocast, document_mask, logits_of
 from .compute import compiled_for, onednn_matmul, onednn_matmul_grad
@@ -252,7 +253,7 @@ def compiled_problem(
 
     def gradients(loss: LMLoss, parts: list[Batch]) -> list[torch.Tensor]:
         model.zero_grad(set_to_none=True)
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with fork_rng(device):
             torch.manual_seed(0)  # the same dropout each time
             for b in (b.to(device) for b in parts):
                 loss(b.ids_BT, b.targets_BT, b.positions_BT, b.cu_seqlens).backward()

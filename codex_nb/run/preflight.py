@@ -20,10 +20,9 @@ from ..data.batches import BatchSampler, order_digest, to_batch
 from ..data.corpus import SPLITS
 from ..data.tokens import PackedDataset
 from ..model.causal_lm import count_parameters, logits_of
-from ..model.cuda_graphs import CUDAGraphs
 from .bases import resolve_compute_settings
 from .settings import RunConfig
-from .training_inputs import model_for, objective_for, prepare_data
+from .training_inputs import graphs_for, model_for, objective_for, prepare_data
 from ..tracking.timers import synchronize
 from ..train.engine import total_samples, train_step
 from ..train.optim import make_optimizer
@@ -130,9 +129,7 @@ def _try_step(
     step()  # makes the moments; a rate of 0 leaves the weights as they are
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(device)
-    graphs = None
-    if compute.graphs == "on" and batches.world_size == 1:
-        graphs = CUDAGraphs(model, loss, shape, math.ceil(batches.batch_size / rows))
+    graphs = graphs_for(compute, model, loss, batches, shape)
     for _ in range(2):  # the first one records the graph, if there is one
         synchronize(device)
         start = time.perf_counter()

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LOCK', 'STAMP', 'C', 'REPLAY_HINTS', 'REBUILDABLE', 'run_status', 'new_run_folder',
            'Run', 'register_external_run', 'run_parts', 'run_content', 'seal_run', 'last_values',
-           'attach', 'list_runs', 'latest_finished_run', 'in_use', 'find_run', 'find_in_runs',
-           'trained_parents', 'replay_hints', 'recorded_parent', 'verify_files']
+           'attach', 'list_runs', 'describe_run', 'latest_finished_run', 'in_use', 'find_run',
+           'find_in_runs', 'trained_parents', 'replay_hints', 'recorded_parent', 'verify_files']
 
 # %% ../../nbs/run/62_run_folder.ipynb #77664bd1
 import json
@@ -292,28 +292,32 @@ def attach(
 # %% ../../nbs/run/62_run_folder.ipynb #d48b66ae
 def list_runs(
     root: Path | str | None = None,  # Default: the workspace's `runs/`
-) -> list[dict[str, Any]]:  # `name`, `kind`, `status`, `steps`, `figures`; oldest first
+) -> list[dict[str, Any]]:  # Oldest first; see `describe_run`
     "All runs of a workspace."
-    folder, out = Path(root or workspace() / "runs"), []
+    folder = Path(root or workspace() / "runs")
     folders = folder.iterdir() if folder.is_dir() else []
     started = [p for p in folders if (p / "config.json").is_file()]
-    for p in sorted(started, key=_start_time):
-        meta: dict[str, Any] = {}
-        try:
-            status, kind = run_status(p), RunRecord.load(p).kind
-            if (p / MANIFEST).is_file():
-                meta = read_manifest(p).meta
-        except (ArtifactError, ValueError, KeyError):
-            status, kind = "damaged", "?"
-        out.append(
-            {
-                "name": p.name,
-                "kind": kind,
-                "status": status,
-                "steps": meta.get("steps"),
-                "figures": meta.get("figures", {}),
-            }
-        )
+    return [describe_run(p) for p in sorted(started, key=_start_time)]
+
+
+def describe_run(
+    folder: Path,  # A run folder
+) -> dict[
+    str, Any
+]:  # name, kind, status, steps, evaluations: name -> metric -> value, during_training
+    "A run as a list shows it, from its manifests alone."
+    out: dict[str, Any] = {"name": folder.name, "kind": "?", "status": "damaged", "steps": None}
+    evaluations: dict[str, dict[str, float]] = {}
+    out |= {"evaluations": evaluations, "during_training": {}}
+    try:
+        out |= {"status": run_status(folder), "kind": RunRecord.load(folder).kind}
+        if (folder / MANIFEST).is_file():
+            meta = read_manifest(folder).meta
+            out |= {"steps": meta.get("steps"), "during_training": meta.get("figures", {})}
+        for path in sorted(folder.glob(f"evaluations/*/{MANIFEST}")):
+            evaluations[path.parent.name] = read_manifest(path.parent).meta
+    except (ArtifactError, ValueError, KeyError):
+        out |= {"status": "damaged", "kind": "?"}
     return out
 
 

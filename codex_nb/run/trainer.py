@@ -30,7 +30,7 @@ from .callbacks import CheckpointCallback, EarlyStopping, Evaluator, MetricsLogg
 from .run_folder import Run, replay_hints
 from .run_record import load_parents
 from .settings import RunConfig
-from .training_inputs import objective_for
+from .training_inputs import graphs_for, objective_for
 from ..tracking.system_monitor import SystemMonitor
 from ..tracking.timers import measure_peak_flops, mfu
 from ..train.checkpoint import ResumeMetadata, latest_checkpoint, load_checkpoint
@@ -146,9 +146,7 @@ class Trainer:
         def loss(_: Any, b: Batch) -> tuple[torch.Tensor, None]:
             return wrapped(b.ids_BT, b.targets_BT, b.positions_BT, b.cu_seqlens), None
 
-        graphs = None
-        if cfg.compute.graphs == "on" and world.size == 1:
-            graphs = CUDAGraphs(model, loss, shape, math.ceil(cfg.fit.batch_size / rows))
+        graphs = graphs_for(compute, model, loss, batches, shape)
         plan = self._plan_steps(batches, loss, graphs)
         limit = cfg.fit
         if "steps" in plan and plan.keys() & {"stop", "leave"}:

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['S', 'setup_process', 'HasDigest', 'start_run', 'display_path', 'tokenizer_for',
-           'dataset_for', 'model_for', 'objective_for', 'TrainingInputs', 'prepare_data',
-           'prepare_training']
+           'dataset_for', 'model_for', 'objective_for', 'graphs_for', 'TrainingInputs',
+           'prepare_data', 'prepare_training']
 
 # %% ../../nbs/run/64_training_inputs.ipynb #3c2bb332
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
@@ -24,6 +25,7 @@ from ..data.tokens import PackedDataset, build_tokens
 from ..model.adapters import add_adapter
 from ..model.causal_lm import build_model
 from ..model.compute import apply_compute
+from ..model.cuda_graphs import CUDAGraphs
 from ..model.loss import LMLoss, compiled_problem
 from ..model.model_config import ComputeConfig
 from ..model.model_registry import load_model, model_digest
@@ -31,6 +33,7 @@ from .bases import find_base, resolve_compute_settings
 from .run_folder import Run
 from .settings import RunConfig, Settings
 from ..train.distributed import World
+from ..train.engine import LossFn
 from ..train.interrupts import die_with_parent
 
 if TYPE_CHECKING:
@@ -167,6 +170,19 @@ def objective_for(
         print(f"compile: the compiled model is wrong, so it is trained uncompiled: {problem}")
     compute = compute.model_copy(update={"compile": "off"})
     return LMLoss(model, dtype, compute, shape), compute
+
+# %% ../../nbs/run/64_training_inputs.ipynb #bc41562d
+def graphs_for(
+    compute: ComputeConfig,  # From `objective_for`
+    model: "PreTrainedModel",  # From `model_for`
+    loss: LossFn,  # `(model, batch) -> (sum, count)`
+    batches: BatchSampler,  # The training data
+    shape: tuple[int, int],  # Rows and length of a micro-batch
+) -> CUDAGraphs | None:  # For `train_step`; None where Python launches every pass
+    "The recorded passes of a training step."
+    if compute.graphs != "on" or batches.world_size > 1:
+        return None
+    return CUDAGraphs(model, loss, shape, math.ceil(batches.batch_size / shape[0]))
 
 # %% ../../nbs/run/64_training_inputs.ipynb #2b2be338
 class TrainingInputs(NamedTuple):

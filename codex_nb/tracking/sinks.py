@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import Field, field_validator
 
-from ..core.artifacts import ArtifactError, read_manifest
+from ..core.artifacts import MANIFEST
 from ..core.config import NOT_IN_DIGEST, Config, environment_with
 from ..core.plugins import get, known
 from ..core.safety import redact, redact_json
@@ -75,7 +75,7 @@ class RunInfo:
 class Row:
     "One recorded item."
 
-    file: str  # `metrics`, `system`, `samples` or `figures`
+    file: str  # `metrics`, `system`, `samples` or `evaluations`
     number: int  # Line in that file, from 0
     split: str  # What it was measured on
     step: int  # Optimizer steps done
@@ -183,7 +183,6 @@ class Sinks:
 
     def _run(self) -> None:
         offsets: dict[str, tuple[int, int]] = {}
-        curves: set[str] = set()
         step, moment = 0, 0.0  # Of the newest row
         end = None
         try:
@@ -193,10 +192,9 @@ class Sinks:
                 # before reading: what was recorded before `finish` is then among the rows
                 end = self._end
                 rows = read_rows(self.run_info.folder, offsets)
-                curves |= {f"{r.split}.{name}" for r in rows for name in r.values}
                 step, moment = max([(step, moment), *((r.step, r.time) for r in rows)])
                 if end:
-                    rows += _figures(self.run_info.folder, curves, step, moment)
+                    rows += _evaluations(self.run_info.folder, step, moment)
                 for name in self.names:
                     self._feed_sink(name, rows, end)
         except Exception as e:  # the record cannot be read
@@ -233,21 +231,17 @@ class Sinks:
         )
 
 
-def _figures(folder: Path, curves: set[str], step: int, moment: float) -> list[Row]:
-    # the final figures of a sealed run, as its last row, without the last values of curves
-    try:
-        figures = dict(read_manifest(folder).meta.get("figures", {}))
-    except ArtifactError:
+def _evaluations(folder: Path, step: int, moment: float) -> list[Row]:
+    "The results of a sealed run, as its last row."
+    if not (folder / MANIFEST).is_file():
         return []
-    for path in sorted(Path(folder).glob("evaluations/*/summary.json")):
-        for name, metric in json.loads(path.read_bytes())["metrics"].items():
-            figures[f"{path.parent.name}.{name}"] = metric["value"]
     values = {
-        name: float(value)
-        for name, value in figures.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and name not in curves
+        f"{path.parent.name}.{name}": float(metric["value"])
+        for path in sorted(folder.glob("evaluations/*/summary.json"))
+        for name, metric in json.loads(path.read_bytes())["metrics"].items()
+        if isinstance(metric["value"], (int, float)) and not isinstance(metric["value"], bool)
     }
-    return [Row("figures", 0, "figures", step, moment, values)] if values else []
+    return [Row("evaluations", 0, "evaluations", step, moment, values)] if values else []
 
 # %% ../../nbs/tracking/33_sinks.ipynb #e9bb8631
 class CSVSink:
@@ -271,9 +265,9 @@ class CSVSink:
         if metrics.is_file():
             metrics_csv(metrics, self.path)
             return
-        # a run that only evaluated has figures and no curves
-        figures = [r.values for r in rows if r.file == "figures"]
-        lines = [f"{name},{value!r}" for values in figures for name, value in values.items()]
+        # a run that only evaluated has no curves
+        results = [r.values for r in rows if r.file == "evaluations"]
+        lines = [f"{name},{value!r}" for values in results for name, value in values.items()]
         self.path.write_text("\n".join(["figure,value", *lines]) + "\n", encoding="utf-8")
 
     def close(

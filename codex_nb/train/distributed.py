@@ -23,6 +23,8 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
+from ..core.repro import fork_rng
+
 # %% ../../nbs/train/42_distributed.ipynb #7ccffabe
 _T = TypeVar("_T")
 
@@ -211,7 +213,7 @@ def settle_buckets(
     if not isinstance(wrapped, nn.parallel.DistributedDataParallel):
         return
     device = next(wrapped.parameters()).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with fork_rng(device):
         loss().backward()
     wrapped.zero_grad(set_to_none=True)
 

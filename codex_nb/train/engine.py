@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..core.repro import fork_rng
 from ..core.types import IGNORE, Batch
 from ..data.batches import BatchSampler, batch_fingerprint
 from ..model.cuda_graphs import CUDAGraphs
@@ -371,7 +372,7 @@ def estimate_steps(
     "How many steps fit into a time."
     device = next(model.parameters()).device
     micro_batches, times = batches.step(0), []
-    with torch.random.fork_rng():  # dropout draws random numbers
+    with fork_rng(device):  # dropout draws random numbers
         for _ in range(probes + 1):
             start = time.perf_counter()
             replayed = graphs if graphs and graphs.ready(micro_batches) else None
