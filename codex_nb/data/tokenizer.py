@@ -6,7 +6,8 @@
 __all__ = ['EOT', 'TURNS', 'END', 'SPECIALS', 'PATTERN', 'Encoder', 'MAX_GROWTH', 'MAX_ID',
            'CHAT_TEMPLATE', 'TokenizerError', 'byte_characters', 'build_byte_level',
            'build_sentencepiece', 'build_char_level', 'in_threads', 'check_tokenizer_file',
-           'Tokenizer', 'save_tokenizer', 'Encoded', 'encode_document', 'chat_ids', 'Padded', 'pad']
+           'Tokenizer', 'save_tokenizer', 'Encoded', 'encode_document', 'prompt_ids', 'chat_ids',
+           'Padded', 'pad']
 
 # %% ../../nbs/data/15_tokenizer.ipynb #6de86015
 import json
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -362,8 +363,39 @@ class Tokenizer:
                 "add eos_token to tokenizer_config.json"
             )
         self.eot: int = eot
+        added = self.fast.get_added_tokens_decoder()
+        self.special = {eot, *(i for i, token in added.items() if token.special)}  # Ids
+        self._answer_end: str | None = None  # What its chat template puts after an answer
         self._hf: PreTrainedTokenizerBase | None = None
         self._render: LimitedProcess | None = None
+
+    @cached_property
+    def opening(self) -> list[int]:  # One id, seldom more or none
+        "What stands in front of a text."
+        if all(self.fast.token_to_id(token) is not None for token in SPECIALS):
+            return [self.eot]  # made here
+        hf = self.in_transformers()
+        whole, text = hf("a")["input_ids"], hf("a", add_special_tokens=False)["input_ids"]
+        starts = (k for k in range(len(whole)) if text and whole[k : k + len(text)] == text)
+        return whole[: next(starts, 0)]
+
+    @cached_property
+    def document_opening(self) -> list[int]:  # One id or more
+        "What a document is predicted from: `opening`, or where that is empty one id."
+        token = self.config.get("bos_token")
+        bos = self.fast.token_to_id(str(token.get("content") if isinstance(token, dict) else token))
+        return self.opening or [self.eot if bos is None else bos]
+
+    def in_transformers(self) -> "PreTrainedTokenizerBase":  # `TokenizerError` where it cannot
+        "The tokenizer as transformers opens it."
+        from transformers import AutoTokenizer
+
+        if self._hf is None:
+            with _explain(f"{self.path}: transformers cannot open this tokenizer"):
+                self._hf = AutoTokenizer.from_pretrained(
+                    self.path, local_files_only=True, trust_remote_code=False
+                )
+        return self._hf
 
     def _encode_slowly(self, text: str) -> np.ndarray:
         return np.array(self.fast.encode(text, add_special_tokens=False).ids, np.uint32)
@@ -403,8 +435,7 @@ class Tokenizer:
         ids: Iterable[int],  # With or without special ids
     ) -> str:  # Special ids decode to nothing
         "Turn ids back into text."
-        special = {self.eot, *(self.fast.token_to_id(t) for t in SPECIALS)}
-        text_ids = [i for i in map(int, ids) if i not in special]
+        text_ids = [i for i in map(int, ids) if i not in self.special]
         with _explain(f"{self.path / 'tokenizer.json'}: cannot decode {text_ids[:8]}"):
             return self.fast.decode(text_ids, skip_special_tokens=False)
 
@@ -443,11 +474,28 @@ def save_tokenizer(
 # %% ../../nbs/data/15_tokenizer.ipynb #07688822
 @dataclass(frozen=True)
 class Encoded:
-    "A document in ids, without the ids that open and close it."
+    "A document in ids, apart from the ids that open and close it."
 
     ids: np.ndarray  # uint32, shape (tokens,)
     mask: np.ndarray | None  # bool, shape (tokens,): training targets; None when all are
-    closing: bool  # Whether the id that closes the document is a target
+    closing: bool | None  # Whether the id that closes the document is a target; None: it has none
+    opening: Sequence[int] = ()  # Ids in front; never targets
+
+    def framed(
+        self,
+        eot: int,  # The id that closes a document
+    ) -> tuple[np.ndarray, np.ndarray]:  # uint32 ids, and bool: which are targets
+        "The document with the ids that open and close it. Nothing predicts its first id."
+        closing = [] if self.closing is None else [eot]
+        ids = np.concatenate([self.opening, self.ids, closing]).astype(np.uint32)
+        is_target = np.ones(len(ids), bool)
+        is_target[: len(self.opening)] = False
+        if self.mask is not None:
+            is_target[len(self.opening) : len(self.opening) + len(self.ids)] = self.mask
+        if closing:
+            is_target[-1] = self.closing
+        is_target[:1] = False
+        return ids, is_target
 
 
 def encode_document(
@@ -456,23 +504,37 @@ def encode_document(
 ) -> Encoded:
     "Encode a document; `TokenizerError` for a conversation of which all or none is a target."
     if doc.text:
-        return Encoded(tokenizer.array(doc.text), None, True)
+        return Encoded(tokenizer.array(doc.text), None, True, tokenizer.document_opening)
     if doc.completion:
         parts = [tokenizer.array(str(doc.prompt)), tokenizer.array(doc.completion)]
         mask = np.repeat([False, True], [len(p) for p in parts])
-        return Encoded(np.concatenate(parts), mask, True)
+        return Encoded(np.concatenate(parts), mask, True, tokenizer.opening)
     messages = doc.messages or ()
-    if tokenizer.config.get("chat_template") == CHAT_TEMPLATE:
+    own_template = tokenizer.config.get("chat_template") == CHAT_TEMPLATE
+    if own_template:
         ids, mask = _encode_turns(tokenizer, messages)
     else:
-        ids, mask = _encode_with_template(tokenizer, messages)
+        try:
+            ids, mask = _encode_with_template(tokenizer, messages)
+        except TokenizerError as e:
+            raise TokenizerError(f"{doc.id}: {e}") from None
     if mask.all() or not mask.any():
         preview = " / ".join(f"{m.role}: {m.content[:40]}" for m in messages)
         raise TokenizerError(
             f"{doc.id}: {'every' if mask.all() else 'no'} token of this conversation is a "
             f"training target; check its roles and the chat template: {preview}"
         )
-    return Encoded(ids, mask, False)
+    return (
+        Encoded(ids, mask, False, tokenizer.opening) if own_template else Encoded(ids, mask, None)
+    )
+
+
+def prompt_ids(
+    tokenizer: Tokenizer,  # Encodes the text
+    text: str | None,  # To be continued; None to begin a document
+) -> list[int]:  # As the model was trained to find them
+    "Encode a text as a prompt."
+    return [*tokenizer.opening, *tokenizer.encode(text)] if text else tokenizer.document_opening
 
 
 def chat_ids(
@@ -481,16 +543,18 @@ def chat_ids(
 ) -> tuple[list[int], tuple[str, ...]]:  # The prompt, and the special tokens that end an answer
     "Encode a conversation as a prompt; `TokenizerError` without a chat template."
     if tokenizer.config.get("chat_template") != CHAT_TEMPLATE:
-        ids, _ = _apply_template(tokenizer, messages, add_generation_prompt=True)
-        return ids, ()
-    ids = []
+        text, _ = _render(tokenizer, messages, add_generation_prompt=True)
+        encoded, _ = _encode_rendered(tokenizer, text, messages)
+        end = _find_answer_end(tokenizer)
+        return encoded.tolist(), (end,) if end else ()
+    ids = [*tokenizer.opening]
     for m in messages:
         ids += [_id(tokenizer, TURNS[m.role]), *tokenizer.encode(m.content), _id(tokenizer, END)]
     return [*ids, _id(tokenizer, TURNS["assistant"])], (END,)
 
 
 def _id(tokenizer: Tokenizer, token: str) -> int:
-    "The id of a special token that every tokenizer with `CHAT_TEMPLATE` has."
+    "The id of a special token; `TokenizerError` without it."
     i = tokenizer.fast.token_to_id(token)
     if i is None:
         raise TokenizerError(f"{tokenizer.path}: has no special token {token}")
@@ -511,58 +575,135 @@ def _encode_turns(
 
 
 def _hf_tokenizer(tokenizer: Tokenizer) -> "PreTrainedTokenizerBase":
-    "The tokenizer as transformers opens it, for its chat template."
-    from transformers import AutoTokenizer
-
-    if tokenizer._hf is None:
-        with _explain(f"{tokenizer.path}: transformers cannot open this tokenizer"):
-            tokenizer._hf = AutoTokenizer.from_pretrained(
-                tokenizer.path, local_files_only=True, trust_remote_code=False
-            )
-    if not tokenizer._hf.chat_template:
+    "The tokenizer as transformers opens it, with a chat template."
+    hf = tokenizer.in_transformers()
+    if not hf.chat_template:
         raise TokenizerError(f"{tokenizer.path}: has no chat template; add chat_template.jinja")
-    return tokenizer._hf
+    return hf
 
 
 # The function with which transformers renders a chat template
-_RENDER = "transformers.utils.chat_template_utils:render_jinja_template"
+_RENDERER = "transformers.utils.chat_template_utils:render_jinja_template"
+_Spans = list[tuple[int, int]]  # Characters of a text, from and to
 
 
-def _apply_template(
+def _render(
     tokenizer: Tokenizer, messages: Sequence[Message], **options: bool
-) -> tuple[list[int], list[bool]]:
-    "Ids and mask of messages, as `apply_chat_template` has them, rendered within limits."
+) -> tuple[str, _Spans]:
+    "The text of a conversation, within limits, and what is between generation markers."
     hf = _hf_tokenizer(tokenizer)
     with _explain(f"{tokenizer.path}: its chat template", "bring another in chat_template.jinja"):
         template = hf.get_chat_template()
-        tokenizer._render = tokenizer._render or LimitedProcess(_RENDER)
+        tokenizer._render = tokenizer._render or LimitedProcess(_RENDERER)
         talk = [{"role": m.role, "content": m.content} for m in messages]
         given = {"chat_template": template, **hf.special_tokens_map, **options}
         (text,), spans = tokenizer._render([talk], **given)
+    return text, [(a, b) for a, b in spans[0]] if spans else []
+
+# %% ../../nbs/data/15_tokenizer.ipynb #bb382f23
+def _encode_rendered(
+    tokenizer: Tokenizer, text: str, messages: Sequence[Message]
+) -> tuple[np.ndarray, np.ndarray]:  # uint32 ids, shape (tokens,), and characters, (tokens, 2)
+    special = _special_pattern(tokenizer)
     with _explain(f"{tokenizer.path / 'tokenizer.json'}: cannot encode {text[:40]!r}"):
-        out = hf(text, add_special_tokens=False, padding=False, truncation=False)
-    ids = list(out["input_ids"])
-    mask = [False] * len(ids)
-    for start, end in spans[0] if spans else []:
-        first, last = out.char_to_token(0, start), out.char_to_token(0, end - 1)
-        if first is not None:
-            stop = len(ids) if last is None else last + 1
-            mask[first:stop] = [True] * (stop - first)
-    return ids, mask
+        if not any(special.search(m.content) for m in messages):
+            options = {"padding": False, "truncation": False, "return_offsets_mapping": True}
+            out = _hf_tokenizer(tokenizer)(text, add_special_tokens=False, **options)
+            ids, places = out["input_ids"], out["offset_mapping"]
+        else:
+            ids, places = _encode_around(tokenizer, text, _contents(tokenizer, text, messages))
+    return np.array(ids, np.uint32), np.array(places, np.int64).reshape(-1, 2)
 
 
+def _special_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
+    tokens = {str(tokenizer.fast.id_to_token(i)) for i in tokenizer.special}
+    return re.compile("|".join(re.escape(t) for t in sorted(tokens, key=len, reverse=True)))
+
+
+def _contents(tokenizer: Tokenizer, text: str, messages: Sequence[Message]) -> _Spans:
+    "Where the messages are in the text that the template makes of them."
+    found, at = [], 0
+    for m in messages:
+        for content in (m.content, m.content.strip()):
+            if (start := text.find(content, at)) >= 0:
+                break
+        if start < 0:
+            raise TokenizerError(
+                f"{tokenizer.path}: its chat template rewrites a message that spells a special "
+                f"token, so that the two cannot be told apart: {m.content[:60]!r}; change it"
+            )
+        at = start + len(content)
+        found.append((start, at))
+    return found
+
+
+def _encode_around(tokenizer: Tokenizer, text: str, contents: _Spans) -> tuple[list, list]:
+    "Special tokens are those outside of the contents."
+    ids: list[int] = []
+    places: list[tuple[int, int]] = []
+
+    def add(start: int, end: int) -> None:
+        out = tokenizer.fast.encode(text[start:end], add_special_tokens=False)
+        ids.extend(out.ids)
+        places.extend((start + a, start + b) for a, b in out.offsets)
+
+    at = 0
+    for m in _special_pattern(tokenizer).finditer(text):
+        if not any(start < m.end() and m.start() < end for start, end in contents):
+            add(at, m.start())
+            ids.append(_id(tokenizer, m[0]))
+            places.append(m.span())
+            at = m.end()
+    add(at, len(text))
+    return ids, places
+
+# %% ../../nbs/data/15_tokenizer.ipynb #1a1ca44f
 def _encode_with_template(
     tokenizer: Tokenizer, messages: Sequence[Message]
 ) -> tuple[np.ndarray, np.ndarray]:
     "Ids and mask by the tokenizer's own template."
     template = str(_hf_tokenizer(tokenizer).chat_template)
-    if not re.search(r"{%[-+]?\s*generation\b", template):  # `add_generation_prompt` is no marker
+    if re.search(r"{%[-+]?\s*generation\b", template):  # `add_generation_prompt` is no marker
+        text, spans = _render(tokenizer, messages, return_assistant_tokens_mask=True)
+    else:
+        text, _ = _render(tokenizer, messages)
+        spans = [_answer_span(tokenizer, text, messages[: k + 1]) for k in _answers(messages)]
+    ids, places = _encode_rendered(tokenizer, text, messages)
+    mask = np.zeros(len(ids), bool)
+    for start, end in spans:
+        mask |= (places[:, 0] < end) & (places[:, 1] > start)
+    return ids, mask
+
+
+def _answers(messages: Sequence[Message]) -> list[int]:
+    return [k for k, m in enumerate(messages) if m.role == "assistant"]
+
+
+def _answer_span(
+    tokenizer: Tokenizer, text: str, messages: Sequence[Message]
+) -> tuple[int, int]:  # The characters of the last message in the text of the whole conversation
+    before, _ = _render(tokenizer, messages[:-1], add_generation_prompt=True)
+    through, _ = _render(tokenizer, messages)
+    start, end = len(before), len(os.path.commonprefix([through, text]))
+    answer = messages[-1].content
+    if not through.startswith(before) or answer.strip() not in text[start:end]:
         raise TokenizerError(
-            f"{tokenizer.path}: its chat template has no {{% generation %}} markers, which say "
-            "what the assistant writes; put them around the assistant's content"
+            f"{tokenizer.path}: its chat template writes message {len(messages)} in another way "
+            f"when more follows, so what the assistant says cannot be found: {answer[:60]!r}; put "
+            "{% generation %} markers around the assistant's content in chat_template.jinja"
         )
-    ids, mask = _apply_template(tokenizer, messages, return_assistant_tokens_mask=True)
-    return np.array(ids, np.uint32), np.array(mask, bool)
+    ends = [m.end() for m in _special_pattern(tokenizer).finditer(text, start, end)]
+    return start, max(ends, default=end)
+
+
+def _find_answer_end(tokenizer: Tokenizer) -> str:  # Empty where no special token ends it
+    "The special token that the template puts after an answer."
+    if tokenizer._answer_end is None:
+        talk = [Message("user", "question"), Message("assistant", "answer")]
+        text, _ = _render(tokenizer, talk)
+        end = _special_pattern(tokenizer).search(text, text.rindex("answer"))
+        tokenizer._answer_end = end[0] if end else ""
+    return tokenizer._answer_end
 
 # %% ../../nbs/data/15_tokenizer.ipynb #e8c89aa0
 @dataclass(frozen=True)

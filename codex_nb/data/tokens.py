@@ -37,26 +37,35 @@ def _chunks(documents: Iterable[Document], chars: int) -> Iterator[list[Document
         yield chunk
 
 
+class _Stream:
+    "Documents as one stream; where one begins with the id that closed the last, they share it."
+
+    def __init__(self, eot: int):
+        self.eot, self.length = eot, 0
+        self.closed: int | None = None  # The id with which the last document was closed
+        self.apart = False  # Whether any two documents share no id
+
+    def add(
+        self, encoded: Encoded
+    ) -> tuple[np.ndarray, np.ndarray, int, int]:  # New ids, targets; index of opening, closing
+        "Append a document."
+        ids, is_target = encoded.framed(self.eot)
+        start = self.length
+        if self.closed is not None and [self.closed] == [*encoded.opening]:
+            ids, is_target, start = ids[1:], is_target[1:], start - 1
+        elif start:
+            self.apart = True
+        self.length += len(ids)
+        self.closed = None if encoded.closing is None else self.eot
+        return ids, is_target, start, -1 if encoded.closing is None else self.length - 1
+
+
 def _start_mask(path: Path, n: int) -> None:
     "Begin a mask file with `n` ids that are all targets but the first, which nothing predicts."
     with open(path, "wb") as f:
-        f.write(b"\0")
+        f.write(b"\0"[:n])
         for i in range(1, n, 1 << 20):
             f.write(b"\1" * min(1 << 20, n - i))
-
-
-def _append_mask(path: Path, encoded: list[Encoded]) -> int:
-    "Append the mask of these documents and their closing ids; count the targets."
-    parts: list[np.ndarray] = []
-    for e in encoded:
-        parts += [
-            np.ones(len(e.ids), bool) if e.mask is None else e.mask,
-            np.array([e.closing]),
-        ]
-    mask = np.concatenate(parts).astype(np.uint8)
-    with open(path, "ab") as f:
-        mask.tofile(f)
-    return int(mask.sum())
 
 
 def _write_stream(
@@ -64,33 +73,41 @@ def _write_stream(
 ) -> dict:
     "Write the files of a store, a chunk of documents at a time, and return their counts."
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    end = np.array([tokenizer.eot], dtype)
     mask_path = folder / "mask.bin"
     meta = {"documents": 0, "tokens": 0, "bytes": 0, "supervised": 0}
+    stream = _Stream(tokenizer.eot)
     with (
         open(folder / "ids.bin", "wb") as ids,
         open(folder / "offsets.bin", "wb") as offsets,
         open(folder / "sizes.bin", "wb") as sizes,
+        open(folder / "ends.bin", "wb") as ends,
     ):
-        end.tofile(ids)
-        np.array([0], np.int64).tofile(offsets)
         for chunk in _chunks(documents, chars):
             encoded = in_threads(partial(encode_document, tokenizer), chunk, os.cpu_count() or 1)
-            np.concatenate([x for e in encoded for x in (e.ids, end)]).astype(dtype).tofile(ids)
-            lengths = np.array([len(e.ids) + 1 for e in encoded], np.int64)
-            (meta["tokens"] + lengths.cumsum()).tofile(offsets)
+            before = stream.length
+            new_ids, targets, starts, closings = zip(*map(stream.add, encoded))
+            np.concatenate(new_ids).astype(dtype).tofile(ids)
+            np.array(starts, np.int64).tofile(offsets)
+            np.array(closings, np.int64).tofile(ends)
             text_bytes = np.array([len(d.full_text.encode()) for d in chunk], np.int64)
             text_bytes.tofile(sizes)
-            # The mask begins with the first document that needs one; all ids before are targets.
-            if not mask_path.exists() and any(e.mask is not None for e in encoded):
-                _start_mask(mask_path, meta["tokens"] + 1)
+            # The mask begins with the first chunk that needs one; all ids before are targets.
+            is_target = np.concatenate(targets)
+            needed = not is_target[0 if before else 1 :].all()
+            if needed and not mask_path.exists():
+                _start_mask(mask_path, before)
             if mask_path.exists():
-                meta["supervised"] += _append_mask(mask_path, encoded)
-            else:
-                meta["supervised"] += int(lengths.sum())
+                with open(mask_path, "ab") as mask:
+                    is_target.astype(np.uint8).tofile(mask)
+            meta["supervised"] += int(is_target.sum())
             meta["documents"] += len(chunk)
-            meta["tokens"] += int(lengths.sum())
             meta["bytes"] += int(text_bytes.sum())
+        if not stream.length:
+            np.array([tokenizer.eot], dtype).tofile(ids)
+        meta["tokens"] = max(0, stream.length - 1)
+        np.array([meta["tokens"]], np.int64).tofile(offsets)
+    if not stream.apart and stream.closed is not None:
+        (folder / "ends.bin").unlink()
     return meta | {"dtype": dtype.name}
 
 # %% ../../nbs/data/17_tokens.ipynb #d15fcb60
@@ -107,6 +124,9 @@ class TokenStore:
         self.ids = self._open("ids.bin", meta["dtype"])
         # int64, shape (documents+1,): index of the id that opens each document
         self.offsets = self._open("offsets.bin", "int64")
+        # int64, shape (documents,): index of the id that closes each document, or -1
+        own_ends = (artifact.path / "ends.bin").exists()
+        self.ends = self._open("ends.bin", "int64") if own_ends else self.offsets[1:]
         # int64, shape (documents,): bytes of each document's text
         self.sizes = self._open("sizes.bin", "int64")
         # uint8, shape (tokens+1,): 1 for training targets; None when every token is one
@@ -252,9 +272,9 @@ class _StreamLayout:
     def counts(self) -> dict[str, int]:
         "Tokens in rows, targets among them, documents divided, and document ends learned."
         s, T = self.store, self.seq_len
-        begins, ends = np.asarray(s.offsets[:-1]), np.asarray(s.offsets[1:])
+        begins, ends = np.asarray(s.offsets[:-1]), np.asarray(s.ends)
         end_of_rows = s.tokens // T * T
-        learned = ends <= end_of_rows
+        learned = (ends >= 0) & (ends <= end_of_rows)
         tokens = supervised = self.n_rows * T
         if s.mask is not None:
             supervised = int(s.mask[1 : end_of_rows + 1].sum())
@@ -262,7 +282,7 @@ class _StreamLayout:
         return {
             "tokens": tokens,
             "supervised": supervised,
-            "divided": int((begins // T != (ends - 1) // T).sum()),
+            "divided": int((begins // T != (s.offsets[1:] - 1) // T).sum()),
             "ends": int(learned.sum()),
         }
 
@@ -330,12 +350,12 @@ class _PieceLayout:
     def counts(self) -> dict[str, int]:
         "Tokens in rows, targets among them, documents divided, and document ends learned."
         s = self.store
-        ends = np.asarray(s.offsets[1:])
+        ends = np.asarray(s.ends)
         return {
             "tokens": self._tokens,
             "supervised": self._tokens if s.mask is None else s.supervised,
             "divided": int((np.diff(s.offsets) > self.seq_len).sum()),
-            "ends": len(ends) if s.mask is None else int((s.mask[ends] > 0).sum()),
+            "ends": len(ends) if s.mask is None else int(s.mask[ends[ends >= 0]].sum()),
         }
 
 # %% ../../nbs/data/17_tokens.ipynb #9895469f

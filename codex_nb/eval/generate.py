@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ..core.repro import generator
 from ..data.documents import Message
-from ..data.tokenizer import Tokenizer, chat_ids
+from ..data.tokenizer import Tokenizer, chat_ids, prompt_ids
 from .eval_config import GenerateConfig
 from ..model.compute import InferenceKernels
 
@@ -69,7 +69,7 @@ def sample_tokens(
     return (cumulative <= thresholds).sum(-1).clamp(max=cumulative.shape[-1] - 1)
 
 # %% ../../nbs/eval/53_generate.ipynb #1f57d158
-Prompt = str | Sequence[int] | None  # Text, ids, or None for the start of a document
+Prompt = str | Sequence[int] | None  # Text, ids as they are, or None to begin a document
 FinishReason = Literal["end", "stop", "length"]
 
 
@@ -83,12 +83,12 @@ class Generation:
 
 
 def _encode_prompt(tokenizer: Tokenizer, prompt: Prompt, limit: int) -> list[int]:
-    if prompt is None:
-        return [tokenizer.eot]
-    if len(prompt) == 0:
+    if prompt is not None and len(prompt) == 0:
         raise ValueError("the prompt is empty: give some text, or None to begin a document")
-    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
-    ids = [tokenizer.eot, *ids]
+    if prompt is None or isinstance(prompt, str):
+        ids = prompt_ids(tokenizer, prompt)
+    else:
+        ids = [int(i) for i in prompt]
     if len(ids) >= limit:
         raise ValueError(
             f"the prompt has {len(ids)} tokens, the model's context {limit}: give a shorter one"
@@ -250,6 +250,12 @@ def _stop_position(tokenizer: Tokenizer, ids: list[int], stops: Sequence[str]) -
     return min((at for s in stops if (at := text.find(s)) >= 0), default=None)
 
 
+def _model_ends(model: PreTrainedModel) -> list[int]:
+    "What ends a text by the model's own `generation_config.json`."
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return [found] if isinstance(found, int) else [*(found or [])]
+
+
 def _prepare(
     model: PreTrainedModel,
     tokenizer: Tokenizer,
@@ -266,7 +272,7 @@ def _prepare(
     n = cfg.max_new_tokens
     generators = [generator(seed, "generate", name) for name in names]
     draws = [torch.rand(n, dtype=torch.float64, generator=g) for g in generators]
-    end_ids = {tokenizer.eot}
+    end_ids = {tokenizer.eot, *_model_ends(model)}
     for token in stop:
         end = tokenizer.fast.token_to_id(token)
         if end is not None:
@@ -413,8 +419,8 @@ def reply(
 ) -> tuple[Iterator[str], int]:  # The answer, piece by piece; number of turns dropped
     "Answer in a conversation; `TokenizerError` without a chat template."
     kept = list(messages)
-    limit = model.config.max_position_embeddings - 1
-    answer_length = min(cfg.max_new_tokens, limit // 4)  # room for the answer
+    limit = model.config.max_position_embeddings
+    answer_length = min(cfg.max_new_tokens, (limit - 1) // 4)  # room for the answer
     while True:
         ids, stop = chat_ids(tokenizer, kept)
         oldest = next((i for i, m in enumerate(kept[:-1]) if m.role != "system"), None)

@@ -83,7 +83,7 @@ def lm_eval_model(
             # one by one, because each request may have other settings
             for request in requests:
                 prompt, options = request.args
-                ids = tokenizer.encode(prompt)[-limit:]
+                ids = [*tokenizer.opening, *tokenizer.encode(prompt)[-limit:]]
                 (made,) = generate_batch(model, tokenizer, [ids], _greedy(options))
                 texts.append(made.text)
             return texts

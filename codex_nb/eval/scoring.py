@@ -186,15 +186,16 @@ class _Window(NamedTuple):
     first: int  # First prediction to score
 
 
-def _add_eot(
+def _frame(
     tokenizer: Tokenizer, encoded: Sequence[Encoded], closing: bool
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:  # ids, and which predictions are scored
-    eot = [tokenizer.eot]
-    ids = [np.concatenate([eot, e.ids, eot]).astype(np.int64) for e in encoded]
-    is_target = []
+    ids, is_target = [], []
     for e in encoded:
-        mask = np.ones(len(e.ids), bool) if e.mask is None else e.mask
-        is_target.append(np.append(mask, closing and e.closing))
+        own_ids, targets = e.framed(tokenizer.eot)
+        if e.closing and not closing:
+            targets[-1] = False
+        ids.append(own_ids.astype(np.int64))
+        is_target.append(targets[1:])
     return ids, is_target
 
 
@@ -246,7 +247,7 @@ def _run_model(
     body, head = _body_and_head(model)
     kernels, vocab_size = InferenceKernels(model), model.config.vocab_size
     encoded = encoded or in_threads(partial(encode_document, tokenizer), documents)
-    ids, is_target = _add_eot(tokenizer, encoded, closing)
+    ids, is_target = _frame(tokenizer, encoded, closing)
     stats = [np.zeros((len(scored), 5 if detail else 3)) for scored in is_target]
     plan = _plan_windows(is_target, seq_len, stride or max(1, seq_len // 2))
     was_training = model.training
@@ -338,7 +339,7 @@ def score(
         closing=closing,
         encoded=encoded,
     )
-    special = [i for i, t in tokenizer.fast.get_added_tokens_decoder().items() if t.special]
+    special = [*tokenizer.special]
     records = []
     for d, doc_ids, scored, doc_stats in zip(documents, ids, is_target, stats):
         is_special = np.isin(doc_ids[1:][scored], special)
@@ -358,7 +359,7 @@ def score_tokens(
     document: Document,  # One document
     stride: int | None = None,  # Default: half the context
     dtype: str = "fp32",  # Of the matrix products: `fp32` or `bf16`
-) -> tuple[list[int], np.ndarray]:  # Ids with the closing one; nats, nan where not scored
+) -> tuple[list[int], np.ndarray]:  # Ids but the first; nats, nan where not scored
     "The negative log-likelihood of every token of a document."
     (ids,), (scored,), (stats,) = _run_model(
         model,

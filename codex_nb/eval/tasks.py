@@ -24,7 +24,7 @@ from ..core.plugins import entries, get
 from ..core.repro import seed_for
 from ..data.builtin_datasets import data_folder
 from ..data.documents import ROLES, BadLine, Document, Message, ReadError, check_json
-from ..data.tokenizer import Encoded, Tokenizer, chat_ids
+from ..data.tokenizer import Encoded, Tokenizer, chat_ids, prompt_ids
 from .eval_config import GenerateConfig, TaskConfig
 from .generate import generate_batch
 from .metrics import f1, text_scores
@@ -225,7 +225,7 @@ def _write_texts(
     batch_size: int,
 ) -> list[str]:  # Greedy answers, in order
     "Prompts and conversations end differently, so they are generated in separate batches."
-    limit = model.config.max_position_embeddings - 2  # an opening id, and room for one token
+    limit = model.config.max_position_embeddings - 1  # room for one token
     texts: dict[int, str] = {}
     for is_chat in (False, True):
         group = [i for i, p in enumerate(prompts) if isinstance(p, list) == is_chat]
@@ -234,10 +234,10 @@ def _write_texts(
         for i in group:
             prompt = prompts[i]
             if isinstance(prompt, str):
-                ids.append(tokenizer.encode(prompt))
+                ids.append(prompt_ids(tokenizer, prompt))
             else:
-                prompt_ids, stop = chat_ids(tokenizer, prompt)
-                ids.append(prompt_ids)
+                talk_ids, stop = chat_ids(tokenizer, prompt)
+                ids.append(talk_ids)
             if len(ids[-1]) > limit:
                 raise ValueError(
                     f"{questions[i].id}: the prompt has {len(ids[-1])} tokens, the model has room "
@@ -285,7 +285,7 @@ def encode_continuation(
     if isinstance(prompt, str):
         # spaces at the seam belong to the answer, as a tokenizer has them in running text
         stripped = prompt.rstrip()
-        before = tokenizer.array(stripped)
+        before = np.array(prompt_ids(tokenizer, stripped), np.uint32)
         after = tokenizer.array(prompt[len(stripped) :] + answer)
     else:
         ids, stop = chat_ids(tokenizer, prompt)
@@ -293,7 +293,7 @@ def encode_continuation(
         end = [tokenizer.fast.token_to_id(t) for t in stop]
         after = np.concatenate([tokenizer.array(answer), end]).astype(np.uint32)
     mask = np.repeat([False, True], [len(before), len(after)])
-    return Encoded(np.concatenate([before, after]), mask, False)
+    return Encoded(np.concatenate([before, after]), mask, None)
 
 
 def _choose_answers(
