@@ -274,6 +274,9 @@ def export_merged(
             weights, model_tensors(merged), {"format": "pt"}
         )
         (draft.path / "config.json").write_text(merged.config.to_json_string(), encoding="utf-8")
+        if settings := getattr(merged, "generation_config", None):  # what ends its answers
+            text = settings.to_json_string()
+            (draft.path / "generation_config.json").write_text(text, encoding="utf-8")
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copyfile(tokenizer.path / name, draft.path / name)
     with torch.no_grad():
