@@ -96,9 +96,8 @@ def check_parents(
         folder = beside.get(digest)
         wrong = problems(folder) if folder else []
         found += [f"parent {role}: {line}" for line in wrong]
-        states[role] = f"ok, {folder}" if folder else f"absent, not checked ({digest[:12]})"
-        if wrong:
-            states[role] = f"damaged, {folder}"
+        state = f"damaged, {folder}" if wrong else f"ok, {folder}"
+        states[role] = state if folder else f"absent, not checked ({digest[:12]})"
     return states, found
 
 
@@ -158,7 +157,7 @@ def report(
 # %% ../../nbs/deploy/84_verifier.ipynb #e3382792
 _CONSTANTS = {
     artifacts: ("SCHEMA", "MANIFEST"),
-    attest: ("ATTESTATIONS", "NAMESPACE", "STATEMENT_TYPE", "PREDICATE_TYPE"),
+    attest: ("ATTESTATIONS", "NAMESPACES", "STATEMENT_TYPE", "PREDICATE_TYPE"),
 }
 _FROM_PACKAGE: tuple[Callable[..., Any], ...] = (
     canonical_json,
