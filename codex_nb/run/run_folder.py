@@ -10,6 +10,7 @@ __all__ = ['LOCK', 'STAMP', 'C', 'REPLAY_HINTS', 'REBUILDABLE', 'run_status', 'n
 
 # %% ../../nbs/run/62_run_folder.ipynb #77664bd1
 import json
+import math
 import re
 import secrets
 import shutil
@@ -302,8 +303,8 @@ def list_runs(
         try:
             status, kind = run_status(p), RunRecord.load(p).kind
             if (p / MANIFEST).is_file():
-                meta = read_manifest(p).meta
-        except (ArtifactError, ValueError, KeyError):
+                meta = _listed(read_manifest(p).meta)
+        except (ArtifactError, ValueError, KeyError, TypeError, OSError):
             status, kind = "damaged", "?"
         out.append(
             {
@@ -315,6 +316,17 @@ def list_runs(
             }
         )
     return out
+
+
+def _listed(meta: dict[str, Any]) -> dict[str, Any]:
+    "What a list shows; `ValueError` for what is no number."
+    numbers = meta.get("steps", 0), *dict(meta.get("figures", {})).values()
+    try:
+        if all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
+            return meta
+    except OverflowError:  # of a whole number that no float can hold
+        pass
+    raise ValueError(f"not all numbers: {numbers}")
 
 
 def _start_time(folder: Path) -> tuple[str, int]:
