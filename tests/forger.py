@@ -140,6 +140,11 @@ def derive(run):
     from codex_nb.tracking.metrics_log import metrics_csv
 
     metrics_csv(run / "metrics.ndjson", run / "metrics.csv")
+    measured = [r for r in rows_of(run / "metrics.ndjson") if r["split"].startswith("validation")]
+    for p in checkpoints(run):
+        before = [r for r in measured if r["step"] <= int(p.name[len("step-") :])]
+        shown = {f"{r['split']}.{k}": v for r in before for k, v in r["values"].items()}
+        edit(p / MANIFEST, lambda m, shown=shown: m["meta"].update(metrics=shown))
     cfg, folder = read(run / "config.json")["config"], evaluation(run)
     rows = rows_of(folder / "records.ndjson")
     text, flat = io.StringIO(newline=""), [flat_record(r) for r in rows]

@@ -258,9 +258,8 @@ def artifact_files(
         # A link to a folder leads out of the artifact, so what is behind it is not part of it.
         links = {d for d in folders if (Path(root) / d).is_symlink()}
         folders[:] = sorted(d for d in {*folders} - links if not d.startswith("."))
-        for name in sorted({*names, *links}):
-            if not name.startswith("."):
-                yield Path(root) / name
+        for name in sorted(n for n in {*names, *links} if not n.startswith(".")):
+            yield Path(root) / name
 
 
 def _file_record(path: Path, hashed: dict[str, Any] | None) -> dict[str, Any]:

@@ -217,12 +217,14 @@ def verifier_source() -> str:  # Python
 
 
 def _compact(part: Callable[..., Any]) -> str:
-    "The source of a function or class in few lines, without comments."
+    "The source in few lines, without comments; what is private there has no docstring."
     tree = ast.parse(inspect.getsource(part))
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef):
             unused = [n for n in node.body if getattr(n, "name", "") == "to_dict"]
             node.body = [n for n in node.body if n not in unused]
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("_"):
+            node.body = node.body[1:] if ast.get_docstring(node) else node.body
     out: list[str] = []
     lines = [line for line in ast.unparse(tree).splitlines() if line]
     for i, line in enumerate(lines):

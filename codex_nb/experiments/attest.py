@@ -54,8 +54,15 @@ def run_subject(
         return None
     m = read_manifest(folder)
     files = {n: r["sha256"] for n, r in (m.files | m.attachments).items() if not _is_signature(n)}
-    said = {"meta": m.meta, "created": m.created, "producer": m.producer}
-    return digest_of({"run": m.digest, "files": files, **said})
+    return digest_of(
+        {
+            "run": m.digest,
+            "meta": m.meta,
+            "files": files,
+            "created": m.created,
+            "producer": m.producer,
+        }
+    )
 
 
 def _is_signature(name: str) -> bool:
@@ -393,10 +400,11 @@ def _check_signature(
         types = (body["_type"], body["predicateType"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as e:
         return Attestation(name, f"cannot be read: {type(e).__name__}: {e}")
-    if namespace != NAMESPACES.get(values["role"]):
-        used = f"{namespace!r}, as {values['role']!r}"
-        return Attestation(name, f"signature of another namespace: {used}", key=key)
+    if namespace not in NAMESPACES.values():
+        return Attestation(name, f"signature of another namespace: {namespace!r}", key=key)
     principal, problem = _find_signer(data, signature, signers, namespace)
+    if not problem and namespace != NAMESPACES.get(values["role"]):
+        problem = f"signature of another namespace than that of {values['role']!r}: {namespace!r}"
     if not problem and types != (STATEMENT_TYPE, PREDICATE_TYPE):
         problem = f"statement of another type: {types}"
     if not problem:
