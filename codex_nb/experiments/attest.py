@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ATTESTATIONS', 'STATEMENT_TYPE', 'PREDICATE_TYPE', 'ROLES', 'NAMESPACES', 'VERDICT',
-           'AUDIT', 'NOT_PROVEN', 'LEVELS', 'MAX_TOLERANCE', 'run_subject', 'statement',
+           'AUDIT', 'MAX_TOLERANCE', 'NOT_PROVEN', 'LEVELS', 'run_subject', 'statement',
            'read_signature', 'ssh_keygen', 'sign', 'write_verdict', 'Attestation', 'printable',
            'signatures', 'run_hashes', 'known_level', 'weakest', 'require_level']
 
@@ -248,13 +248,14 @@ def _audit(folder: Path, role: str, replayed: Path | str | None) -> dict[str, An
 def _audit_of_segments(folder: Path, report: dict[str, Any], path: Path) -> dict[str, Any]:
     if report.get("subject") != run_subject(folder):
         raise RunError(f"{path}: is about another run, or about this one before a change")
-    findings, drawn = report.get("findings"), report.get("drawn")
     try:
-        held = [f["segment"] for f in findings or [] if f["holds"] is True]
-        complete = bool(drawn) and all(segment in held for segment in drawn)
-    except (TypeError, KeyError, AttributeError):
+        findings, drawn = list(report["findings"]), list(report["drawn"])
+        held = [f["segment"] for f in findings if f["holds"] is True]
+        complete = len(held) == len(findings) and all(segment in held for segment in drawn)
+        complete = complete and bool(drawn)
+    except (TypeError, KeyError):
         complete = False
-    if report.get("ok") is not True or not complete or len(held) != len(findings):
+    if report.get("ok") is not True or not complete:
         raise RunError(f"{path}: not every drawn segment holds, so there is nothing to sign")
     return {"level": "L0", "audit": report, "machine": numeric_identity()}
 
@@ -275,6 +276,22 @@ def _mac(verdict: Mapping[str, Any]) -> str:  # empty without a key
     key = _verdict_key()
     body = canonical_json({k: v for k, v in verdict.items() if k != "mac"})
     return hmac.new(key, body, "sha256").hexdigest() if key else ""
+
+
+MAX_TOLERANCE = 0.01  # of an L4 that counts
+
+
+def _is_mine(verdict: dict[str, Any]) -> bool:
+    mac = verdict.get("mac")
+    try:
+        own = _mac(verdict)
+        return isinstance(mac, str) and bool(own) and hmac.compare_digest(mac, own)
+    except (ValueError, TypeError):  # what no verdict of ours holds: NaN, a code that is not ASCII
+        return False
+
+
+def _is_loose(verdict: dict[str, Any]) -> bool:
+    return verdict.get("proven") == "L4" and not verdict.get("tolerance", 0) <= MAX_TOLERANCE
 
 
 def write_verdict(
@@ -478,25 +495,9 @@ def _known_level(folder: Path, signers: Path | str | None, above: tuple[Path, ..
     return weakest([level, *(_known_level(path, signers, (*above, folder)) for path in runs)])
 
 
-MAX_TOLERANCE = 0.01  # of an L4 that counts
-
-
 def _level_of_verdict(verdict: dict[str, Any], subject: str) -> str:
     counts = _is_mine(verdict) and verdict.get("subject") == subject and not _is_loose(verdict)
     return verdict.get("proven", NOT_PROVEN) if counts else NOT_PROVEN
-
-
-def _is_mine(verdict: dict[str, Any]) -> bool:
-    mac = verdict.get("mac")
-    try:
-        own = _mac(verdict)
-        return isinstance(mac, str) and bool(own) and hmac.compare_digest(mac, own)
-    except (ValueError, TypeError):  # what no verdict of ours holds: NaN, a code that is not ASCII
-        return False
-
-
-def _is_loose(verdict: dict[str, Any]) -> bool:
-    return verdict.get("proven") == "L4" and not verdict.get("tolerance", 0) <= MAX_TOLERANCE
 
 
 def _subject_or_none(folder: Path | str) -> str | None:

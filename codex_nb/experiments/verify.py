@@ -148,9 +148,9 @@ def check_checkpoints(folder: Path, record: RunRecord) -> Contradictions:
             if made_from.get(role) != record.parents[role]:
                 yield f"{p}: was made from another {role} than the run"
         # A signal may have put off the evaluation of its step.
-        before, then = ([r for r in measured if r["step"] < end] for end in (step, step + 1))
+        until = [[r for r in measured if r["step"] < end] for end in (step, step + 1)]
         meta, progress = read_manifest(p).meta, state["progress"]
-        if (m := meta.get("metrics")) not in map(last_values, (before, then)):
+        if (m := meta.get("metrics")) not in [*map(last_values, until)]:
             yield f"{p}: its figures {m!r} are not those of the log at step {step}"
         for name in meta.keys() & progress.keys():
             if (m := meta[name]) != progress[name]:
