@@ -1,5 +1,7 @@
 """How training may end: memory that ran out, and a clock whose run is killed right afterwards."""
 
+import threading
+
 import pytest
 import torch
 from helpers import read_lines, train_steps
@@ -72,3 +74,28 @@ def test_a_run_that_the_clock_has_ended_stays_ended(state_recorded, train, tmp_p
     train(lambda state: None)
     assert (folder / "states.ndjson").read_text() == "".join(chain)
     assert train_steps(folder) == [1, 2, 3, 4, 5] and contradictions(folder) == []
+
+
+def test_a_save_in_the_background_has_the_progress_of_its_own_step(train, monkeypatch):
+    "Also where the next save begins before it is written."
+    from codex_nb.core.artifacts import read_manifest
+    from codex_nb.experiments.verify import contradictions
+    from codex_nb.train import async_checkpoint
+
+    next_has_begun = threading.Event()
+    write, wait = async_checkpoint.write_checkpoint, async_checkpoint.AsyncCheckpointer.wait
+
+    def write_late(*args):
+        assert next_has_begun.wait(60)
+        return write(*args)
+
+    def wait_for_the_one_before(self):
+        if self._thread:
+            next_has_begun.set()
+        wait(self)
+
+    monkeypatch.setattr(async_checkpoint, "write_checkpoint", write_late)
+    monkeypatch.setattr(async_checkpoint.AsyncCheckpointer, "wait", wait_for_the_one_before)
+    folder = train(lambda state: None)
+    steps = {p.name: read_manifest(p).meta["step"] for p in (folder / "checkpoints").iterdir()}
+    assert steps == {"step-00000004": 4, "step-00000008": 8} and contradictions(folder) == []
