@@ -150,6 +150,8 @@ def splice_run(run, other, step):
         if int(p.name[5:]) > step:
             copy(other / "checkpoints" / p.name, p)
     evaluate_again(run)
+    derive(run)  # what the checkpoints remember of the evaluations before them
+    reseal(run)
     return run
 
 
