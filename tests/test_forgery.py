@@ -497,3 +497,10 @@ def test_a_report_compares_the_settings_with_the_preset(run, twin):
     edit(run / "config.json", lambda record: record["sources"].update(preset="gpt9"))
     reseal(run)
     assert "<td>seed</td>" in report_page(run)
+
+
+@pytest.mark.parametrize("found", [dict(gpus=[{"name": {"a": 1}}]), dict(packages=[1, 2])])
+def test_an_environment_that_cannot_be_shown_is_named_by_l0(found, run, twin):
+    edit(run / "environment.json", lambda e: e.update(found))
+    reseal(run)
+    assert "environment.json: " in caught(run, twin)["L0"]
