@@ -10,7 +10,6 @@ __all__ = ['LOCK', 'STAMP', 'C', 'REPLAY_HINTS', 'REBUILDABLE', 'run_status', 'n
 
 # %% ../../nbs/run/62_run_folder.ipynb #77664bd1
 import json
-import math
 import re
 import secrets
 import shutil
@@ -321,12 +320,10 @@ def list_runs(
 def _listed(meta: dict[str, Any]) -> dict[str, Any]:
     "What a list shows; `ValueError` for what is no number."
     numbers = meta.get("steps", 0), *dict(meta.get("figures", {})).values()
-    try:
-        if all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
-            return meta
-    except OverflowError:  # of a whole number that no float can hold
-        pass
-    raise ValueError(f"not all numbers: {numbers}")
+    # Beyond these bounds, a whole number is none that a float can hold.
+    if not all(isinstance(n, (int, float)) and abs(n) < 1e300 for n in numbers):
+        raise ValueError(f"not all numbers: {numbers}")
+    return meta
 
 
 def _start_time(folder: Path) -> tuple[str, int]:
