@@ -140,6 +140,11 @@ def derive(run):
     from codex_nb.tracking.metrics_log import metrics_csv
 
     metrics_csv(run / "metrics.ndjson", run / "metrics.csv")
+    measured = [r for r in rows_of(run / "metrics.ndjson") if r["split"].startswith("validation")]
+    for p in checkpoints(run):
+        before = [r for r in measured if r["step"] <= int(p.name[len("step-") :])]
+        shown = {f"{r['split']}.{k}": v for r in before for k, v in r["values"].items()}
+        edit(p / MANIFEST, lambda m, shown=shown: m["meta"].update(metrics=shown))
     cfg, folder = read(run / "config.json")["config"], evaluation(run)
     rows = rows_of(folder / "records.ndjson")
     text, flat = io.StringIO(newline=""), [flat_record(r) for r in rows]
@@ -305,7 +310,7 @@ def last_step_left_out(run):
     derive(run)
 
 
-def _change_weights(checkpoint, factor):
+def change_weights(checkpoint, factor):
     from safetensors.torch import load_file, save_file
 
     weights = load_file(checkpoint / "model.safetensors")
@@ -316,12 +321,12 @@ def _change_weights(checkpoint, factor):
 @forgery
 def weights_without_manifest(run):
     (checkpoints(run)[0] / MANIFEST).unlink()
-    _change_weights(checkpoints(run)[0], 1.5)
+    change_weights(checkpoints(run)[0], 1.5)
 
 
 @forgery
 def weights(run):
-    _change_weights(checkpoints(run)[-1], 1.5)
+    change_weights(checkpoints(run)[-1], 1.5)
 
 
 @forgery
@@ -354,7 +359,7 @@ def last_state_left_out(run):
 def last_checkpoint_under_another_name(run):
     last = checkpoints(run)[-1].rename(run / "checkpoints" / "step-+0000008")
     edit(last / "state.json", lambda s: s["progress"].update(step="+0000008"))
-    _change_weights(last, 1.5)
+    change_weights(last, 1.5)
 
 
 @forgery
@@ -427,7 +432,7 @@ def _easier(rows):
 def another_machine_with_everything(run):
     edit(run / "environment.json", lambda e: e.update(cpu="another"))
     edit_lines(evaluation(run) / "records.ndjson", _easier)
-    _change_weights(checkpoints(run)[-1], 1.5)
+    change_weights(checkpoints(run)[-1], 1.5)
     derive(run)
 
 
@@ -562,14 +567,91 @@ def settings_with_their_identity(run):
 
 @forgery
 def export(run):
+    last = read(checkpoints(run)[-1] / MANIFEST)["digest"]
     merged = copy(checkpoints(run)[-1], run / "exports" / "merged")
-    _change_weights(merged, 1.5)
+    edit(merged / MANIFEST, lambda m: m.update(kind="model", parents={"checkpoint": last}))
+    change_weights(merged, 1.5)
+
+
+@forgery
+def export_of_another_checkpoint(run):
+    export(run)
+    edit(run / "exports" / "merged" / MANIFEST, lambda m: m.update(parents={}))
 
 
 @forgery
 def export_without_manifest(run):
     export(run)
     (run / "exports" / "merged" / MANIFEST).unlink()
+
+
+@forgery
+def part_of_no_kind(run):
+    copy(checkpoints(run)[-1], run / "figures" / "best")
+
+
+def _link(folder):
+    "Move a folder out of the run, and leave a link to it."
+    elsewhere = folder.parent.with_name(f"elsewhere-{folder.name}")
+    shutil.rmtree(elsewhere, ignore_errors=True)
+    folder.rename(elsewhere)
+    folder.symlink_to(elsewhere)
+
+
+@forgery
+def linked_folder_of_evaluations(run):
+    in_summary(lambda s: s.update(compressors={"gzip -9": 9.9, "xz -9": 9.9}))(run)
+    reseal(run)
+    _link(run / "evaluations")
+
+
+@forgery
+def linked_checkpoints(run):
+    _link(run / "checkpoints")
+
+
+@forgery
+def figure_in_a_run_of_an_unknown_kind(run):
+    edit(run / "config.json", lambda record: record.update(kind="training"))
+    edit(run / MANIFEST, lambda m: m["meta"].update(run="training"))
+    in_summary(lambda s: s["metrics"]["bits_per_byte"].update(value=0.123))(run)
+
+
+@forgery
+def checkpoint_in_a_run_that_trains_nothing(run):
+    edit(run / "config.json", lambda record: record.update(kind="sweep"))
+    edit(run / MANIFEST, lambda m: m["meta"].update(run="sweep"))
+
+
+@forgery
+def base_that_is_its_own(run):
+    export_of_another_checkpoint(run)
+    reseal(run)
+    own = read(run / "exports" / "merged" / MANIFEST)["digest"]
+    edit(run / "parents.json", lambda p: p.update(base=own))
+
+
+@forgery
+def base_that_no_checkpoint_has(run):
+    edit(run / "parents.json", lambda p: p.update(base="ab" * 32))
+
+
+@forgery
+def remark_in_the_log(run):
+    edit_lines(run / "metrics.ndjson", lambda rows: rows[3].update(note="0.123 bits per byte"))
+
+
+@forgery
+def some_batch_fingerprints(run):
+    edit_lines(run / "metrics.ndjson", lambda rows: rows[3]["exact"].pop("fed"))
+
+
+@forgery
+def split_with_a_look_alike_name(run):
+    shown = {"split": "v\u0430lidation", "step": 8, "exact": {}}
+    shown |= {"values": {"bits_per_byte": 0.123}}
+    edit_lines(run / "metrics.ndjson", lambda rows: rows.append(rows[-2] | shown))
+    derive(run)
 
 
 @forgery
@@ -590,7 +672,7 @@ def everything(run):
     edit_lines(run / "samples.ndjson", lambda rows: rows[-1].update(text="A fine tale."))
     edit_lines(evaluation(run) / "records.ndjson", _easier)
     for p in checkpoints(run):
-        _change_weights(p, 1.5)
+        change_weights(p, 1.5)
     derive(run)
     edit(evaluation(run) / "summary.json", lambda s: s["compressors"].update({"xz -9": 9.9}))
 

@@ -10,6 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import pytest
 import warm
 from filelock import FileLock
 
@@ -161,3 +162,18 @@ def shared_folder(tmp_path_factory, name, make):
             make(folder)
             done.touch()
     return folder
+
+
+def trained_runs(tmp_path_factory, name, settings):
+    "A workspace with a run of the preset `smoke` for each name; made once, not to be written to."
+
+    def make(home):
+        from codex_nb.run.judging import train_and_judge
+        from codex_nb.run.settings import RunConfig
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("CODEX_NB_HOME", str(home))
+            for run, given in settings.items():
+                train_and_judge(RunConfig.from_preset("smoke", **given), home / "runs" / run)
+
+    return shared_folder(tmp_path_factory, name, make)

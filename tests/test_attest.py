@@ -118,6 +118,18 @@ def test_a_signed_run_is_the_same_run(run, twin, keys, signers, tmp_path):
     assert len(signatures(run, signers)) == 2 and verify_run(run)["ok"]
 
 
+@pytest.mark.parametrize("written", ["maker-*.json", "maker-*"])
+def test_a_signature_that_was_killed_half_written_is_made_again(run, keys, signers, written):
+    sealed = (run / "manifest.json").read_bytes()
+    sign(run, keys["maker"])
+    for path in {*(run / ATTESTATIONS).iterdir()} - {*(run / ATTESTATIONS).glob(written)}:
+        path.unlink()
+    (run / "manifest.json").write_bytes(sealed)
+    assert "not in the manifest" in verify_run(run)["problems"][0]
+    sign(run, keys["maker"])
+    assert verify_run(run)["ok"] and told(run, signers) == [""]
+
+
 def test_a_statement_is_one_of_in_toto_about_every_file(signed):
     body = json.loads(attestation(signed).read_bytes())
     assert body["_type"] == "https://in-toto.io/Statement/v1"
@@ -155,6 +167,16 @@ def edit_meta(folder):
     m = read_manifest(folder)
     m = replace(m, meta=m.meta | {"status": "failed"})
     (folder / "manifest.json").write_text(json_text(m.to_dict()))
+
+
+def edit_version(folder):
+    m = read_manifest(folder)
+    m = replace(m, producer=m.producer | {"version": "9.9"}, created="2020-01-01T00:00:00+00:00")
+    (folder / "manifest.json").write_text(json_text(m.to_dict()))
+
+
+def link_a_folder(folder):
+    (folder / "models").symlink_to(folder.parent)
 
 
 def add_file(folder):
@@ -205,6 +227,8 @@ def no_statement(folder):
 
 DAMAGES = {
     edit_meta: "changed since it was signed: manifest.json",
+    edit_version: "changed since it was signed: manifest.json",
+    link_a_folder: "not signed: models",
     add_file: "not signed: figures/better.png",
     add_beside_signatures: "not signed: a file without a statement",
     remove_file: "missing since it was signed: environment.json",
@@ -249,6 +273,26 @@ def test_a_signature_for_another_purpose_is_refused(signed, keys, signers):
     assert told(signed, signers) == ["signature of another namespace: 'git'"]
 
 
+def test_a_maker_who_says_to_be_an_auditor_is_refused(signed, keys, signers, home):
+    "By the namespace of the signature, and by those that the signers' file allows a key."
+
+    def promote(body):
+        body["predicate"].update(role="auditor", level="L3")
+
+    resign(signed, keys["maker"], promote)
+    other = "signature of another namespace than that of 'auditor': 'codex-nb'"
+    assert told(signed, signers) == [other]
+    resign(signed, keys["maker"], namespace="codex-nb-audit")
+    test_forgery.reseal(signed)
+    assert told(signed, signers) == [""] and known_level(signed, signers) == "L3"
+    maker = public(keys["maker"])
+    signers.write_text(f'maker@example.org namespaces="codex-nb" {maker}')
+    assert told(signed, signers) == ["key not among the signers for codex-nb-audit"]
+    assert known_level(signed, signers) == "L0"
+    signers.write_text(f'maker@example.org namespaces="codex-nb,codex-nb-audit" {maker}')
+    assert told(signed, signers) == [""]
+
+
 def test_a_statement_of_another_type_is_refused(signed, keys, signers):
     resign(signed, keys["maker"], lambda body: body.update(predicateType="https://slsa.dev/x"))
     assert "statement of another type" in told(signed, signers)[0]
@@ -290,6 +334,13 @@ def test_what_cannot_be_signed(run, keys, tmp_path, monkeypatch):
     refused("the verdict is about another run", keys["maker"], "auditor", proof)
     proof = replay_of(run, tmp_path, "nothing")
     refused("the replay proved nothing", keys["maker"], "auditor", proof)
+    proof = replay_of(run, tmp_path, "L4", tolerance=0.5)
+    refused("L4 within a tolerance of 0.5 proves too little", keys["maker"], "auditor", proof)
+    proof = replay_of(run, tmp_path)
+    verdict = json.loads((proof / VERDICT).read_text())
+    for mac in (None, "", "ab" * 32, "\u00e9"):
+        (proof / VERDICT).write_text(json.dumps(verdict | {"mac": mac}))
+        refused("was not written here by you", keys["maker"], "auditor", proof)
     answer = tmp_path / "answer"  # a program that would tell the passphrase in a window
     answer.write_text("#!/bin/sh\necho correct horse\n")
     answer.chmod(0o755)
@@ -426,7 +477,8 @@ def test_a_folder_cannot_bring_its_own_verdict(run, home, monkeypatch):
     "A received folder may be a workspace, with a verdict about its run."
     verdict = json.loads((replay_of(run, home, "L3") / VERDICT).read_text())
     assert known_level(run) == "L3"
-    for change in ({"mac": ""}, {"mac": "ab" * 32}, {"mac": None}, {"levels": []}):
+    not_ours = ({"mac": "\u00e9"}, {"levels": float("nan")}, {"levels": "\ud800"})
+    for change in ({"mac": ""}, {"mac": "ab" * 32}, {"mac": None}, {"levels": []}, *not_ours):
         (home / "replays" / f"of-{run.name}-L3" / VERDICT).write_text(json.dumps(verdict | change))
         assert known_level(run) == "L0"
     monkeypatch.setenv("HOME", str(home / "another-user"))
@@ -441,10 +493,20 @@ def test_a_loose_tolerance_proves_no_l4(run, home):
 
 
 def test_an_audit_of_segments_is_signed_with_its_report(run, keys, signers, home):
-    report = {"subject": run_subject(run), "ok": True, "number": 7, "findings": []}
+    segment = {"of": "training", "start": 0, "stop": 4, "step": 1}
+    finding = {"segment": segment, "holds": True, "detail": "equal bit for bit"}
+    report = {"subject": run_subject(run), "ok": True, "number": 7}
+    report |= {"drawn": [segment], "findings": [finding]}
     made = home / "audited"
     made.mkdir()
-    for change, message in ((dict(ok=False), "not every drawn"), (dict(subject="ab"), "another")):
+    others = ([], None, [{}], [5], [finding | {"holds": False}], [finding | {"holds": None}])
+    changes = [(dict(findings=x), "not every drawn") for x in others]
+    changes += [(dict(drawn=x), "not every drawn") for x in ([], None, [segment | {"stop": 8}])]
+    for change, message in (
+        *changes,
+        (dict(ok=False), "not every drawn"),
+        (dict(subject="ab"), "another"),
+    ):
         (made / "audit.json").write_text(json.dumps(report | change))
         with pytest.raises(RunError, match=message):
             sign(run, keys["auditor"], "auditor", made)

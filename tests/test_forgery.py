@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import random
+import shutil
 
 import pytest
 from forger import (
@@ -11,16 +12,19 @@ from forger import (
     HASHES,
     MANIFEST,
     UNPROVABLE,
+    change_weights,
+    checkpoints,
     copy,
     derive,
     edit,
+    edit_lines,
     read,
     reseal,
     rows_of,
     write,
     write_rows,
 )
-from helpers import counts, shared_folder
+from helpers import counts, trained_runs
 
 SMALL = dict(steps=8, eval_every=4, save_every=4, max_documents=12, resamples=100)
 SMALL |= dict(width=32, layers=1, seq_len=32, max_new_tokens=8)
@@ -29,16 +33,7 @@ SMALL |= dict(width=32, layers=1, seq_len=32, max_new_tokens=8)
 @pytest.fixture(scope="session")
 def two_executions(tmp_path_factory):
     "A workspace with a run, `claimed`, and an honest execution of its settings, `twin`."
-    from codex_nb.run.judging import train_and_judge
-    from codex_nb.run.settings import RunConfig
-
-    def make(home):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("CODEX_NB_HOME", str(home))
-            for name in ("claimed", "twin"):
-                train_and_judge(RunConfig.from_preset("smoke", **SMALL), home / "runs" / name)
-
-    return shared_folder(tmp_path_factory, "two-executions", make)
+    return trained_runs(tmp_path_factory, "two-executions", dict(claimed=SMALL, twin=SMALL))
 
 
 @pytest.fixture
@@ -105,7 +100,7 @@ CAUGHT = {
     "answers to an invented task": "L0 L3",
     "hidden evaluation": "L3",
     "another log beside": "L3",
-    "figures of a checkpoint": "L3",
+    "figures of a checkpoint": "L0 L3",
     "another machine with a figure": "L0 L3 L4",
     "another machine with everything": "L3 L4",
     "another machine without hard documents": "L3 L4",
@@ -129,7 +124,18 @@ CAUGHT = {
     "digest of the settings": "L0",
     "settings with their identity": "L3",
     "export": "L3",
+    "export of another checkpoint": "L0 L3",
     "export without manifest": "L0 L3",
+    "part of no kind": "L0",
+    "linked folder of evaluations": "L0 L4",
+    "linked checkpoints": "L0",
+    "figure in a run of an unknown kind": "L0 L3 L4",
+    "checkpoint in a run that trains nothing": "L0 L3",
+    "base that is its own": "L0 L3 L4",
+    "base that no checkpoint has": "L0 L3 L4",
+    "remark in the log": "L3",
+    "some batch fingerprints": "L3",
+    "split with a look alike name": "L3",
     "file more": "L3",
     "failed run": "L3",
     "everything": "L3 L4",
@@ -404,3 +410,97 @@ def test_damaged_files_give_one_clear_error(run, twin, tmp_path):
                 refused += 1
                 assert "\n" not in str(e) and str(e).strip(), (name, how)
     assert refused > counts(40, 200)
+
+
+def test_a_checkpoint_that_only_one_has_kept_is_compared_by_its_digest(run, twin, tmp_path):
+    "As when another run started from it, so that retention left it there."
+    fewer = copy(twin, tmp_path / "twin")
+    shutil.rmtree(checkpoints(fewer)[0])
+    level = identical_level(run, fewer)
+    assert level.holds and level.detail.startswith("checkpoints/step-00000004, checkpoints/step-")
+    FORGERIES["figures of a checkpoint"](run)  # outside the digest
+    assert "step-00000004: its figures" in caught(run, fewer)["L0"]
+    other = copy(twin, tmp_path / "other")
+    change_weights(checkpoints(other)[0], 1.5)
+    reseal(other)
+    assert identical_level(other, fewer).detail.startswith("checkpoints/step-00000004/")
+
+
+def test_batches_are_proven_of_steps_that_have_a_fingerprint(run, twin, tmp_path):
+    from codex_nb.experiments.replay import order_level
+
+    assert order_level(run).holds
+    FORGERIES["some batch fingerprints"](run)
+    level = order_level(run)
+    assert level.holds is None and level.detail.startswith("step 3 has no batch fingerprint")
+    edit_lines(run / "metrics.ndjson", lambda rows: rows[2]["exact"].update(fed="0" * 32))
+    assert order_level(run).detail.startswith("step 2 had another batch")
+    other = copy(twin, tmp_path / "other")
+    FORGERIES["corpus"](other)
+    level = order_level(other)
+    assert level.holds is False and "made from another corpus than the run" in level.detail
+
+
+def test_that_it_ran_elsewhere_is_the_word_of_the_run(run, twin):
+    from codex_nb.experiments.replay import Replay, _excuse, result_level, sealed_level
+    from codex_nb.experiments.run_diff import diff_runs
+
+    FORGERIES["another machine with everything"](run)
+    diff = diff_runs(run, twin)
+    level = _excuse(identical_level(run, twin), diff.causes.machine)
+    assert level.holds is None and "says that it ran elsewhere (cpu 'another', here" in level.detail
+    levels = sealed_level(run), level, result_level(run, twin)
+    replay = Replay(str(run), str(twin), levels, diff, ())
+    assert (replay.proven, replay.ok) == ("L0", False)
+    assert _excuse(identical_level(run, twin), {}).holds is False
+
+
+@pytest.mark.parametrize("figures", [[1], {"a": "x"}, {"a": [1]}, {"a": 10**400}, {"a": None}, 5])
+def test_figures_that_are_none_damage_one_line_of_the_list(figures, run, twin):
+    from codex_nb.run.run_folder import list_runs
+
+    edit(run / MANIFEST, lambda m: m["meta"].update(figures=figures))
+    reseal(run, keep=("meta",))
+    (listed,) = list_runs(run.parent)
+    assert (listed["status"], listed["during_training"]) == ("damaged", {})
+
+
+def test_a_run_that_starts_from_itself_ends_the_search(run, twin, monkeypatch, tmp_path):
+    "L0 refuses it; without L0 nothing may go round for ever."
+    from codex_nb.experiments import verify
+    from codex_nb.experiments.attest import NOT_PROVEN, known_level
+    from codex_nb.experiments.replay import replay
+    from codex_nb.run.run_record import RunError
+
+    monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
+    copy(run, tmp_path / "runs" / "claimed")
+    run = tmp_path / "runs" / "claimed"
+    FORGERIES["base that is its own"](run)
+    monkeypatch.setattr(verify, "verify_run", lambda folder: {"ok": True})
+    assert known_level(run) == NOT_PROVEN
+    with pytest.raises(RunError, match="is among the runs that it starts from"):
+        replay(run, lineage=True)
+
+
+def test_a_report_compares_the_settings_with_the_preset(run, twin):
+    from codex_nb.deploy.report import report_page
+
+    def claim(record):
+        record["sources"] = dict.fromkeys(record["sources"], "preset smoke") | {"preset": "smoke"}
+
+    edit(run / "config.json", claim)
+    reseal(run)
+    page = report_page(run)
+    assert "every setting is that of the preset" not in page
+    for name in ("steps", "width", "resamples"):
+        assert f"<td>{name}</td><td>{SMALL[name]}</td><td>preset smoke</td>" in page
+    edit(run / "config.json", lambda record: record["sources"].update(preset="gpt9"))
+    reseal(run)
+    assert "<td>seed</td>" in report_page(run)
+
+
+@pytest.mark.parametrize("found", [dict(gpus=[{"name": {"a": 1}}]), dict(packages=[1, 2])])
+def test_an_environment_that_cannot_be_shown_is_named_by_l0(found, run, twin):
+    edit(run / "environment.json", lambda e: e.update(found))
+    reseal(run)
+    assert "environment.json: " in caught(run, twin)["L0"]

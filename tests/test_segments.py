@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 from forger import MANIFEST, copy, derive, edit_lines, read, reseal, rows_of, write_rows
-from helpers import PROVE, codex, counts, shared_folder
+from helpers import PROVE, codex, counts, trained_runs
 
 SMALL = dict(width=16, heads=2, layers=1, seq_len=32, batch_size=4, steps=24, save_every=2)
 SMALL |= dict(keep_last=99, eval_every=8, eval_documents=2, max_documents=12, resamples=100)
@@ -28,16 +28,8 @@ def config(**given):
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
     "A workspace with an honest run, and one of another seed."
-
-    def make(home):
-        from codex_nb.run.judging import train_and_judge
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("CODEX_NB_HOME", str(home))
-            for seed, name in enumerate(("honest", "other")):
-                train_and_judge(config(seed=seed), home / "runs" / name)
-
-    return shared_folder(tmp_path_factory, "segments", make)
+    settings = dict(honest=SMALL | dict(seed=0), other=SMALL | dict(seed=1))
+    return trained_runs(tmp_path_factory, "segments", settings)
 
 
 @pytest.fixture
@@ -158,6 +150,8 @@ def splice_run(run, other, step):
         if int(p.name[5:]) > step:
             copy(other / "checkpoints" / p.name, p)
     evaluate_again(run)
+    derive(run)  # what the checkpoints remember of the evaluations before them
+    reseal(run)
     return run
 
 
@@ -444,3 +438,21 @@ def test_scoring_that_was_interrupted_has_the_same_records(honest, tmp_path, mon
     ids = [d.id for d in documents]
     assert together == [ids[:64], ids[64:]]
     assert load_records(tmp_path / "b", "key") == records
+
+
+@pytest.mark.parametrize("holds", [0, 1, "yes", []])
+def test_a_finding_that_is_neither_true_nor_false_is_refused(holds, tmp_path):
+    "To `==` a 0 is False, but what is refuted must not count as shown by another report."
+    from codex_nb.experiments.segments import read_report
+    from codex_nb.run.run_record import RunError
+
+    segment = {"of": "training", "start": 0, "stop": 2, "step": 1}
+    finding = {"segment": segment, "holds": holds, "detail": ""}
+    report = {"subject": "ab", "number": 1, "sealed": "", "drawn": [segment], "findings": [finding]}
+    path = tmp_path / "audit.json"
+    path.write_text(json.dumps(report))
+    with pytest.raises(RunError, match="is no report of an audit"):
+        read_report(path)
+    finding["holds"] = False
+    path.write_text(json.dumps(report))
+    assert read_report(path) == report

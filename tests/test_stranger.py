@@ -92,3 +92,16 @@ def test_a_damaged_run_beside_it_does_not_stop_a_new_one(trained, tmp_path):
     done = codex("run", "train", *flags(SMALL), "--folder", home / "runs" / "new", home=home)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "damaged" in codex("runs", home=home).stdout
+
+
+def test_a_lock_that_leads_elsewhere_is_left_alone(trained, tmp_path, monkeypatch):
+    from codex_nb.run.run_folder import list_runs
+
+    folder = shutil.copytree(trained, tmp_path / "runs" / "theirs")
+    interrupt(folder)
+    (tmp_path / "private").write_text("mine")
+    (folder / ".lock").unlink(missing_ok=True)
+    (folder / ".lock").symlink_to(tmp_path / "private")
+    monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
+    assert [r["status"] for r in list_runs()] == ["interrupted"]
+    assert (tmp_path / "private").read_text() == "mine"

@@ -252,19 +252,20 @@ def seal(
 # %% ../../nbs/core/02_artifacts.ipynb #f0f031dd
 def artifact_files(
     folder: Path | str,  # An artifact's folder
-) -> Iterator[Path]:  # Files, links to files, and whatever else is no folder
+) -> Iterator[Path]:  # Files, links, and whatever else is no folder
     "All files in a fixed order, without those in or under a name that starts with a dot."
     for root, folders, names in os.walk(folder):
-        folders[:] = sorted(d for d in folders if not d.startswith("."))
-        for name in sorted(names):
-            if not name.startswith("."):
-                yield Path(root) / name
+        # A link to a folder leads out of the artifact, so what is behind it is not part of it.
+        links = {d for d in folders if (Path(root) / d).is_symlink()}
+        folders[:] = sorted(d for d in {*folders} - links if not d.startswith("."))
+        for name in sorted(n for n in {*names, *links} if not n.startswith(".")):
+            yield Path(root) / name
 
 
 def _file_record(path: Path, hashed: dict[str, Any] | None) -> dict[str, Any]:
     if path.is_symlink():
         raise ArtifactError(
-            f"{path}: a link cannot be part of an artifact; put the file itself there"
+            f"{path}: a link cannot be part of an artifact; put there what it leads to"
         )
     size = path.stat().st_size
     if hashed is None:

@@ -82,7 +82,7 @@ def is_locked(
     path: Path | str,  # A lock file
 ) -> bool:  # Whether a living process holds it
     "Whether a lock is taken."
-    if not Path(path).exists():
+    if Path(path).is_symlink() or not Path(path).exists():  # a link leads to what is no lock
         return False
     try:
         with FileLock(path, timeout=0):

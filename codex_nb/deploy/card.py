@@ -147,8 +147,8 @@ _LEVELS = {
     "these settings and this data give these figures is not proven",
     "L1": "the settings and the data determine the batch of every step",
     "L2": "the first steps, executed again, were equal bit for bit",
-    "L3": "the run was executed again, and its weights, evaluations and samples were equal byte "
-    "for byte",
+    "L3": "the run was executed again, and its weights, evaluations, samples and log were equal "
+    "byte for byte",
     "L4": "the run was executed again on another machine, and its figures were equal within a "
     "stated tolerance",
 }

@@ -11,11 +11,13 @@ import json
 import math
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..core.artifacts import MANIFEST, ArtifactError, Manifest, read_manifest
+from ..core.config import ConfigError
 from ..core.store import find_stored
 from codex_nb.deploy.card import (
     FIGURES,
@@ -351,22 +353,27 @@ def _samples(view: _View) -> str:
 
 # %% ../../nbs/deploy/86_report.ipynb #699666e2
 def _settings(view: _View) -> str:
-    values = _leaves(view.record.config)
+    record, of_preset = view.record, dict[str, Any]()
+    values = _leaves(record.config)
+    with suppress(ConfigError):  # for settings or a preset of another version
+        settings = record.settings()
+        values = settings.values()
+        of_preset = type(settings).check(record.preset).values() if record.preset else {}
     rows = [
-        (name, _shown(values.get(name)), source)
-        for name, source in sorted(view.record.sources.items())
-        if source != "default" and not source.startswith("preset")
+        (name, _shown(value), record.sources.get(name, ""))
+        for name, value in sorted(values.items())
+        if name not in of_preset or of_preset[name] != value
     ]
     if not rows:
         return _text("", "None: every setting is that of the preset.")
-    return html_table(("setting", "value", "from"), rows)
+    return html_table(("setting", "value", "from (as the run says)"), rows)
 
 
 def _leaves(config: dict[str, Any]) -> dict[str, Any]:  # by short name; the first of a name
     nested = {
         k: v for table in config.values() if isinstance(table, dict) for k, v in table.items()
     }
-    return nested | config
+    return nested | {k: v for k, v in config.items() if not isinstance(v, dict)}
 
 
 def _shown(value: Any) -> str:

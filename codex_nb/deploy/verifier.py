@@ -96,9 +96,8 @@ def check_parents(
         folder = beside.get(digest)
         wrong = problems(folder) if folder else []
         found += [f"parent {role}: {line}" for line in wrong]
-        states[role] = f"ok, {folder}" if folder else f"absent, not checked ({digest[:12]})"
-        if wrong:
-            states[role] = f"damaged, {folder}"
+        state = f"damaged, {folder}" if wrong else f"ok, {folder}"
+        states[role] = state if folder else f"absent, not checked ({digest[:12]})"
     return states, found
 
 
@@ -158,7 +157,7 @@ def report(
 # %% ../../nbs/deploy/84_verifier.ipynb #e3382792
 _CONSTANTS = {
     artifacts: ("SCHEMA", "MANIFEST"),
-    attest: ("ATTESTATIONS", "NAMESPACE", "STATEMENT_TYPE", "PREDICATE_TYPE"),
+    attest: ("ATTESTATIONS", "NAMESPACES", "STATEMENT_TYPE", "PREDICATE_TYPE"),
 }
 _FROM_PACKAGE: tuple[Callable[..., Any], ...] = (
     canonical_json,
@@ -218,12 +217,14 @@ def verifier_source() -> str:  # Python
 
 
 def _compact(part: Callable[..., Any]) -> str:
-    "The source of a function or class in few lines, without comments."
+    "The source in few lines, without comments; what is private there has no docstring."
     tree = ast.parse(inspect.getsource(part))
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef):
             unused = [n for n in node.body if getattr(n, "name", "") == "to_dict"]
             node.body = [n for n in node.body if n not in unused]
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("_"):
+            node.body = node.body[1:] if ast.get_docstring(node) else node.body
     out: list[str] = []
     lines = [line for line in ast.unparse(tree).splitlines() if line]
     for i, line in enumerate(lines):

@@ -43,6 +43,7 @@ from codex_nb.train.interrupts import (
     RESUMABLE,
     RESUMABLE_CODES,
     SIGNAL_MARKER,
+    is_out_of_memory,
     leave_terminal,
     stop_signals,
 )
@@ -343,8 +344,7 @@ def format_error(
     text: str,  # Its message
 ) -> str:  # One line for the terminal
     "The error, with a remedy where memory ran out."
-    out_of_memory = name in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in text
-    if not out_of_memory:
+    if not is_out_of_memory(name, text):
         return f"{name}: {text}"
     size = re.search(r"allocate ([\d.]+ ?\w+)", text)
     return (
@@ -454,7 +454,8 @@ def _execute(
                 cwd=str(cwd) if cwd else None,
             )
     except PapermillExecutionError as e:
-        return e.ename, redact(format_error(e.ename, e.evalue))
+        name = "MemoryError" if is_out_of_memory(e.ename, e.evalue) else e.ename
+        return name, redact(format_error(e.ename, e.evalue))
     except KeyboardInterrupt:
         return "KeyboardInterrupt", "interrupted"
     except Exception as e:

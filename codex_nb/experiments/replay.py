@@ -33,6 +33,7 @@ from codex_nb.experiments.launch import (
 from codex_nb.experiments.run_diff import (
     RunContents,
     RunDiff,
+    checkpoints_passed,
     diff_runs,
     find_causes,
     find_first_difference,
@@ -93,7 +94,8 @@ def _order_level(run: RunContents, steps: int | None) -> Level:
     records = [r for r in run.metrics if r["split"] == "train"][:steps]
     if run.record.kind not in TRAINING_KINDS or not records:
         return Level("L1", None, "this run trained nothing")
-    if not any("fed" in r["exact"] for r in records):
+    without = [r["step"] for r in records if "fed" not in r["exact"]]
+    if len(without) == len(records):
         detail = "the record has no batch fingerprints; an older version wrote it"
         return Level("L1", None, detail)
     digest = run.record.parents.get("tokens", "")
@@ -104,9 +106,15 @@ def _order_level(run: RunContents, steps: int | None) -> Level:
     if store is None:
         detail = f"the token store ({digest[:12] or '?'}) is not here; replay rebuilds it"
         return Level("L1", None, detail)
+    for role, made_from in store.manifest.parents.items():
+        if run.record.parents.get(role, made_from) != made_from:
+            return Level("L1", False, f"the token store was made from another {role} than the run")
     cfg = run.record.settings()
     assert isinstance(cfg, RunConfig)
     problem = _order_problem(run, records, cfg, TokenStore(store))
+    if without and problem is None:
+        detail = f"step {without[0]} has no batch fingerprint, though others have"
+        return Level("L1", None, detail)
     detail = f"{len(records):,} steps had the batches that settings and data determine"
     return Level("L1", problem is None, problem or detail)
 
@@ -334,24 +342,19 @@ class Replay:
     lineage: tuple["Replay", ...] = ()  # Of those models, if they were replayed too
 
     @property
-    def ok(self) -> bool:  # On other hardware, L4 takes the place of L2 and L3
-        "Whether everything that was checked holds."
-        return self._own_ok() and all(r.ok for r in self.lineage)
-
-    def _own_ok(self) -> bool:
+    def ok(self) -> bool:
+        "Whether everything that was checked holds, and what was executed is proven by it."
         holds = {level.name: level.holds for level in self.levels}
-        if self.diff.causes.machine and holds.get("L4"):
-            return holds["L0"] is not False and holds["L1"] is not False
+        proven = any(holds.get(name) for name in ("L2", "L3", "L4"))
         none_failed = all(h is not False for h in holds.values())
-        return none_failed and bool(holds.get("L2") or holds.get("L3"))
+        return none_failed and proven and all(r.ok for r in self.lineage)
 
     @property
     def proven(self) -> str:  # e.g. `L3`; `nothing` when a level below does not hold
         "The highest level that holds, with all levels below it."
         best = "nothing"
         for level in self.levels:
-            excused = level.name in ("L2", "L3") and self.diff.causes.machine
-            if level.holds is False and not excused:
+            if level.holds is False:
                 break
             if level.holds:
                 best = level.name
@@ -399,6 +402,8 @@ def replay(
     run = Path(run).absolute()
     if run_status(run) == "running":
         raise RunError(f"{run}: is still running; wait until it has ended")
+    if lineage:
+        _check_lineage(run)
     kind, recorded = recorded_parameters(run)
     original, trains = read_contents(run), kind in TRAINING_KINDS
     notebook = _check_replayable(original, kind, steps, own_notebook)
@@ -427,6 +432,7 @@ def replay(
     else:
         levels += [_batches_level(original, folder, max_step), _steps_level(diff, max_step)]
     levels += _end_levels(original, folder, diff, whole_run, outcome, tolerance)
+    levels = [_excuse(level, diff.causes.machine) for level in levels]
     notes = _replay_notes(run, kind, outcome)
     result = Replay(str(run), str(folder), tuple(levels), diff, tuple(notes))
     result = _with_lineage(result, parameters, tolerance, echo, lineage)
@@ -436,6 +442,15 @@ def replay(
     return result
 
 # %% ../../nbs/experiments/75_replay.ipynb #a1ce5707
+def _check_lineage(run: Path, above: tuple[Path, ...] = ()) -> None:
+    "`RunError` for a run that starts from a model which was made from the run itself."
+    if run in above:
+        raise RunError(f"{run}: is among the runs that it starts from, so it has no beginning")
+    for _, parent in trained_parents(run).values():
+        if parent is not None:
+            _check_lineage(parent.absolute(), (*above, run))
+
+
 def _with_lineage(
     result: Replay,
     parameters: dict[str, Any] | None,
@@ -534,6 +549,15 @@ def _steps_level(diff: RunDiff, max_step: int) -> Level:  # L2
     return Level("L2", complete, detail)
 
 
+def _excuse(level: Level, machine: dict[str, tuple]) -> Level:
+    "Not to be equal bit for bit is no finding where the run names another machine."
+    if level.name not in ("L2", "L3") or level.holds is not False or not machine:
+        return level
+    names = ", ".join(f"{name} {a!r}, here {b!r}" for name, (a, b) in machine.items())
+    detail = f"the run says that it ran elsewhere ({names}), so bits are not compared"
+    return Level(level.name, None, f"{detail}; the first difference: {level.detail}")
+
+
 def _end_levels(
     original: RunContents,
     folder: Path,
@@ -570,7 +594,8 @@ def _identical_level(original: RunContents, folder: Path, diff: RunDiff) -> Leve
         wrong.append(f"the run is {manifests[0].meta['status']}, the replay is not")
     if wrong:
         return Level("L3", False, wrong[0])
-    made = ", ".join(sorted([*diff.same_checkpoints, *diff.same_evaluations]))
+    passed = checkpoints_passed(original, read_contents(folder))
+    made = ", ".join(sorted([*diff.same_checkpoints, *passed, *diff.same_evaluations]))
     detail = f"{made}, samples and log are what these settings and this data give on this machine"
     if len(manifests) == 2 and manifests[0].digest == manifests[1].digest:
         detail += f"; the digest of the run is {manifests[0].digest[:12]}"

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TIMINGS', 'ONE_EXECUTION', 'RunContents', 'read_contents', 'Causes', 'find_causes',
            'FirstDifference', 'find_first_difference', 'TensorDifference', 'compare_checkpoints',
-           'compare_outputs', 'compare_files', 'RunDiff', 'diff_runs', 'diff_page']
+           'compare_outputs', 'compare_files', 'checkpoints_passed', 'RunDiff', 'diff_runs',
+           'diff_page']
 
 # %% ../../nbs/experiments/73_run_diff.ipynb #b696a94a
 import html
@@ -19,11 +20,11 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-from ..core.artifacts import MANIFEST, read_manifest, sha256_file
+from ..core.artifacts import MANIFEST, problems, read_manifest, sha256_file
 from ..core.config import diff_dicts
 from ..core.repro import numeric_identity
 from ..run.run_folder import last_values, run_parts
-from ..run.run_record import RunRecord, readable
+from ..run.run_record import RunRecord, load_states, readable
 from ..tracking.metrics_log import read_metrics
 from ..tracking.pages import html_page
 
@@ -171,7 +172,8 @@ def _exact_values(metrics: list[dict], last: float = math.inf) -> dict[tuple[int
 
 def _comparable(r: dict) -> dict:
     shown = {k: v for k, v in r["values"].items() if k not in r["exact"] and k not in TIMINGS}
-    return r["exact"] | shown | {"tokens": r.get("tokens")}
+    of_one = ("step", "split", "time", "schema", "values", "exact")
+    return r["exact"] | shown | {k: v for k, v in r.items() if k not in of_one}
 
 
 def _differing_names(x: dict, y: dict) -> list[str]:
@@ -360,7 +362,10 @@ def compare_files(
 ) -> list[str]:  # What differs, in words
     "Compare every file of A that another execution must reproduce."
     files_b, out = _reproducible(b.folder), []
+    passed = tuple(f"{name}/" for name in checkpoints_passed(a, b))
     for name, path in _reproducible(a.folder).items():
+        if name.startswith(passed):
+            continue
         if name not in files_b:
             out.append(f"{name}: only in A")
         elif path.name == MANIFEST:
@@ -372,6 +377,22 @@ def compare_files(
     if list(_exact_values(a.metrics).items()) != list(_exact_values(b.metrics).items()):
         out.append("metrics.ndjson: differs")
     return out
+
+
+def checkpoints_passed(
+    a: RunContents,  # The run that is looked at
+    b: RunContents,  # Another execution
+) -> list[str]:  # e.g. `checkpoints/step-00000400`
+    "Checkpoints that only A has kept, of states that B has gone through too."
+    states = {f"checkpoints/step-{s:08}": digest for s, digest in load_states(b.folder).items()}
+    return [
+        name
+        for name, path in a.parts.items()
+        if name not in b.parts
+        and name in states
+        and not problems(path)
+        and read_manifest(path).digest == states[name]
+    ]
 
 
 def _reproducible(folder: Path) -> dict[str, Path]:

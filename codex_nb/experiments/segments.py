@@ -261,7 +261,10 @@ def execute_scoring(
             machine = diff_dicts(numeric_identity(run.environment), numeric_identity())
             if machine and run.environment:
                 k, (x, y) = next(iter(machine.items()))
-                return None, f"another machine computes other bits ({k}: {x}, here {y})"
+                return (
+                    None,
+                    f"the run says that it was elsewhere ({k}: {x}, here {y}), not compared",
+                )
             return False, f"document {record['id']!r}: {name} is {a!r}, scored again {b!r}"
     return True, f"{len(chosen):,} documents have equal records, bit for bit"
 
@@ -540,7 +543,7 @@ def read_report(
             hash(_segment_of(stored))
         stated = [report[k] for k in ("subject", "number", "sealed", "drawn")]
         if [type(v) for v in stated] != [str, int, str, list] or any(
-            holds not in (True, False, None) or not isinstance(detail, str)
+            not isinstance(holds, bool | None) or not isinstance(detail, str)
             for _, holds, detail in findings
         ):
             raise ValueError("a value has another type")

@@ -445,10 +445,10 @@ def list_trials(
     names = [n for n in [*cfg.grid, *cfg.space] if n in flat_names(KINDS[cfg.of])]
     trials = []
     for folder in sorted(sweep.parent.glob(f"{sweep.name}-trial-[0-9]*")):
-        if (folder / "config.json").is_file():
+        number = folder.name.rpartition("-")[2]
+        if number.isdecimal() and (folder / "config.json").is_file():
             settings = RunRecord.load(folder).settings()
-            number = int(folder.name.rpartition("-")[2])
-            trials.append(Trial(number, {n: settings.value(n) for n in names}, folder))
+            trials.append(Trial(int(number), {n: settings.value(n) for n in names}, folder))
     return trials
 
 # %% ../../nbs/experiments/77_sweep.ipynb #ce7494bb

@@ -24,9 +24,9 @@ from ..eval.contamination import Overlap
 from ..eval.evaluate import flat_record, summarize
 from ..eval.scoring import Record
 from ..eval.tasks import Answer, summarize_answers
-from ..run.run_folder import last_values, run_content, run_status, verify_files
+from ..run.run_folder import last_values, run_content, run_parts, run_status, verify_files
 from ..run.run_record import STATES, RunError, RunRecord, load_states
-from ..run.settings import KINDS, JudgeConfig, RunConfig
+from ..run.settings import KINDS, TRAINING_KINDS, JudgeConfig, RunConfig
 from ..tracking.metrics_log import metrics_csv, read_metrics, read_samples
 
 # %% ../../nbs/experiments/71_verify.ipynb #f4a56712
@@ -113,26 +113,48 @@ def _csv_of(path: Path) -> bytes:
 
 # %% ../../nbs/experiments/71_verify.ipynb #122bf0cc
 def check_parts(folder: Path, record: RunRecord) -> Contradictions:
-    "Checkpoints, evaluations and exports must be artifacts."
-    for kind in ("checkpoints", "evaluations", "exports"):
+    "Parts are checkpoints, evaluations and exports, all artifacts, and the exports of its model."
+    kinds = ("checkpoints", "evaluations", "exports")
+    for kind in kinds:
         for p in sorted((folder / kind).glob("*")):
             if not p.name.startswith(".") and not (p / MANIFEST).is_file():
                 yield f"{p}: has no {MANIFEST}, so it is not part of the run"
+    parts = {name: read_manifest(p) for name, p in run_parts(folder).items()}
+    own = {m.digest for name, m in parts.items() if name.startswith("checkpoints/")}
+    for name, m in parts.items():
+        if name.partition("/")[0] not in kinds:
+            yield f"{folder / name}: is none of the parts of a run: {', '.join(kinds)}"
+        if name.startswith("exports/") and m.parents.get("checkpoint") not in own:
+            yield f"{folder / name}: is of a checkpoint that is not one of this run"
 
 
 def check_checkpoints(folder: Path, record: RunRecord) -> Contradictions:
     "A checkpoint must be of its step, and made from what the run was made from."
+    log = folder / "metrics.ndjson"
+    records = read_metrics(log) if log.is_file() else []
+    measured = [r for r in records if r["split"].startswith("validation")]
     for p in _artifacts_in(folder / "checkpoints"):
         made_from = read_manifest(p).parents
         state = json.loads((p / "state.json").read_bytes())
         step = state["progress"]["step"]
+        if record.kind in KINDS and record.kind not in TRAINING_KINDS:
+            yield f"{p}: a run of kind {record.kind} trains nothing"
         if type(step) is not int or f"step-{step:08}" != p.name:
             yield f"{p}: holds the state of step {step!r}"
+            continue
         if state["data"].get("tokens") != record.parents.get("tokens"):
             yield f"{p}: was trained on another token store than the run"
-        for role in record.parents.keys() & made_from.keys():
-            if made_from[role] != record.parents[role]:
+        for role in record.parents.keys() & {*made_from, "base"}:
+            if made_from.get(role) != record.parents[role]:
                 yield f"{p}: was made from another {role} than the run"
+        # A signal may have put off the evaluation of its step.
+        until = [[r for r in measured if r["step"] < end] for end in (step, step + 1)]
+        meta, progress = read_manifest(p).meta, state["progress"]
+        if (m := meta.get("metrics")) not in [*map(last_values, until)]:
+            yield f"{p}: its figures {m!r} are not those of the log at step {step}"
+        for name in meta.keys() & progress.keys():
+            if (m := meta[name]) != progress[name]:
+                yield f"{p}: {name} is {m!r} in its manifest, {progress[name]!r} in its state"
 
 
 def _artifacts_in(folder: Path) -> list[Path]:
@@ -163,6 +185,8 @@ def check_evaluations(folder: Path, record: RunRecord) -> Contradictions:
     "An evaluation must be of this run's checkpoint and settings, and sum up its own records."
     cfg = record.settings() if record.kind in KINDS else None
     if not isinstance(cfg, (RunConfig, JudgeConfig)):
+        for p in _artifacts_in(folder / "evaluations"):
+            yield f"{p}: this version knows of no evaluation in a run of kind {record.kind}"
         return
     states = load_states(folder)
     own = {read_manifest(p).digest for p in _artifacts_in(folder / "checkpoints")}
@@ -267,11 +291,16 @@ def check_manifest(folder: Path, record: RunRecord) -> Contradictions:
 
 
 def check_environment(folder: Path, record: RunRecord) -> Contradictions:
-    "What a replay asks of the recorded machine must be there."
+    "What a replay asks of the recorded machine, and what is shown of it, must be there."
     path = folder / "environment.json"
-    if path.is_file():
-        numeric_identity(json.loads(path.read_bytes()))  # raises where something is missing
-    yield from ()
+    if not path.is_file():
+        return
+    env = json.loads(path.read_bytes())
+    machine = numeric_identity(env)  # raises where something is missing
+    if not all(isinstance(name, str) for name in machine["gpus"]):
+        yield f"{path}: the names of gpus are not all texts"
+    if not isinstance(env.get("packages", {}), dict):
+        yield f"{path}: packages are no names with versions"
 
 # %% ../../nbs/experiments/71_verify.ipynb #daff4ca6
 CHECKS: tuple[Callable[[Path, RunRecord], Contradictions], ...] = (

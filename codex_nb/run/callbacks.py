@@ -22,7 +22,7 @@ from ..eval.generate import generate
 from ..eval.metrics import loss_of
 from ..eval.scoring import score
 from .run_folder import Run, in_use, last_values, run_status
-from .run_record import RunRecord, record_state, repair_states
+from .run_record import RunRecord, load_states, record_state, repair_states
 from .settings import RunConfig
 from codex_nb.tracking.metrics_log import (
     LivePlot,
@@ -353,12 +353,23 @@ class CheckpointCallback:
         self.total_steps = state.total_steps
         if self.world.main:
             repair_states(self.run.folder, state.step)
+        ended = self._had_ended(state.step) if self.world.main else None
+        if self.world.broadcast(ended):
+            state.stop("where training had ended")
         if state.step:
             self.resumed_from = f"step-{state.step:08}"
             # A process that was killed may have published it without adding the state.
             if self.world.main and self._is_planned(state) and not self._lacks_evaluation(state):
                 digest = read_manifest(self.folder / self.resumed_from).digest
                 record_state(self.run.folder, state.step, digest)
+
+    def _had_ended(self, step: int) -> bool:
+        "Whether it was stopped at a step, as by the clock: only then is more done than was due."
+        cfg = self.run.cfg
+        evaluated = self.logger.has_step(step, "validation")
+        saved = step in load_states(self.run.folder)
+        not_due = step % cfg.evaluate.eval_every, step % cfg.checkpoint.save_every
+        return bool((evaluated and not_due[0]) or (saved and not_due[1]))
 
     def save_again(self, state: TrainState) -> None:
         "After an evaluation that an interruption had left out, since the state knows its result."

@@ -61,6 +61,7 @@ from codex_nb.train.interrupts import (
     Interrupted,
     ProcessKilled,
     die_with_parent,
+    is_out_of_memory,
 )
 from ..train.workers import WorkerError, run_workers
 
@@ -90,7 +91,8 @@ def train_model(
 
 def _can_resume(run: Run, error: Exception) -> bool:
     "A full disk or memory does not end a run, nor a checkpoint that cannot be resumed from."
-    ends = isinstance(error, (DiskError, MemoryError, ProcessKilled))
+    ends = isinstance(error, (DiskError, ProcessKilled))
+    ends = ends or is_out_of_memory(type(error).__name__, str(error))
     return ends or (run.resumed and isinstance(error, (CheckpointError, RunError)))
 
 # %% ../../nbs/run/67_recipe.ipynb #66186e8f
@@ -147,13 +149,19 @@ def _rank_error(output: str, n: int) -> Exception:
         kind = InexactResumeError
     elif any("CheckpointError" in line for line in lines):
         kind = CheckpointError
-    elif any(" MemoryError: " in line for line in lines):  # not torch's OutOfMemoryError
+    elif any(is_out_of_memory(*_type_and_text(line)) for line in lines):
         kind = MemoryError
     elif re.search(r"exitcode\s*: -9\b", output):  # of torchrun; others then lose their connection
         where = "one of them was killed, perhaps because memory ran out"
         return ProcessKilled(f"training on {n} processes ended: {where}; resume the run")
     detail = "; ".join(lines) or output[-2000:].strip()
     return kind(f"training on {n} processes failed: {detail}")
+
+
+def _type_and_text(line: str) -> tuple[str, str]:  # of a line such as `rank 0 on host: Error: x`
+    _, _, error = line.partition(": ")
+    name, _, text = error.partition(": ")
+    return name, text
 
 
 def train_rank(
@@ -246,7 +254,8 @@ def main(
         if not expected:
             message += f"\n{traceback.format_exc()}"
         print(redact(message), file=sys.stderr, flush=True)
-        code = RESUMABLE.get(type(e).__name__)
+        name = type(e).__name__
+        code = RESUMABLE.get("MemoryError" if is_out_of_memory(name, str(e)) else name)
         return code or (3 if isinstance(e, GuardError) else 1)
 
 # %% ../../nbs/run/67_recipe.ipynb #e06ca16b

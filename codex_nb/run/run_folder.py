@@ -302,23 +302,38 @@ def list_runs(
 
 def describe_run(
     folder: Path,  # A run folder
-) -> dict[
-    str, Any
-]:  # name, kind, status, steps, evaluations: name -> metric -> value, during_training
-    "A run as a list shows it, from its manifests alone."
+) -> dict[str, Any]:
+    """A run as a list shows it, from its manifests alone.
+
+    Its name, kind, status and steps; `evaluations`, name -> metric -> value; `during_training`,
+    the last value of every metric that was measured there.
+    """
     out: dict[str, Any] = {"name": folder.name, "kind": "?", "status": "damaged", "steps": None}
-    evaluations: dict[str, dict[str, float]] = {}
-    out |= {"evaluations": evaluations, "during_training": {}}
+    out |= {"evaluations": {}, "during_training": {}}
+    found: dict[str, Any] = {}
     try:
-        out |= {"status": run_status(folder), "kind": RunRecord.load(folder).kind}
+        found |= {"status": run_status(folder), "kind": RunRecord.load(folder).kind}
         if (folder / MANIFEST).is_file():
             meta = read_manifest(folder).meta
-            out |= {"steps": meta.get("steps"), "during_training": meta.get("figures", {})}
+            found["steps"] = _numbers({"steps": meta.get("steps", 0)})["steps"]
+            found["during_training"] = _numbers(meta.get("figures", {}))
+        results = {}
         for path in sorted(folder.glob(f"evaluations/*/{MANIFEST}")):
-            evaluations[path.parent.name] = read_manifest(path.parent).meta
-    except (ArtifactError, ValueError, KeyError):
-        out |= {"status": "damaged", "kind": "?"}
-    return out
+            given = read_manifest(path.parent).meta.items()
+            results[path.parent.name] = _numbers({k: v for k, v in given if v is not None})
+        found["evaluations"] = results
+    except (ArtifactError, ValueError, KeyError, TypeError, OSError):
+        return out
+    return out | found
+
+
+def _numbers(values: Any) -> dict[str, float]:
+    "What a list shows; `ValueError` or `TypeError` for what is no number."
+    numbers = dict(values)
+    # Beyond these bounds, a whole number is none that a float can hold.
+    if not all(isinstance(n, (int, float)) and abs(n) < 1e300 for n in numbers.values()):
+        raise ValueError(f"not all numbers: {numbers}")
+    return numbers
 
 
 def _start_time(folder: Path) -> tuple[str, int]:

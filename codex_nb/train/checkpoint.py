@@ -14,7 +14,7 @@ import json
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -210,6 +210,7 @@ def snapshot(
     "Copy everything that changes to the CPU."
     sharded = any(hasattr(p, "placements") for p in model.parameters())
     weights_file = _weights_file(_with_adapter(model) is not None)
+    metadata = replace(metadata)  # whose progress is that of the next save while this is written
     copy = partial(_copy_into, {} if buffers is None else buffers)
 
     # Every rank takes part in these two, so no rank may return before.

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXIT_CODES', 'RESUMABLE', 'RESUMABLE_CODES', 'SIGNAL_MARKER', 'Interrupted',
-           'ProcessKilled', 'stop_signals', 'leave_terminal', 'Signals', 'die_with_parent']
+           'ProcessKilled', 'is_out_of_memory', 'stop_signals', 'leave_terminal', 'Signals',
+           'die_with_parent']
 
 # %% ../../nbs/train/46_interrupts.ipynb #d2ba9913
 import ctypes
@@ -39,9 +40,17 @@ class ProcessKilled(RuntimeError):
 
 
 # Names of errors after which a run is interrupted and can be resumed -> exit code
-RESUMABLE = {"DiskError": 74, "MemoryError": 75, "ProcessKilled": 75}
+RESUMABLE = {"DiskError": 74, "MemoryError": 75, "OutOfMemoryError": 75, "ProcessKilled": 75}
 RESUMABLE_CODES = (*RESUMABLE.values(), *EXIT_CODES.values())
 SIGNAL_MARKER = ".stopping"  # A file in the run folder: a signal has arrived and was recorded
+
+
+def is_out_of_memory(
+    name: str,  # Of an error's type
+    text: str,  # Its message
+) -> bool:
+    "Whether memory ran out, on a GPU or here; torch has no type for the latter."
+    return name in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in text
 
 # %% ../../nbs/train/46_interrupts.ipynb #4dfa1d9d
 def stop_signals() -> list[signal.Signals]:  # Without SIGHUP where `nohup` has it ignored
