@@ -13,6 +13,7 @@ __all__ = ['EOT', 'TURNS', 'END', 'SPECIALS', 'PATTERN', 'Encoder', 'MAX_GROWTH'
 import json
 import os
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -386,6 +387,12 @@ class Tokenizer:
         bos = self.fast.token_to_id(str(token.get("content") if isinstance(token, dict) else token))
         return self.opening or [self.eot if bos is None else bos]
 
+    @cached_property
+    def special_pattern(self) -> re.Pattern[str]:
+        "Matches any special token where a text spells it, the longest first."
+        tokens = {str(self.fast.id_to_token(i)) for i in self.special}
+        return re.compile("|".join(re.escape(t) for t in sorted(tokens, key=len, reverse=True)))
+
     def in_transformers(self) -> "PreTrainedTokenizerBase":  # `TokenizerError` where it cannot
         "The tokenizer as transformers opens it."
         from transformers import AutoTokenizer
@@ -604,7 +611,7 @@ def _render(
 def _encode_rendered(
     tokenizer: Tokenizer, text: str, messages: Sequence[Message]
 ) -> tuple[np.ndarray, np.ndarray]:  # uint32 ids, shape (tokens,), and characters, (tokens, 2)
-    special = _special_pattern(tokenizer)
+    special = tokenizer.special_pattern
     with _explain(f"{tokenizer.path / 'tokenizer.json'}: cannot encode {text[:40]!r}"):
         if not any(special.search(m.content) for m in messages):
             options = {"padding": False, "truncation": False, "return_offsets_mapping": True}
@@ -613,11 +620,6 @@ def _encode_rendered(
         else:
             ids, places = _encode_around(tokenizer, text, _contents(tokenizer, text, messages))
     return np.array(ids, np.uint32), np.array(places, np.int64).reshape(-1, 2)
-
-
-def _special_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
-    tokens = {str(tokenizer.fast.id_to_token(i)) for i in tokenizer.special}
-    return re.compile("|".join(re.escape(t) for t in sorted(tokens, key=len, reverse=True)))
 
 
 def _contents(tokenizer: Tokenizer, text: str, messages: Sequence[Message]) -> _Spans:
@@ -647,9 +649,10 @@ def _encode_around(tokenizer: Tokenizer, text: str, contents: _Spans) -> tuple[l
         ids.extend(out.ids)
         places.extend((start + a, start + b) for a, b in out.offsets)
 
-    at = 0
-    for m in _special_pattern(tokenizer).finditer(text):
-        if not any(start < m.end() and m.start() < end for start, end in contents):
+    at, starts = 0, [start for start, _ in contents]
+    for m in tokenizer.special_pattern.finditer(text):
+        before = bisect_left(starts, m.end())  # so many contents begin before it ends
+        if not before or contents[before - 1][1] <= m.start():
             add(at, m.start())
             ids.append(_id(tokenizer, m[0]))
             places.append(m.span())
@@ -669,10 +672,16 @@ def _encode_with_template(
         text, _ = _render(tokenizer, messages)
         spans = [_answer_span(tokenizer, text, messages[: k + 1]) for k in _answers(messages)]
     ids, places = _encode_rendered(tokenizer, text, messages)
-    mask = np.zeros(len(ids), bool)
+    return ids, _inside(places, spans)
+
+
+def _inside(places: np.ndarray, spans: _Spans) -> np.ndarray:  # bool, shape (tokens,)
+    "Which tokens have a character in one of the spans."
+    begins, ends = np.maximum.accumulate(places).T  # several tokens may share a character
+    mask = np.zeros(len(places), bool)
     for start, end in spans:
-        mask |= (places[:, 0] < end) & (places[:, 1] > start)
-    return ids, mask
+        mask[ends.searchsorted(start, "right") : begins.searchsorted(end, "left")] = True
+    return mask
 
 
 def _answers(messages: Sequence[Message]) -> list[int]:
@@ -692,7 +701,7 @@ def _answer_span(
             f"when more follows, so what the assistant says cannot be found: {answer[:60]!r}; put "
             "{% generation %} markers around the assistant's content in chat_template.jinja"
         )
-    ends = [m.end() for m in _special_pattern(tokenizer).finditer(text, start, end)]
+    ends = [m.end() for m in tokenizer.special_pattern.finditer(text, start, end)]
     return start, max(ends, default=end)
 
 
@@ -701,7 +710,7 @@ def _find_answer_end(tokenizer: Tokenizer) -> str:  # Empty where no special tok
     if tokenizer._answer_end is None:
         talk = [Message("user", "question"), Message("assistant", "answer")]
         text, _ = _render(tokenizer, talk)
-        end = _special_pattern(tokenizer).search(text, text.rindex("answer"))
+        end = tokenizer.special_pattern.search(text, text.rindex("answer"))
         tokenizer._answer_end = end[0] if end else ""
     return tokenizer._answer_end
 
