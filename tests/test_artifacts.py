@@ -103,6 +103,21 @@ def test_full_disk_is_named(writer, tmp_path):
     assert "/mnt/a" in done.stdout and "bytes free" in done.stdout
 
 
+@pytest.mark.skipif(not mounts_allowed(), reason="no mount namespace allowed here")
+def test_disk_without_room_for_a_file_says_so(tmp_path):
+    "Bytes are free, and no inode is."
+    program = "from codex_nb.core.artifacts import write_file\nwrite_file('/mnt/x', 'text')"
+    full = (
+        f"for i in 1 2 3 4 5 6 7 8; do touch /mnt/$i; done 2> /dev/null; exec {sys.executable} -c"
+    )
+    words = [*on_small_disk("4m,nr_inodes=8"), "sh", "-c", f'{full} "$0"', program]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment(tmp_path))
+    message = done.stderr.splitlines()[-1]
+    assert message.startswith("codex_nb.core.artifacts.DiskError"), done.stderr
+    assert "no files (inodes) are left there, all 8 are in use" in message
+    assert "bytes free" not in message
+
+
 def flip(f, rng, folder):
     data = bytearray(f.read_bytes())
     data[rng.randrange(1000)] ^= 1 << rng.randrange(8)

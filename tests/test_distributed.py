@@ -362,7 +362,8 @@ def test_killed_rank_leaves_a_run_that_can_be_resumed(tmp_path):
     ranks_of(job, "1")[0].kill()
     _, err = job.communicate(timeout=120)
     assert job.returncode == 75, err[-3000:]
-    assert "perhaps because memory ran out; resume the run" in err
+    assert "one of 2 processes that train was killed, perhaps because memory ran out" in err
+    assert f"go on with: codex-nb resume {folder}" in err
     assert "the run is interrupted" in err and not (folder / "manifest.json").exists()
 
 

@@ -586,10 +586,9 @@ def test_many_lines_at_once_are_read_as_each_alone(tmp_path_factory, shreds, las
 
 def test_a_terminal_and_arguments_with_other_characters(tmp_path):
     path = tmp_path / "é.jsonl"
-    path.write_text('{"text": "a"}\n')
-    done = command(
-        "codex-nb", "data", "check", path, home=tmp_path, fresh=True, PYTHONIOENCODING="ascii"
-    )
+    path.write_text("".join(f'{{"text": "Line {i}"}}\n' for i in range(200)))
+    words = ["codex-nb", "data", "check", path, "--no-rows"]
+    done = command(*words, home=tmp_path, fresh=True, PYTHONIOENCODING="ascii")
     assert done.returncode == 0 and "\\xe9.jsonl" in done.stdout, done.stderr
     word = os.fsdecode(b"caf\xe9.jsonl")
     done = command("codex-nb", "data", "check", word, home=tmp_path, fresh=True)

@@ -11,17 +11,28 @@ import os
 import pickle
 import shutil
 import tarfile
+import time
 import zipfile
 from pathlib import Path
 
 import nbformat
 import pytest
 import torch
-from helpers import ROOT, codex, flags, program
+from helpers import ROOT, codex, counts, flags, program
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from codex_nb.core.artifacts import ArtifactError
 from codex_nb.core.config import ConfigError
+from codex_nb.core.safety import (
+    RULES,
+    RedactedStream,
+    find_secrets,
+    looks_secret,
+    redact,
+    redact_notebook,
+)
 from codex_nb.data.corpus import CorpusConfig, open_corpus
 from codex_nb.data.documents import ReadError
 from codex_nb.experiments.launch import check_parameters
@@ -32,6 +43,7 @@ from codex_nb.tracking.sinks import RunInfo, Sinks
 from codex_nb.train.checkpoint import CheckpointError
 
 HORSE = "correct-horse-battery"
+ODD = 'it\'s "battery-sta\\ple-horse"'
 WORD = "Zk8Qv3Xn7Rt2Wb5Yd9Lc4Mf6Hg1Jp0Ts"
 
 
@@ -100,6 +112,10 @@ def test_no_secret_of_a_notebook_is_left_in_its_run_or_on_the_terminal(tmp_path)
     said = "\n".join(t for t, _ in planted(1).values())
     source = f"secrets = {[t for t, _ in planted(2).values()]!r}"
     source += "\nfor s in secrets: print(s)\nsecrets[-1]"
+    # a value as Python shows it, and a token in two writes
+    source += "\nimport os, sys\nprint([os.environ['ODD_PWD']], repr(repr(os.environ['ODD_PWD'])))"
+    source += "\nfor part in (secrets[0][:20], secrets[0][20:]):"
+    source += "\n    sys.stdout.write(part)\n    sys.stdout.flush()\nos.environ['ODD_PWD']"
     nb.cells.append(nbformat.v4.new_code_cell(source))
     nb.cells.append(nbformat.v4.new_markdown_cell(said))
     nb.cells.append(nbformat.v4.new_code_cell("raise RuntimeError('\\n'.join(secrets))"))
@@ -112,7 +128,7 @@ def test_no_secret_of_a_notebook_is_left_in_its_run_or_on_the_terminal(tmp_path)
     nbformat.write(nb, tmp_path / "mine" / "train.ipynb")
     folder, words = tmp_path / "runs" / "r", ["run", tmp_path / "mine" / "train.ipynb"]
     words += [*flags(SMALL), "--folder", folder]
-    done = codex(*words, home=tmp_path, PLANTED_PASSWORD=HORSE)
+    done = codex(*words, home=tmp_path, PLANTED_PASSWORD=HORSE, ODD_PWD=ODD)
     assert done.returncode == 1, done.stderr
     assert json.loads((folder / "manifest.json").read_text())["meta"]["status"] == "failed"
     kept = everything(tmp_path / "runs")
@@ -121,6 +137,9 @@ def test_no_secret_of_a_notebook_is_left_in_its_run_or_on_the_terminal(tmp_path)
         assert not left_over(kept, i), i
     for i in (1, 2, 3, 4):  # what was echoed while it ran, and the error
         assert not left_over(done.stdout + done.stderr, i), i
+    for part in ("battery-sta", "ple-horse"):
+        assert part not in kept + done.stdout + done.stderr
+    assert "[redacted environment]" in kept and "[redacted environment]" in done.stdout
 
 
 def test_secrets_as_parameters_are_refused(tmp_path, monkeypatch):
@@ -133,6 +152,318 @@ def test_secrets_as_parameters_are_refused(tmp_path, monkeypatch):
     done = codex("run", "train", "-p", "data", text, home=tmp_path)
     assert done.returncode == 1 and secret not in done.stdout + done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def letters(n, alphabet="Zk8Qv3Xn7Rt2Wb5Yd9Lc4Mf6Hg1Jp0Ts"):
+    return (alphabet * (n // len(alphabet) + 1))[:n]
+
+
+def hexes(n):
+    return letters(n, "9f86d081884c7d65")
+
+
+def upper(n):
+    return letters(n).upper()
+
+
+UUID = "-".join(hexes(n) for n in (8, 4, 4, 4, 12))
+
+# kind -> prefixes and what follows them; they are put together in the tests
+TOKENS = {
+    "aws-key-id": [("AKIA", upper(16)), ("ASIA", upper(16)), ("ABIA", upper(16))],
+    "github-token": [("ghp_", letters(36)), ("ghs_", letters(36)), ("github_pat_", letters(82))],
+    "gitlab-token": [("glpat-", letters(20)), ("glrt-", letters(20)), ("gldt-", letters(20))],
+    "slack-token": [
+        ("xoxb-", f"{'123456789012'}-{'210987654321'}-{letters(24)}"),
+        ("xapp-1-", f"{upper(11)}-{'1234567890123'}-{hexes(64)}"),
+        ("xoxe.xoxp-1-", letters(160)),
+        ("hooks.slack.com/services/", f"T{upper(8)}/B{upper(8)}/{letters(24)}"),
+    ],
+    "google-key": [("AIza", letters(35)), ("GOCSPX-", letters(28)), ("ya29.", letters(60))],
+    "anthropic-key": [("sk-ant-api03-", letters(93))],
+    "openai-key": [("sk-proj-", letters(74)), ("sk-", letters(48))],
+    "huggingface-token": [("hf_", letters(34)), ("api_org_", letters(34))],
+    "stripe-key": [("sk_live_", letters(24)), ("rk_prod_", letters(24)), ("whsec_", letters(32))],
+    "pypi-token": [("pypi-", letters(80))],
+    "npm-token": [("npm_", letters(36))],
+    "sendgrid-key": [("SG.", f"{letters(22)}.{letters(43)}")],
+    "hashicorp-token": [("hvs.", letters(90)), ("hvb.", letters(138)), ("s.", letters(24))],
+    "terraform-token": [(letters(14), f".atlasv1.{letters(67)}")],
+    "databricks-token": [("dapi", hexes(32))],
+    "age-key": [("AGE-SECRET-KEY-1", upper(58))],
+    "jwt": [("eyJ", f"{letters(30)}.{letters(40)}.{letters(30)}")],
+    "azure-secret": [("abc8Q~", letters(34))],
+    "teams-webhook": [
+        ("https://x.webhook.office.com/", f"webhookb2/{UUID}@{UUID}/IncomingWebhook/{hexes(32)}")
+    ],
+    "maxmind-key": [(letters(6), f"_{letters(29)}_mmk")],
+    "telegram-token": [("1234567890", f":AA{letters(33)}")],
+    "mailchimp-key": [("", f"{hexes(32)}-us18")],
+    "facebook-token": [("123456789012345|", letters(27))],
+    "service-token": [
+        ("A3-", "-".join(upper(n) for n in (6, 11, 5, 5, 5))),
+        ("p8e-", letters(32)),
+        ("LTAI", letters(20)),
+        ("ATATT3", letters(186)),
+        ("CLOJARS_", letters(60)),
+        ("dop_v1_", hexes(64)),
+        ("dp.pt.", letters(43)),
+        ("dt0c01.", f"{letters(24)}.{letters(64)}"),
+        ("fm2_", letters(120)),
+        ("glc_", letters(40)),
+        ("glsa_", f"{letters(32)}_{hexes(8)}"),
+        ("HRKU-AA", letters(58)),
+        ("lin_api_", letters(40)),
+        ("NRAK-", upper(27)),
+        ("ntn_", letters(46)),
+        ("pplx-", letters(48)),
+        ("pscale_pw_", letters(43)),
+        ("PMAK-", f"{hexes(24)}-{hexes(34)}"),
+        ("pul-", hexes(40)),
+        ("rubygems_", hexes(48)),
+        ("xkeysib-", f"{hexes(64)}-{letters(16)}"),
+        ("sntryu_", hexes(64)),
+        ("shpat_", hexes(32)),
+        ("shippo_live_", hexes(40)),
+        ("sq0atp-", letters(22)),
+        ("SK", hexes(32)),
+        ("tfp_", letters(59)),
+        ("dckr_pat_", letters(27)),
+        ("gsk_", letters(52)),
+        ("nvapi-", letters(64)),
+        ("r8_", letters(37)),
+        ("lsv2_pt_", f"{hexes(32)}_{hexes(10)}"),
+    ],
+}
+# kind -> what stands around a secret, and the secret; without `~`, which keeps this file clean
+AROUND = {
+    "high-entropy": [
+        ("service.t~oken = {}", letters(24)),
+        ("G~ITHUB_PAT={}", letters(24)),
+        ("S~TRIPE_KEY: '{}'", letters(24)),
+        ('session_cookie => "{}"', letters(24)),
+        ("<apiToken>\n    {}\n</apiToken>", letters(24)),
+        ("os.environ['X_T~OKEN'] = '{}'", letters(24)),
+        ('setProperty("X_T~OKEN", "{}")', letters(24)),
+        ("x_t~oken: |\n  {}\n", letters(24)),
+        ('{{"name": "X_T~OKEN", "value": "{}"}}', letters(24)),
+        ("t~oken ::= `{}`", UUID),
+    ],
+    "assigned-secret": [
+        ("p~assword = 'open {}'", "sesame-for-me"),
+        ('{{\\"db_passwd\\": \\"{}\\"}}', "sesame for me"),
+        ('var apiKey string = "{}"', "sesame-for-me"),
+        ("s~ecret = 'it\\'s {}'", "sesame for me"),
+    ],
+    "unquoted-secret": [
+        ("export DB_P~ASSWORD={}", "hunter22x"),
+        ("p~assword: {}", "hunter22x"),
+        ("os.getenv('DB_P~ASSPHRASE', '{}')", "hunter22x"),
+        ("a~pi_key={}&page=2", "hunter22x!"),
+        ("MYSQL_P~WD={}", "hunter22x"),
+        ("SMTP_P~ASS = {}", "Tr0ub4dor&3"),
+    ],
+    "bearer-token": [("B~earer {}", letters(30))],
+    "basic-auth": [("B~asic {}", "bWU6b3BlbiBzZXNhbWU=")],
+    "authorization": [
+        ("A~uthorization: Token {}", letters(30)),
+        ("{{'A~uthorization': '{}'}}", UUID),
+        ("a~uthorization: ApiKey {}", letters(30)),
+    ],
+    "curl-user": [
+        ("c~url -u {} https://example.org", "me:open-sesame"),
+        ("c~url -s \\\n  --user '{}' https://example.org", "me:open-sesame"),
+    ],
+    "url-parameter": [
+        ("https://example.org/v1?a~pi_key={}&page=2", "opensesame"),
+        ("GET /x?page=2&access_t~oken={} HTTP/1.1", "opensesame"),
+    ],
+    "url-password": [("postgres://me:{}@db.example/x", "opensesame")],
+    "aws-secret": [("aws_s~ecret_access_key = {}", letters(40))],
+    "private-key": [
+        ("-----BEGIN RSA {0}\n{{}}\n-----END RSA {0}".format("P~RIVATE KEY-----"), letters(64))
+    ],
+}
+ROWS = [
+    (kind, f"a {prefix}{rest} b\n", rest) for kind, rows in TOKENS.items() for prefix, rest in rows
+] + [
+    (kind, f"a\n{text.replace('~', '').format(secret)}\nb\n", secret)
+    for kind, rows in AROUND.items()
+    for text, secret in rows
+]
+
+
+def test_every_kind_has_a_row():
+    assert {rule.kind for rule in RULES} == TOKENS.keys() | AROUND.keys() and len(ROWS) > 100
+
+
+@pytest.mark.parametrize("kind", [*TOKENS, *AROUND])
+def test_kinds_of_secrets(kind):
+    for _, text, secret in [row for row in ROWS if row[0] == kind]:
+        clean = redact(text, {})
+        assert secret[-9:] not in clean and kind in {f.kind for f in find_secrets(text, {})}, text
+        assert clean.startswith("a") and clean.endswith("b\n") and redact(clean, {}) == clean, text
+
+
+def test_kinds_of_secrets_inside_of_texts():
+    "As Python and JSON show them, once and twice."
+    for kind, text, secret in ROWS:
+        if "'" in secret or "\\" in text:
+            continue
+        text = text.replace("a ", "a\n", 1)
+        for shown in (
+            repr(text),
+            json.dumps({"x": text}),
+            repr([text, "'"]),
+            json.dumps([repr(text)]),
+        ):
+            assert secret[-9:] not in redact(shown, {}), (kind, shown)
+
+
+ORDINARY = """
+password: str
+password = config.password
+password = getpass.getpass('password: ')
+def login(user, password=None, token=None): return user.token == token
+login(password=password, token=os.environ['TOKEN'])
+secret = random_secret(16)
+token = tokenizer.pad_token_id
+eos_token: <|endoftext|>
+token_ids = [50256, 1, 2]
+max_tokens=1000000000000, tokens_per_second: 123456.789
+primary_key = 'user_id_2026_01', sort_key="created_at_2026"
+api_key = "${API_KEY}", secret: {{ vault.secret }}, password = "********"
+api_key = "your-api-key", token = "hf_...", password="password"
+https://example.org:8080/path?page=2&key=1, git@example.org:me/repo.git
+Basic understanding of the Bearer of a token; Authorization: required
+sha256:9f86d081884c7d659f86d081884c7d659f86d081884c7d659f86d081884c7d65
+-----BEGIN CERTIFICATE-----
+curl -u "$USER:$PASSWORD" https://example.org
+task-force-of-the-twenty-first-century sk-learn, risk-averse
+test_a_long_name_of_a_function_with_2_digits_and_more
+"""
+
+
+def test_ordinary_text_is_left_alone():
+    assert [line for line in ORDINARY.splitlines() if redact(line, {}) != line] == []
+    assert redact(ORDINARY, {}) == ORDINARY
+
+
+def in_pieces(text, cuts, environ=None):
+    stream, ends = RedactedStream(environ or {}), [*cuts, len(text)]
+    return [stream.write(text[a:b]) for a, b in zip([0, *ends], ends)] + [stream.close()]
+
+
+def test_secrets_in_two_writes():
+    for kind, text, secret in ROWS:
+        at = text.index(secret)
+        for cuts in ([at + len(secret) // 2], [at + len(secret) - 1], range(1, len(text), 3)):
+            shown = "".join(in_pieces(text, cuts))
+            left = max(
+                (
+                    n
+                    for n in range(8, len(secret) + 1)
+                    if secret[:n] in shown or secret[-n:] in shown
+                ),
+                default=0,
+            )
+            # The beginning of a few kinds tells nothing yet.
+            late = {"maxmind-key": 9, "mailchimp-key": 11}
+            assert left <= late.get(kind, 7), (kind, text, [*cuts], shown)
+            assert shown.startswith("a") and shown.endswith("b\n"), (kind, shown)
+    for odd in (HORSE, ODD):
+        for shown in (odd, repr([odd])):
+            text = f"it is {shown}.\n"
+            for cut in range(1, len(text), 2):
+                clean = "".join(in_pieces(text, [cut], {"MY_PWD": odd}))
+                assert clean.count("[redacted environment]") == 1 and "horse" not in clean, clean
+
+
+@settings(max_examples=counts(60, 2000), deadline=None)
+@given(
+    st.lists(
+        st.sampled_from(
+            [*ORDINARY.split("\n"), " ", "\n", "\r", "token", "=", "gh" + "p_", "'", "-----B"]
+        )
+        | st.text(max_size=8),
+        max_size=12,
+    )
+)
+def test_pieces_lose_nothing(pieces):
+    stream = RedactedStream({"MY_PWD": HORSE})
+    shown = "".join([*map(stream.write, pieces), stream.close()])
+    text = "".join(pieces)
+    assert shown == text or redact(text, {}) != text
+
+
+def test_what_cannot_grow_is_shown_at_once():
+    stream = RedactedStream({})
+    for piece in (
+        "\r 30%|### | 3/10 [00:01<00:02, 2.5it/s]",
+        "step 3 loss 1.25",
+        "\n",
+        "12 tokens/s ",
+    ):
+        assert stream.write(piece) == piece
+    begin = "-----BEGIN " + "PRIVATE KEY-----\n"
+    assert stream.write(begin) == ""
+    for _ in range(300):  # more than is held back
+        assert stream.write(letters(64) + "\n") == ""
+    assert len(stream._held) < 15_000
+    shown = stream.write("-----END " + "PRIVATE KEY-----\nnext\n")
+    assert shown == "[redacted private-key]\nnext\n" and stream.close() == ""
+
+
+def test_names_of_variables():
+    telling = """HF_TOKEN DB_PASSWORD MYSQL_PWD GPG_PASSPHRASE GITHUB_PAT SESSION_COOKIE STRIPE_KEY
+        SMTP_PASS AWS_SECRET_ACCESS_KEY OPENAI_API_KEY REDIS_AUTH SENTRY_DSN dbPwd api_key cookie"""
+    other = """PWD OLDPWD PATH SSH_AUTH_SOCK HOME max_tokens eos_token sort_key PUBLIC_KEY pattern
+        compass_x author keyboard n_tokens tokenizer data/tokens.py"""
+    assert [n for n in telling.split() if not looks_secret(n)] == []
+    assert [n for n in other.split() if looks_secret(n)] == []
+    for name in ("MY_PWD", "MY_PASSPHRASE", "MY_PAT", "MY_COOKIE", "STRIPE_KEY"):
+        nb = {"cells": [{"outputs": [{"data": {"text/plain": repr([ODD, "x"])}}]}]}
+        clean = json.dumps(redact_json_with(nb, {name: ODD}))
+        assert "horse" not in clean and "[redacted environment]" in clean
+
+
+def redact_json_with(nb, environ):
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environ.items():
+            patch.setenv(name, value)
+        return redact_notebook(nb)
+
+
+@pytest.mark.parametrize("function", ["redact", "stream"])
+def test_time_grows_with_the_length(function):
+    hostile = ["eyJ" + "a.", "eyJ-", "pass" + "word=", "pass" + "word='", "pass" + "word=\\'"]
+    hostile += ["token=a1", "a.", "?key=", "://a:", "curl -u ", "-----BEGIN A ", "s.", "bearer "]
+    hostile += ["-----BEGIN PRIVATE " + "KEY-----", "secret: |\n ", "{{"]
+    if function == "redact":
+        hostile += [hint for rule in RULES for hint in rule.hints[:1] if hint]
+
+    def seconds(n):
+        best = []
+        for unit in hostile:
+            times = []
+            for trial in "12":  # another text each time: what was found is kept
+                text = f"{trial} {unit * (n // len(unit) + 1)}"[:n]
+                begun = time.process_time()
+                if function == "redact":
+                    find_secrets(text, {})
+                else:
+                    stream = RedactedStream({})
+                    for at in range(0, n, n // 8):
+                        stream.write(text[at : at + n // 8])
+                    stream.close()
+                times.append(time.process_time() - begun)
+            best.append(min(times))
+        return best
+
+    short, long = seconds(4_000), seconds(32_000)
+    assert sum(long) < 16 * sum(short) + 0.3, (sum(short), sum(long))
+    slow = {u: (a, b) for u, a, b in zip(hostile, short, long) if b > 24 * a + 0.05}
+    assert not slow
 
 
 @pytest.mark.parametrize("name", ["mlflow", "tensorboard", "wandb", "csv"])

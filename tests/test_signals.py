@@ -19,6 +19,7 @@ from helpers import (
     PROVE,
     checkpoint_files,
     codex,
+    command,
     counts,
     environment,
     flags,
@@ -195,24 +196,127 @@ def stopped(tmp_path_factory):
     return shared_folder(tmp_path_factory, "stopped-run", make)
 
 
-def test_resume_refuses_what_would_make_another_run(stopped, tmp_path):
+def reseal(checkpoint, change):
+    "Change the state of a checkpoint, as if it had been made elsewhere."
     from codex_nb.core.artifacts import seal
 
-    shutil.copytree(stopped, tmp_path / "home")
-    home = tmp_path / "home"
-    folder = home / "runs" / "part"
-    refused = codex("resume", folder, "-p", "lr", "0.1", home=home)
-    assert refused.returncode == 1 and "lr: part of the run's identity" in refused.stderr
-    refused = codex("resume", folder, "-p", "save_every", "7", home=home)
-    assert refused.returncode == 1 and "save_every: part of the run" in refused.stderr
-    # as if another torch had made the checkpoint
-    checkpoint = sorted(folder.glob("checkpoints/step-*"))[-1]
     state = json.loads((checkpoint / "state.json").read_text())
-    state["exact"]["torch"] = "1.0"
+    change(state)
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     (checkpoint / "state.json").write_text(json.dumps(state))
     (checkpoint / "manifest.json").unlink()
     seal(checkpoint, "checkpoint", manifest["config"], manifest["parents"], manifest["meta"])
+
+
+def from_elsewhere(stopped, to, change):
+    "The stopped run, on another machine than that of its record and its last checkpoint."
+    shutil.copytree(stopped, to)
+    folder = to / "runs" / "part"
+    reseal(sorted(folder.glob("checkpoints/step-*"))[-1], change)
+    environment = json.loads((folder / "environment.json").read_text())
+    (folder / "environment.json").write_text(json.dumps(environment | {"machine": "another"}))
+    return folder
+
+
+def contents(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_resume_refuses_what_would_make_another_run(stopped, tmp_path):
+    from codex_nb.run.run_folder import run_status
+
+    home = tmp_path / "home"
+    folder = from_elsewhere(stopped, home, lambda state: state["exact"].update(torch="1.0"))
+    before = contents(folder)
+    refused = codex("resume", folder, "-p", "lr", "0.1", home=home)
+    assert refused.returncode == 1 and "lr: part of the run's identity" in refused.stderr
+    refused = codex("resume", folder, "-p", "save_every", "7", home=home)
+    assert refused.returncode == 1 and "save_every: part of the run" in refused.stderr
     refused = codex("resume", folder, home=home)
     assert refused.returncode == 1 and "torch was '1.0', now" in refused.stderr
     assert "--allow torch" in refused.stderr and "Traceback" not in refused.stderr
+    assert contents(folder) == before and run_status(folder) == "interrupted"
+    done = codex("resume", folder, "--allow", "torch", home=home)
+    assert done.returncode == 0 and "no longer bit for bit: torch was" in done.stdout, done.stderr
+
+
+def set_in(*path):
+    def change(state):
+        inner = state
+        for name in path[:-1]:
+            inner = inner[name]
+        inner[path[-1]] = "another"
+
+    return change
+
+
+EXACT = (
+    "cpu",
+    "instructions",
+    "threads",
+    "torch",
+    "world_size",
+    "parallel",
+    "dtype",
+    "micro_batch",
+)
+REFUSED = {
+    **{f"exact {name}": set_in("exact", name) for name in EXACT},
+    "data": set_in("data", "order"),
+    "schedule": set_in("schedule", "total_steps"),
+    "identity": set_in("identity", "seed"),
+    "incomplete": lambda state: state.pop("rng"),
+    "scaler": set_in("scaler", "kind"),
+}
+
+
+@pytest.mark.parametrize("kind", random.Random(1).sample(sorted(REFUSED), counts(3, len(REFUSED))))
+def test_refused_resume_changes_no_file(kind, stopped, tmp_path):
+    "As a cluster resumes it, and a notebook: the same run is refused and stays as it was."
+    from codex_nb.run.run_folder import run_status
+
+    folder = from_elsewhere(stopped, tmp_path / "home", REFUSED[kind])
+    before = contents(folder)
+    words = ["python", "-m", "codex_nb.run.recipe", folder / "config.json"]
+    refused = command(*words, home=tmp_path / "home")
+    assert refused.returncode == 1 and "CheckpointError" in refused.stderr.replace(
+        "InexactResumeError", "CheckpointError"
+    ), refused.stderr
+    assert contents(folder) == before and run_status(folder) == "interrupted"
+
+
+def kill_kernel(process, folder, condition):
+    "Kill a run's kernel as the out-of-memory killer does; the lines that its launcher ends with."
+    wait_until(condition)
+    for number in kernels(folder):
+        if b"ipykernel" in Path(f"/proc/{number}/cmdline").read_bytes():
+            os.kill(number, signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    return process.returncode, err.strip().splitlines()
+
+
+def test_killed_kernel_is_one_line_with_the_memory_there_was(tmp_path):
+    folder = tmp_path / "runs" / "killed"
+    run = launch(folder, tmp_path, 100_000)
+    code, lines = kill_kernel(run, folder, has_checkpoint(folder, run))
+    (line,) = lines
+    assert code == 75 and "GiB were available; the run is interrupted" in line
+    assert line.endswith(f"go on with: codex-nb resume {folder}")
+    known = len(train_steps(folder))
+    run = start("codex-nb", "resume", folder, home=tmp_path, session=True)
+    code, (line,) = kill_kernel(
+        run, folder, lambda: run.poll() is not None or len(train_steps(folder)) > known
+    )
+    assert code == 75 and line.endswith(f"go on with: codex-nb resume {folder}")
+
+
+@pytest.mark.skipif(not PROVE, reason="the launcher of a trial is that of a run, the test above")
+def test_sweep_whose_trial_is_killed_can_be_resumed(tmp_path):
+    folder = tmp_path / "runs" / "rates"
+    words = ["codex-nb", "sweep", "train", *flags(SMALL | dict(steps=5000)), "-g", "seed=0,1"]
+    sweep = start(*words, "--folder", folder, home=tmp_path, session=True)
+    trial = tmp_path / "runs" / "rates-trial-000"
+    code, (line,) = kill_kernel(sweep, trial, has_begun(trial, sweep))
+    assert code == 75 and "trial 0: the kernel was killed" in line
+    assert line.endswith(f"go on with: codex-nb resume {folder}")
+    assert not (folder / "manifest.json").exists()

@@ -3,9 +3,16 @@
 import json
 import random
 import time
+from collections import Counter
+from importlib import metadata
 
 import pytest
 from helpers import PROGRAMS, PROVE, codex, counts, flags, run_record, start, train_steps
+
+import codex_nb.experiments.launch as launch
+import codex_nb.experiments.sweep as sweeps
+from codex_nb.core.config import ConfigError
+from codex_nb.run.settings import SweepConfig
 
 SMALL = dict(
     width=32,
@@ -160,6 +167,38 @@ def test_sweep_that_cannot_be_is_refused_with_nothing_written(tmp_path):
     (blocked / "__init__.py").write_text("raise ImportError('blocked')")
     words = [*RANGE, "--trials", "2"]
     assert "pip install 'codex_nb[sweep]'" in error(*words, PYTHONPATH=str(blocked.parent))
+
+
+def test_a_large_grid_is_checked_once_and_says_how_far_it_is(monkeypatch, capsys):
+    asked = Counter()
+
+    def counted(module, name):
+        original = getattr(module, name)
+
+        def call(*args, **more):
+            asked[name] += 1
+            return original(*args, **more)
+
+        monkeypatch.setattr(module, name, call)
+
+    with pytest.raises(ConfigError, match=r"seed=0\.\.200000: 200,001 values.* at most 100,000"):
+        sweeps.parse_grid(["seed=0..200000"])
+    grid = sweeps.parse_grid(["seed=0..499", "lr=1e-3,3e-4,1e-4"])
+    cfg = SweepConfig.check(preset="empty", grid=grid | {"batch_size": [*range(1, 101)]})
+    with pytest.raises(ConfigError, match="grid: 150,000 trials, and at most 100,000"):
+        sweeps.check_sweep(cfg)
+    cfg = SweepConfig.check(preset="empty", grid=grid)
+    counted(launch, "find_secrets")
+    counted(launch, "looks_secret")
+    counted(metadata, "entry_points")
+    monkeypatch.setattr(sweeps, "PROGRESS_SECONDS", 0)
+    assert sweeps.check_sweep(cfg) == 1500
+    assert asked["find_secrets"] == 2 and asked["entry_points"] <= 1, asked
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1] == "checked 1,499 of 1,500 trials", lines[-1]
+    secret = grid | {"data": ["sample", "https://me:" + "a-secret-word@example.org/x"]}
+    with pytest.raises(ConfigError, match="data: the value looks like a secret"):
+        sweeps.check_sweep(SweepConfig.check(preset="empty", grid=secret))
 
 
 def test_trial_that_cannot_resume_stops_the_worker_and_stays_interrupted(

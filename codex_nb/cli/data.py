@@ -10,21 +10,32 @@ __all__ = ['data_app', 'tokenizer_app', 'models_app', 'store_app', 'tracking_app
 
 # %% ../../nbs/cli/91_data.ipynb #552b6aa6
 import json
+import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from codex_nb.cli.common import (
     DataOption,
     JsonOption,
+    ParameterOption,
     PlotOption,
     PolicyOption,
     TokenizerArgument,
     command_group,
     fail,
+    parse_parameters,
+    read_input,
+    save_plot,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from codex_nb.data.corpus import Corpus
+    from codex_nb.run.settings import RunConfig
 
 # %% ../../nbs/cli/91_data.ipynb #282b3ab5
 data_app = command_group("Check data before a run uses them.")
@@ -78,23 +89,60 @@ def data_check(
     ] = [],
     plot: PlotOption = None,
     policy: PolicyOption = None,
+    notebook: Annotated[
+        str, typer.Option("--notebook", help="The run to try the data for: train or finetune.")
+    ] = "train",
+    parameter: ParameterOption = [],
+    rows: Annotated[
+        bool,
+        typer.Option(
+            "--rows/--no-rows",
+            help="Also train the tokenizer and pack rows, as the run would. Takes as much disk as "
+            "the store would, in TMPDIR, until it ends.",
+        ),
+    ] = True,
 ) -> None:
-    "Report documents, lengths, duplicates, leakage, secrets, personal data and rejected lines."
+    """Report documents, lengths, duplicates, leakage, secrets, personal data and rejected lines.
+
+    Exits with 1 if a run with these settings would stop, and says why in the run's words."""
     from codex_nb.core.config import ConfigError
-    from codex_nb.data.corpus import CorpusConfig
     from codex_nb.data.data_report import check_data, plot_lengths, report_lines
     from codex_nb.data.tokenizer_training import find_tokenizer
+    from codex_nb.experiments.launch import check_parameters, training_class
 
     if on_error not in ("stop", "quarantine"):
         raise ConfigError(f"--on-error: given {on_error!r}; must be stop or quarantine")
-    cfg = CorpusConfig(data=path, include=include, exclude=exclude, policy=policy)
+    options = {"data": path, "include": include, "exclude": exclude, "policy": policy}
+    options |= {"on_error": on_error, "tokenizer_path": tokenizer}
+    given = {name: v for name, v in options.items() if v not in (None, [])}
     counted_with = find_tokenizer(tokenizer) if tokenizer else None
-    report = check_data(cfg, counted_with, near, near_limit)
+    if counted_with and not Path(str(tokenizer)).exists():  # the beginning of a digest
+        given["tokenizer_path"] = str(counted_with.path)
+    cfg = check_parameters(training_class(notebook), given | parse_parameters(parameter))
+    prepare = _rows_maker(cfg) if rows else None
+    report = check_data(cfg.corpus, counted_with, near, near_limit, prepare=prepare)
     if plot:
-        plot_lengths(report).savefig(plot, dpi=110, bbox_inches="tight")
+        save_plot(plot_lengths(report), plot)
     print(json.dumps(report) if as_json else "\n".join(report_lines(report)))
-    if report["rejected"] and on_error == "stop":
+    if report["problem"]:
         raise typer.Exit(1)
+
+
+def _rows_maker(cfg: "RunConfig") -> "Callable[[Corpus], None]":
+    "What a run does with its corpus before it starts."
+    if cfg.has_base:  # found in your workspace; the corpus is tried in another
+        from codex_nb.run.bases import find_base
+
+        base = str(find_base(cfg.model.base).absolute())
+        cfg = cfg.updated(model=cfg.model.model_copy(update={"base": base}))
+
+    def prepare(corpus: "Corpus") -> None:
+        from codex_nb.run.training_inputs import check_evaluation, prepare_data
+
+        _, tokenizer, _ = prepare_data(cfg, corpus)
+        check_evaluation(cfg, corpus, tokenizer)
+
+    return prepare
 
 # %% ../../nbs/cli/91_data.ipynb #37eef0dd
 @tokenizer_app.command("train")
@@ -153,7 +201,7 @@ def tokenizer_report(
 
     report = quality(find_tokenizer(name), open_corpus(CorpusConfig(data=source)))
     if plot:
-        plot_quality({name[:12]: report}).savefig(plot, dpi=110, bbox_inches="tight")
+        save_plot(plot_quality({name[:12]: report}), plot)
     print(json.dumps(report) if as_json else "\n".join(_quality_lines(report)))
 
 
@@ -184,15 +232,8 @@ def tokenizer_encode(
     from codex_nb.data.tokenizer_training import find_tokenizer
 
     if text is None:
-        text = _read_utf8(sys.stdin.buffer.read())
+        text = read_input()
     print(*find_tokenizer(name).encode(text))
-
-
-def _read_utf8(content: bytes) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as e:
-        fail(f"standard input: byte 0x{content[e.start]:02x} at offset {e.start} is not UTF-8")
 
 
 @tokenizer_app.command("decode")
@@ -207,9 +248,9 @@ def tokenizer_decode(
     from codex_nb.data.tokenizer_training import find_tokenizer
 
     tokenizer = find_tokenizer(name)
-    words = sys.stdin.read().split() if ids is None else [str(i) for i in ids]
+    words = read_input().split() if ids is None else [str(i) for i in ids]
     for word in words:
-        if not word.isdigit() or int(word) >= tokenizer.vocab_size:
+        if not re.fullmatch(r"[0-9]{1,12}", word) or int(word) >= tokenizer.vocab_size:
             fail(f"{word!r} is no token id; this tokenizer has 0 to {tokenizer.vocab_size - 1}")
     sys.stdout.write(tokenizer.decode(map(int, words)))
 
@@ -307,9 +348,12 @@ def store_gc(
     as_json: JsonOption = False,
 ) -> None:
     "Remove unused artifacts, but never what an unfinished run is made from."
+    from codex_nb.core.config import ConfigError
     from codex_nb.core.store import remove_unused
     from codex_nb.run.run_folder import in_use
 
+    if days is None and max_bytes is None:
+        raise ConfigError("store: nothing is selected; give --days, --max-bytes, or both")
     removed = remove_unused(days, max_bytes, in_use, dry_run)
     if as_json:
         print(json.dumps(removed))
@@ -374,10 +418,13 @@ def _find_plugin(name: str) -> tuple[str, str]:  # kind and name
 @tracking_app.command("init")
 def tracking_init() -> None:
     "Create MLflow's store, and print how to open it."
+    from codex_nb.core.config import ConfigError
+    from codex_nb.core.untrusted import explain_errors
     from codex_nb.tracking.sinks import mlflow_experiment, mlflow_uri
 
-    client, experiment = mlflow_experiment()
-    n = len(client.search_runs([experiment]))
+    with explain_errors("MLflow's store", "check MLFLOW_TRACKING_URI", ConfigError):
+        client, experiment = mlflow_experiment()
+        n = len(client.search_runs([experiment]))
     print(f"MLflow's store is ready, with {n} run{'' if n == 1 else 's'}")
     print(f"look at it: mlflow ui --backend-store-uri {mlflow_uri()}")
     print(f"then open:  http://127.0.0.1:5000/#/experiments/{experiment}/runs")

@@ -8,7 +8,8 @@ __all__ = ['ModelArgument', 'SeedOption', 'DeviceOption', 'generate', 'chat', 'c
 # %% ../../nbs/cli/92_generate.ipynb #8140ded8
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,6 +23,8 @@ from codex_nb.cli.common import (
     SignersOption,
     fail,
     parse_parameters,
+    read_input,
+    save_plot,
 )
 
 if TYPE_CHECKING:
@@ -48,6 +51,18 @@ def _load_model(name: str, device: str) -> "tuple[PreTrainedModel, Tokenizer]":
 
     folder = find_base(name)
     return load_model(folder, resolve_device(device)), Tokenizer(folder, "")
+
+
+@contextmanager
+def _model_errors(name: str) -> Iterator[None]:
+    "One line for what a model cannot be given, and for parts that do not belong together."
+    from codex_nb.core.untrusted import explain_errors
+
+    with explain_errors(name, "bring a model and a tokenizer that belong together"):
+        try:
+            yield
+        except ValueError as e:
+            fail(str(e))
 
 
 def _load_policy(path: str | None) -> "Policy | None":
@@ -108,22 +123,22 @@ def generate(
     device: DeviceOption = "auto",
 ) -> None:
     "Generate text with a model."
-    from codex_nb.eval.generate import stream
-
     cfg, rules = _sampling(parameter), _load_policy(policy)
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = read_input() if prompt == "-" else prompt
+    if text == "":
+        fail("--prompt: is empty; give some text, or leave it out to begin a document")
     if text is not None:
         text = _apply_policy(rules, text, "prompt")
+    from codex_nb.eval.generate import stream  # torch: only now, when the input is known
+
     model, tokenizer = _load_model(run, device)
-    try:
+    with _model_errors(run):
         for i in range(n):
             if i:
                 print("\n---")
             print(text or "", end="")
             _print_text(rules, stream(model, tokenizer, text, cfg, seed, str(i)))
         print()
-    except ValueError as e:
-        fail(str(e))
 
 # %% ../../nbs/cli/92_generate.ipynb #5524b2c5
 def chat(
@@ -145,11 +160,9 @@ def chat(
     messages = [Message("system", system)] if system else []
     while line := _read_line():
         messages.append(Message("user", _apply_policy(rules, line, "prompt")))
-        try:
+        with _model_errors(run):
             pieces, left_out = reply(model, tokenizer, messages, cfg, seed)
             answer = _print_text(rules, pieces)
-        except ValueError as e:
-            fail(str(e))
         print()
         if left_out:
             print(f"({left_out} earlier turns no longer fit in the context)", file=sys.stderr)
@@ -157,9 +170,9 @@ def chat(
 
 
 def _read_line() -> str:  # empty at the end
-    if sys.stdin.isatty():
+    if sys.stdin and sys.stdin.isatty():
         print("> ", end="", flush=True)
-    return sys.stdin.readline().strip()
+    return read_input(line=True).strip()
 
 # %% ../../nbs/cli/92_generate.ipynb #c51448f5
 def compare(
@@ -187,9 +200,11 @@ def compare(
         metrics_table,
         setting_differences,
     )
+    from codex_nb.run.run_record import readable
 
-    models, comparisons = compare_all(runs, split, seed)
-    levels = [figure_levels(m, signers) for m in models]
+    with readable(" or ".join(runs)):
+        models, comparisons = compare_all(runs, split, seed)
+        levels = [figure_levels(m, signers) for m in models]
     if require:
         require_level(
             {run: level for of_model in levels for run, level in of_model.items()}, require
@@ -237,4 +252,4 @@ def _save_plots(
     for i, c in enumerate(comparisons, 1):
         figures[f"documents-{i}"] = plot_documents(c)
     for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png", dpi=110)
+        save_plot(figure, folder / f"{name}.png")

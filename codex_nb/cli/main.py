@@ -8,6 +8,7 @@ __all__ = ['app', 'OutOption', 'run', 'resume', 'preflight', 'prepare', 'runs', 
            'doctor', 'audit', 'bundle', 'main']
 
 # %% ../../nbs/cli/93_main.ipynb #6a029ed7
+import errno
 import io
 import json
 import os
@@ -34,6 +35,7 @@ from codex_nb.cli.common import (
     join_parameters,
     parse_parameters,
     print_error,
+    print_fault,
 )
 from codex_nb.cli.data import (
     data_app,
@@ -126,10 +128,15 @@ def resume(
 
 
 def _print_outcome(outcome: "Outcome") -> None:
+    from codex_nb.train.interrupts import RESUMABLE
+
     if outcome.error:
         state = "no run was started, and nothing was written"
         if outcome.folder:
             state = f"the run is {outcome.status}: {outcome.folder}"
+            if outcome.status == "interrupted" and outcome.code == RESUMABLE["ProcessKilled"]:
+                resume = f"codex-nb resume {shlex.quote(str(outcome.folder))}"
+                fail(f"{outcome.error}; the run is interrupted, go on with: {resume}", outcome.code)
             if outcome.status == "interrupted":
                 state += f"\ngo on with: codex-nb resume {shlex.quote(str(outcome.folder))}"
         fail(f"{_explain_missing_package(outcome.error)}\n{state}", outcome.code)
@@ -155,16 +162,11 @@ def preflight(
     as_json: JsonOption = False,
 ) -> None:
     "Report what a training run would train on, without training."
-    from codex_nb.core.config import ConfigError
+    from codex_nb.experiments.launch import check_parameters, training_class
     from codex_nb.run.preflight import preflight, preflight_lines
-    from codex_nb.run.settings import TRAINING_KINDS
 
-    given = parse_parameters(parameter)
-    settings = TRAINING_KINDS.get(notebook)
-    if settings is None:
-        known = ", ".join(TRAINING_KINDS)
-        raise ConfigError(f"notebook: {notebook!r} does not train; give one of {known}")
-    report = preflight(settings.from_preset(given.pop("preset", None), **given))
+    cfg = check_parameters(training_class(notebook), parse_parameters(parameter))
+    report = preflight(cfg.resolve_auto())
     print(json.dumps(report) if as_json else "\n".join(preflight_lines(report)))
 
 
@@ -225,10 +227,12 @@ def verify(
     from codex_nb.experiments.attest import signatures
     from codex_nb.experiments.verify import verify_run
     from codex_nb.run.run_folder import find_run
+    from codex_nb.run.run_record import readable
 
     folder = find_run(run)
-    files, order = verify_run(folder), None
-    signed = signatures(folder, signers) if signers else None
+    with readable(folder):
+        files, order = verify_run(folder), None
+        signed = signatures(folder, signers) if signers else None
     if not quick:
         from codex_nb.core.config import ConfigError
         from codex_nb.experiments.replay import Level, order_level
@@ -279,9 +283,12 @@ def export(
     from codex_nb.core.store import workspace
     from codex_nb.run.callbacks import export_run
     from codex_nb.run.run_folder import find_run
+    from codex_nb.run.run_record import readable
 
     folder = find_run(run)
-    if export_run(folder, to):
+    with readable(folder):
+        failed = export_run(folder, to)
+    if failed:
         raise typer.Exit(1)
     print(f"{folder.name} is in {to}, below {workspace()}")
 
@@ -565,8 +572,10 @@ def _print_leaderboard(
 ) -> None:
     from codex_nb.experiments.attest import require_level
     from codex_nb.experiments.leaderboard import leaderboard, with_levels
+    from codex_nb.run.run_record import readable
 
-    rows = with_levels(leaderboard(folder), folder, signers)
+    with readable(folder):
+        rows = with_levels(leaderboard(folder), folder, signers)
     if require:
         require_level({n: level for row in rows for n, level in row["levels"].items()}, require)
     if as_json:
@@ -616,7 +625,7 @@ def prune(
 ) -> None:
     "Remove checkpoints of an interrupted run. The newest intact one is always kept."
     from codex_nb.run.run_folder import RunError, find_run, in_use, run_status
-    from codex_nb.run.run_record import RunRecord
+    from codex_nb.run.run_record import RunRecord, readable
     from codex_nb.train.retention import plan, prune
     from codex_nb.train.train_config import CheckpointConfig
 
@@ -628,16 +637,16 @@ def prune(
             "use --dry-run to see the plan"
         )
     given = {"keep_last": keep_last, "keep_best": keep_best, "keep_every": keep_every}
-    settings = RunRecord.load(folder).config.get("checkpoint") or {}
-    settings |= {name: v for name, v in given.items() if v is not None}
-    cfg = CheckpointConfig.from_dict(settings)
-    total = None
-    if cfg.keep_for_audit:
-        from codex_nb.train.checkpoint import read_state, require_checkpoint
+    decide, total = plan if dry_run else prune, None
+    with readable(folder):
+        settings = dict(RunRecord.load(folder).config.get("checkpoint") or {})
+        settings |= {name: v for name, v in given.items() if v is not None}
+        cfg = CheckpointConfig.from_dict(settings)
+        if cfg.keep_for_audit:
+            from codex_nb.train.checkpoint import read_state, require_checkpoint
 
-        total = read_state(require_checkpoint(folder).path)["schedule"]["total_steps"]
-    decide = plan if dry_run else prune
-    verdicts = decide(folder / "checkpoints", cfg, in_use(), total=total)
+            total = int(read_state(require_checkpoint(folder).path)["schedule"]["total_steps"])
+        verdicts = decide(folder / "checkpoints", cfg, in_use(), total=total)
     if as_json:
         rows = [{"checkpoint": v.path.name, "keep": v.keep, "why": v.why} for v in verdicts]
         print(json.dumps(rows))
@@ -679,11 +688,13 @@ def card(
     from codex_nb.deploy.card import model_card
     from codex_nb.experiments.attest import known_level
     from codex_nb.run.run_folder import find_run
+    from codex_nb.run.run_record import readable
 
     folder = find_run(run)
     target = _target_file(folder, out, ".md", force)
     later = [find_run(name) for name in evaluation]
-    text = model_card(folder, known_level(folder), [(f, known_level(f)) for f in later])
+    with readable(folder):
+        text = model_card(folder, known_level(folder), [(f, known_level(f)) for f in later])
     _write_text(target, text)
 
 
@@ -693,10 +704,13 @@ def report(run: RunArgument, out: OutOption = None) -> None:
     from codex_nb.deploy.report import report_page
     from codex_nb.experiments.attest import known_level
     from codex_nb.run.run_folder import find_run
+    from codex_nb.run.run_record import readable
 
     folder = find_run(run)
     target = _target_file(folder, out, ".html", force=True)
-    _write_text(target, report_page(folder, known_level(folder)))
+    with readable(folder):
+        text = report_page(folder, known_level(folder))
+    _write_text(target, text)
 
 
 def _target_file(folder: Path, out: Path | None, suffix: str, force: bool) -> Path | None:
@@ -767,9 +781,12 @@ def audit(
 ) -> None:
     "List what this package claims, and which tests prove it."
     from codex_nb.core.artifacts import write_file
+    from codex_nb.core.config import ConfigError
+    from codex_nb.core.untrusted import explain_errors
     from codex_nb.deploy.audit import audit, audit_lines, audit_page
 
-    result = audit(evidence)
+    with explain_errors(evidence or "evidence", "give a file that make prove wrote", ConfigError):
+        result = audit(evidence)
     if page:
         write_file(page.absolute(), audit_page(result))
     print(json.dumps(result, indent=1) if as_json else "\n".join(audit_lines(result)))
@@ -831,13 +848,15 @@ def main(
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
+    words = sys.argv[1:] if argv is None else argv
     try:
-        words = sys.argv[1:] if argv is None else argv
         for word in words:
             _require_text(word)
         app(join_parameters(words))
-    except Exception as e:
-        sys.exit(_report(e))
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as e:  # a panic of a Rust library is no `Exception`
+        sys.exit(_report(e, words))
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -861,29 +880,31 @@ def _exit_on_signal(number: int, frame: object) -> None:
     sys.exit(128 + number)
 
 
-def _report(error: Exception) -> int:  # Exit code
+def _report(error: BaseException, words: list[str]) -> int:  # Exit code
+    from codex_nb.core.artifacts import DiskError, disk_error
+    from codex_nb.core.untrusted import describe_error, is_own_error, os_error_line
+
+    if os.strerror(errno.EMFILE) in str(error):  # whichever library has met it
+        error = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    missing = None
     if isinstance(error, ImportError):
-        return _report_missing_package(error)
-    from codex_nb.core.artifacts import ArtifactError, DiskError
-    from codex_nb.core.config import ConfigError
-    from codex_nb.core.plugins import PluginError
-    from codex_nb.data.documents import ReadError
-    from codex_nb.data.tokenizer import TokenizerError
-
-    user_errors = (ArtifactError, ConfigError, PluginError, ReadError, TokenizerError, OSError)
-    if isinstance(error, user_errors):
+        missing = _missing_package((error.name or "").partition(".")[0], str(error))
+    if isinstance(error, OSError) and (full := disk_error(error, error.filename or ".")):
+        error = full
+    if isinstance(error, DiskError):  # its text begins with a number, which says nothing
+        print_error(describe_error(error))
+        return 74
+    if is_own_error(error):
         print_error(str(error))
+    elif missing:
+        print_error(missing)
+    elif isinstance(error, OSError):
+        print_error(os_error_line(error))
+    elif isinstance(error, MemoryError):
+        print_error(f"{describe_error(error)}; end other programs, or use a smaller model")
+        return 75
     else:
-        trace = "".join(traceback.format_exception(error))
-        print_error(f"this is a bug in codex-nb; please report it:\n{trace}")
-    return 74 if isinstance(error, DiskError) else 1
-
-
-def _report_missing_package(error: ImportError) -> int:
-    message = _missing_package((error.name or "").partition(".")[0], str(error))
-    if message is None:
-        raise error
-    print_error(message)
+        print_fault("".join(traceback.format_exception(error)), words)
     return 1
 
 

@@ -19,7 +19,7 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -52,11 +52,20 @@ def disk_error(
     number = _disk_errno(error, free)
     if number is None:
         return None
+    left, remedy = f"{free:,} bytes free there", "free some space or choose another folder"
+    if number == errno.ENOSPC and (inodes := _full_inode_table(folder)):
+        left = f"no files (inodes) are left there, all {inodes:,} are in use"
+        remedy = "remove files that are not needed or choose another folder"
     return DiskError(
-        number,
-        f"cannot write {path}: {os.strerror(number).lower()}; {free:,} bytes free there; "
-        "free some space or choose another folder",
+        number, f"cannot write {path}: {os.strerror(number).lower()}; {left}; {remedy}"
     )
+
+
+def _full_inode_table(folder: Path) -> int:  # Its size; 0 where files are left, or not counted
+    if not hasattr(os, "statvfs"):
+        return 0
+    disk = os.statvfs(folder)
+    return disk.f_files if disk.f_favail == 0 else 0
 
 
 def _disk_errno(error: BaseException, free: int) -> int | None:
@@ -102,6 +111,8 @@ def write_file(
 ) -> None:
     "Replace a file's content in one step; on a `DiskError` the old content stays."
     path = Path(path)
+    if not path.name:
+        raise ArtifactError(f"{path}: is a folder; give the name of a file in it")
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(tmp, "wb") as f:
@@ -111,8 +122,11 @@ def write_file(
         os.replace(tmp, path)
         sync(path.parent)
     except OSError as e:
-        tmp.unlink(missing_ok=True)
-        raise disk_error(e, path) or e
+        e.filename, e.filename2 = str(path), None  # what was asked for, not the temporary file
+        full = disk_error(e, path)  # before anything is free again
+        with suppress(OSError):  # a name that is too long cannot be removed either
+            tmp.unlink()
+        raise full or e
 
 
 def json_text(

@@ -16,7 +16,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import reduce
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
 
@@ -150,6 +150,15 @@ def suggest(
     return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
 
 # %% ../../nbs/core/00_config.ipynb #7e1cdaa6
+def _shown(value: Any, longest: int = 200) -> str:
+    "A value in a message; Python refuses to write integers of thousands of digits."
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return f"{type(value).__name__} of more than {longest} characters"
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
+
+
 def _command_line_form(field: FieldInfo, given: Any) -> str:
     "How to type what was probably meant; empty where the type says it."
     kind = str(field.annotation)
@@ -174,7 +183,7 @@ def _explain_one(cls: type[Config], problem: ErrorDetails) -> str:
         owner = nested.annotation if nested is not None else owner
     fields = getattr(owner, "model_fields", {})
     where = ".".join(map(str, problem["loc"]))
-    given = f"given {problem['input']!r}"[:200]
+    given = f"given {_shown(problem['input'])}"
     if problem["type"] == "extra_forbidden":
         return f"{where}: unknown name, {given}; {suggest(str(name), fields)}"
     if problem["type"] == "missing":
@@ -207,6 +216,11 @@ def flat_names(
     cls: type[Config],  # A configuration class with nested ones
 ) -> dict[str, tuple[str, ...]]:  # Flat name -> path
     "Every setting below `cls`; raises `ConfigError` when two paths end in one name."
+    return dict(_flat_names(cls))
+
+
+@cache  # each check of a setting asks, and a sweep checks many thousand
+def _flat_names(cls: type[Config]) -> dict[str, tuple[str, ...]]:
     out: dict[str, tuple[str, ...]] = {}
 
     def walk(c: type[Config], path: tuple[str, ...]) -> None:
@@ -244,11 +258,16 @@ def renamed_settings(
     cls: type[Config],  # A configuration class with nested ones
 ) -> dict[str, str]:  # Old flat name -> current flat name
     "The names that settings below `cls` had in earlier versions; they are still accepted."
+    return dict(_renamed_settings(cls))
+
+
+@cache
+def _renamed_settings(cls: type[Config]) -> dict[str, str]:
     out = dict(cls.renamed)
     for field in cls.model_fields.values():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Config):
-            out |= renamed_settings(kind)
+            out |= _renamed_settings(kind)
     return out
 
 # %% ../../nbs/core/00_config.ipynb #6192124f
@@ -268,7 +287,7 @@ def resolve(
     for name, value in (base | given).items():
         if name not in known:
             hint = suggest(name, [*known, "preset"], cls.also_called)
-            raise ConfigError(f"{name}: unknown parameter, given {value!r}; {hint}")
+            raise ConfigError(f"{name}: unknown parameter, given {_shown(value)}; {hint}")
     values = _without_cleared(cls, base, given) | given
     sources = dict.fromkeys(known, "default")
     sources |= dict.fromkeys(values, f"preset {preset}") | dict.fromkeys(given, "given")
@@ -339,8 +358,9 @@ def load_config(
     parse = json.loads if path.suffix == ".json" else yaml.safe_load
     try:
         values = parse(path.read_text("utf-8"))
-    except (ValueError, yaml.YAMLError) as e:
-        raise ConfigError(f"{path}: {e}") from None
+    except Exception as e:  # JSON and YAML each have several, for nesting and numbers too
+        reason = " ".join(str(e).split())[:300]
+        raise ConfigError(f"{path}: cannot be read: {reason}; mend the file") from None
     if not isinstance(values, dict):
         kind = type(values).__name__
         raise ConfigError(f"{path}: holds a {kind}, must be an object of names and values")
@@ -385,7 +405,9 @@ def notebook_parameters(
     for name in names:
         if name not in known:
             hint = suggest(name, known, cls.also_called)
-            raise ConfigError(f"{name}: unknown parameter, given {namespace.get(name)!r}; {hint}")
+            raise ConfigError(
+                f"{name}: unknown parameter, given {_shown(namespace.get(name))}; {hint}"
+            )
     values = {n: namespace[n] for n in names or known if namespace.get(n) is not None}
     return values.pop("preset", None), _use_current_names(values, renamed)
 

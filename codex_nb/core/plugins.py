@@ -65,34 +65,39 @@ def entries(
     "Everything registered or installed; raises `PluginError` when two packages offer one name."
     out = {name: entry for (k, name), entry in _registered.items() if k == kind}
     preferred = _preferred_sources()
-    for point in _entry_points().select(group=f"codex_nb.{kind}"):
-        new = Entry(kind, point.name, point.load, _source_of(point))
-        old = out.get(point.name)
-        choice = preferred.get((kind, point.name))
+    for new in _installed():
+        if new.kind != kind:
+            continue
+        old = out.get(new.name)
+        choice = preferred.get((kind, new.name))
         if old and choice not in (old.source, new.source):
             # in the order of their names, not in that in which the file system lists them
             one, other = sorted((old.source, new.source))
             raise PluginError(
-                f"{kind} {point.name!r} is offered by {one} and by {other}: "
+                f"{kind} {new.name!r} is offered by {one} and by {other}: "
                 "uninstall one of them, or choose one with "
-                f"CODEX_NB_PREFER={kind}:{point.name}={other}"
+                f"CODEX_NB_PREFER={kind}:{new.name}={other}"
             )
         if not old or choice == new.source:
-            out[point.name] = new
+            out[new.name] = new
     return dict(sorted(out.items()))
 
 # %% ../../nbs/core/04_plugins.ipynb #e2266ccb
-def _entry_points() -> metadata.EntryPoints:
-    "Of all installed packages; read again when a folder of `sys.path` has changed."
+def _installed() -> tuple[Entry, ...]:
+    "What installed packages offer; read again when a folder of `sys.path` has changed."
     paths = [path or os.curdir for path in sys.path]
-    return _read_entry_points(
-        tuple((p, os.stat(p).st_mtime_ns) for p in paths if os.path.exists(p))
-    )
+    return _read_installed(tuple((p, os.stat(p).st_mtime_ns) for p in paths if os.path.exists(p)))
 
 
 @lru_cache(maxsize=1)  # to read them takes 10 ms, and each check of a setting asks
-def _read_entry_points(state: tuple[tuple[str, int], ...]) -> Any:  # mypy sees the type of 3.10
-    return metadata.entry_points()
+def _read_installed(state: tuple[tuple[str, int], ...]) -> tuple[Entry, ...]:
+    prefix, points = "codex_nb.", metadata.entry_points()
+    return tuple(
+        Entry(group.removeprefix(prefix), point.name, point.load, _source_of(point))
+        for group in points.groups
+        if group.startswith(prefix)
+        for point in points.select(group=group)
+    )
 
 
 def _source_of(point: metadata.EntryPoint) -> str:
@@ -165,12 +170,7 @@ class PluginStatus:
 # %% ../../nbs/core/04_plugins.ipynb #a338e2bd
 def list_plugins() -> list[PluginStatus]:  # By kind, name and source
     "Everything registered or installed, each loaded once."
-    found = list(_registered.values())
-    for group in _entry_points().groups:
-        if group.startswith("codex_nb."):
-            kind = group.removeprefix("codex_nb.")
-            for point in _entry_points().select(group=group):
-                found.append(Entry(kind, point.name, point.load, _source_of(point)))
+    found = [*_registered.values(), *_installed()]
     out = []
     for entry in found:
         same_name = [e for e in found if (e.kind, e.name) == (entry.kind, entry.name)]

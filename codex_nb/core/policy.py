@@ -8,8 +8,11 @@ __all__ = ['IBAN_LENGTHS', 'PERSONAL', 'RULES_BY_KIND', 'FAMILIES', 'Place', 'De
 
 # %% ../../nbs/core/07_policy.ipynb #6e5dd541
 import re
+from bisect import bisect_right
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +20,7 @@ import yaml
 from pydantic import Field
 
 from .config import Config, ConfigError, digest_of, suggest
-from .safety import RULES, Finding, Rule, find, merge_findings
+from .safety import RULES, Finding, Rule, find, merge_findings, replace_findings
 
 # %% ../../nbs/core/07_policy.ipynb #5c4563c4
 # ISO 13616: country and length
@@ -144,8 +147,8 @@ class PolicyRule(Config):
             )
         try:
             compiled = re.compile(pattern, re.I if self.ignore_case else 0)
-        except re.error as e:
-            raise ConfigError(f"the pattern does not compile: {e}") from None
+        except (re.error, OverflowError, RecursionError) as e:
+            raise ConfigError(f"the pattern does not compile: {e}; mend it") from None
         if compiled.search("") is not None:
             raise ConfigError("the pattern matches the empty string, and so every text")
         if not self.matches or not self.passes:
@@ -196,13 +199,13 @@ class Policy:
     ) -> Verdict:  # With the text to use
         "Judge a text."
         found, protected = self._find(text, where)
-        found = [(action, f) for action, f in found if not _is_inside(f, protected)]
+        is_protected = _inside_any(protected)
+        found = [(action, f) for action, f in found if not is_protected(f)]
         actions = {action for action, _ in found}
         if "redact" in actions and not actions & {"stop", "drop"}:
             # Overlapping matches are replaced once.
             redacted = merge_findings(f for _, f in found)
-            for f in reversed(redacted):
-                text = f"{text[: f.start]}[redacted {f.kind}]{text[f.end :]}"
+            text = replace_findings(text, redacted)
             return Verdict("redact", text, Counter(f"redact {f.kind}" for f in redacted))
         hardest: Decision = "stop" if "stop" in actions else "drop" if "drop" in actions else "pass"
         counts = Counter(f"{hardest} {f.kind}" for action, f in found if action == hardest)
@@ -223,8 +226,17 @@ class Policy:
         return found, protected
 
 # %% ../../nbs/core/07_policy.ipynb #ee7a4a30
-def _is_inside(finding: Finding, others: list[Finding]) -> bool:
-    return any(o.start <= finding.start and finding.end <= o.end for o in others)
+def _inside_any(others: list[Finding]) -> Callable[[Finding], bool]:
+    "A function that is true for a finding inside one of the others."
+    spans = sorted((o.start, o.end) for o in others)
+    starts = [start for start, _ in spans]
+    ends = list(accumulate((end for _, end in spans), max))  # the farthest end so far
+
+    def is_inside(finding: Finding) -> bool:
+        earlier = bisect_right(starts, finding.start)
+        return earlier > 0 and finding.end <= ends[earlier - 1]
+
+    return is_inside
 
 
 def _try_examples(rule: PolicyRule, compiled: list[Rule], place: str) -> None:
@@ -247,7 +259,7 @@ def load_policy(
         content = yaml.safe_load(path.read_text("utf-8"))
     except OSError as e:
         raise ConfigError(f"{place}: {e.strerror or e}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except Exception as e:  # YAML has several, for nesting and numbers too
         raise ConfigError(f"{place}: not YAML: {' '.join(str(e).split())[:200]}") from None
     rules = []
     for number, values in enumerate(_rules_of(content, place), 1):

@@ -4,17 +4,23 @@
 
 # %% auto #0
 __all__ = ['RULES', 'Rule', 'entropy', 'looks_secret', 'environment_secrets', 'Finding', 'find',
-           'merge_findings', 'find_secrets', 'redact', 'redact_json', 'redact_notebook']
+           'merge_findings', 'find_secrets', 'replace_findings', 'redact', 'redact_json',
+           'redact_notebook', 'RedactedStream']
 
 # %% ../../nbs/core/01_safety.ipynb #e3489d46
+import base64
+import binascii
+import html
+import json
 import math
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
+from urllib.parse import quote
 
 # %% ../../nbs/core/01_safety.ipynb #8840401f
 @dataclass(frozen=True)
@@ -31,6 +37,12 @@ class Rule:
     hints: tuple[str, ...] = ("",)
     # A further condition on the secret itself
     check: Callable[[str], bool] | None = None
+    # Whether a match begins with a hint, so that no other place has to be tried
+    at_hint: bool = False
+    # The words (without white space, 16 characters and more) in which hints count
+    among: Literal["text", "long words", "long words with digits"] = "text"
+    # Matches at the end of a text that stops within a secret, with the same group
+    growing: re.Pattern[str] | None = None
 
 # %% ../../nbs/core/01_safety.ipynb #01c1caa2
 def entropy(
@@ -41,21 +53,108 @@ def entropy(
     return -sum(share * math.log2(share) for share in shares)
 
 
+_UUID = re.compile(r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
+
+
 def _looks_random(word: str) -> bool:
+    if _UUID.fullmatch(word):
+        return True
     kinds = [c.isdigit() + 2 * c.isupper() for c in word if c.isalnum()]
     changes = sum(a != b for a, b in zip(kinds, kinds[1:]))
-    return entropy(word) >= 3.2 and changes >= 5
+    # From a letter to a digit or back
+    jumps = sum((a == 1) != (b == 1) for a, b in zip(kinds, kinds[1:]))
+    if len(word) < 20:
+        return entropy(word) >= 2.8 and jumps >= (2 if word.isalnum() else 3)
+    return entropy(word) >= 3.2 and (jumps >= 4 or (jumps >= 2 and changes >= 5))
+
+# %% ../../nbs/core/01_safety.ipynb #6e94e748
+_PLACEHOLDER = re.compile(
+    r"(?i)\$\{?[\w.()-]+\}?|\$?\{\{?.*\}|<.*>|%[%\w(){}-]{1,40}|\[.*\]?|\W+|.*\.\.\.|(.)\1*"
+    r"|(?:(?:my|your|the|some|test|example|fake|dummy|here|db|user|name|pass|password|passwd|pwd"
+    r"|secret|api|access|client|auth|key|token|value|id|none|null|true|false|string|str|bytes"
+    r"|optional|changeme|required|hidden)[\s_.:-]{0,9})+"
+)
+
+
+def _is_filled_in(value: str) -> bool:
+    "Not a placeholder such as `${NAME}`, `<password>`, `your-api-key` or `********`."
+    return _PLACEHOLDER.fullmatch(value[:200]) is None
+
+
+def _varied(word: str) -> bool:
+    "Not `xxxxxxxx`, as documentation has for the random part of a token."
+    return len(set(word[-24:])) > 3
+
+
+def _varied_with_digit(word: str) -> bool:
+    return _varied(word) and any("0" <= c <= "9" for c in word)
+
+
+def _is_assigned_word(value: str) -> bool:
+    "Unquoted: a value and not code, by digits or signs among letters."
+    if value[0] in "$%@/.-=" or not _is_filled_in(value):
+        return False
+    if re.fullmatch(r"[A-Za-z_]+[0-9]?|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+", value):
+        return False
+    has_sign = any(c.isdigit() or c in "!#$%^*?~@&" for c in value)
+    return has_sign and any(c.isalpha() for c in value)
+
+
+def _is_basic(value: str) -> bool:
+    "Whether this is the base64 of `user:password`."
+    try:
+        decoded = base64.b64decode(value + "=" * (-len(value) % 4), validate=True)
+    except binascii.Error:
+        return False
+    return b":" in decoded and decoded.isascii() and decoded.decode().isprintable()
+
+
+def _is_basic_value(value: str) -> bool:
+    return _is_basic(value) or _looks_random(value)
+
+
+def _is_credential(value: str) -> bool:
+    return _is_filled_in(value) and (any(c.isdigit() for c in value) or _is_basic(value))
+
+
+def _is_login(value: str) -> bool:
+    "Whether `user:password` has a password, or a token in place of the user."
+    user, _, password = value.replace('"', "").replace("'", "").partition(":")
+    return _is_filled_in(password) if password else len(user) > 11
 
 # %% ../../nbs/core/01_safety.ipynb #00053265
-_PEM_LABEL = r"(?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----"
+# Where a word begins: also after a line break as Python shows it, and after a color
+_START = r"(?:(?<![A-Za-z0-9])|(?<=\\[abfnrtv])|(?<=[0-9;\[]m))"
+_TOKEN_GROWING = re.compile(_START + r"[A-Za-z0-9_.~+/=|:%@-]{1,8000}\Z")
 
-RULES = [
+
+def _token(kind: str, hints: str, *patterns: str) -> Rule:
+    "A rule for tokens that begin with one of `hints`, which are separated by spaces."
+    pattern = re.compile(rf"{_START}(?:{'|'.join(patterns)})", re.A)
+    rule = Rule(kind, pattern, 0, tuple(hints.lower().split()), _varied, at_hint=True)
+    return replace(rule, among="long words", growing=_TOKEN_GROWING)
+
+
+_PEM_LABEL = r"(?:[A-Z0-9]+ ){0,9}PRIVATE KEY(?: BLOCK)?-----"
+
+_PEM_BEGIN = re.compile(rf"-----BEGIN {_PEM_LABEL}")
+_PEM_END = re.compile(rf"-----END {_PEM_LABEL}")
+
+_PROVIDERS = [
     Rule(
         "private-key",
         re.compile(rf"-----BEGIN {_PEM_LABEL}.*?(?:-----END {_PEM_LABEL}|\Z)", re.S),
-        hints=("private key",),
+        hints=("-----begin ",),
+        at_hint=True,
     ),
-    Rule("aws-key-id", re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"), hints=("akia", "asia")),
+    replace(
+        _token(
+            "aws-key-id",
+            "AKIA ASIA ABIA ACCA A3T",
+            r"(?:AKIA|ASIA|ABIA|ACCA|A3T[A-Z0-9])[0-9A-Z]{16}\b",
+        ),
+        check=None,
+    ),
     Rule(
         "aws-secret",
         re.compile(
@@ -63,82 +162,406 @@ RULES = [
         ),
         group=1,
         hints=("aws",),
+        at_hint=True,
+        growing=re.compile(r"(?i)aws.{0,20}?secret.{0,20}?['\"=:\s]([A-Za-z0-9/+]{1,40})\Z"),
     ),
-    Rule(
+    _token(
         "github-token",
-        re.compile(r"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{60,})\b"),
-        hints=("ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_"),
+        "ghp_ gho_ ghu_ ghs_ ghr_ github_pat_",
+        r"gh[pousr]_[A-Za-z0-9]{36,}\b",
+        r"github_pat_[A-Za-z0-9_]{60,}\b",
     ),
-    Rule("gitlab-token", re.compile(r"\bglpat-[A-Za-z0-9_-]{20,}"), hints=("glpat-",)),
-    Rule("slack-token", re.compile(r"\bxox[abposr]-[A-Za-z0-9-]{10,}"), hints=("xox",)),
-    Rule("google-key", re.compile(r"\bAIza[0-9A-Za-z_-]{35}"), hints=("aiza",)),
-    Rule("anthropic-key", re.compile(r"\bsk-ant-[A-Za-z0-9_-]{20,}"), hints=("sk-ant-",)),
-    Rule(
-        "openai-key",
-        re.compile(r"\bsk-(?:proj-|svcacct-)?[A-Za-z0-9_-]{20,}"),
-        hints=("sk-",),
+    _token(
+        "gitlab-token",
+        "glpat- gldt- glrt- glrtr- glcbt- glptt- glft- glimt- glagent- glsoat- glffct- gloas-"
+        " GR1348941 _gitlab_session=",
+        r"gl(?:pat|dt|rtr?|cbt|ptt|ft|imt|agent|soat|ffct|oas)-[A-Za-z0-9_.-]{20,}",
+        r"GR1348941[A-Za-z0-9_-]{20,}",
+        r"_gitlab_session=[0-9a-z]{32}",
     ),
-    Rule("huggingface-token", re.compile(r"\bhf_[A-Za-z0-9]{30,}"), hints=("hf_",)),
-    Rule(
+    replace(
+        _token(
+            "slack-token",
+            "xox xapp- hooks.slack.com/",
+            r"xox[abdeopqrs](?:\.xox[bp])?-[A-Za-z0-9-]{10,}",
+            r"(?i:xapp-[0-9]-[A-Z0-9]{6,40}-[0-9]{6,40}-[a-z0-9]{20,})",
+            r"hooks\.slack\.com/(?:services|workflows|triggers)/[A-Za-z0-9+/]{20,}",
+        ),
+        among="text",
+    ),
+    _token(
+        "google-key",
+        "AIza GOCSPX- ya29.",
+        r"AIza[0-9A-Za-z_-]{35}",
+        r"GOCSPX-[A-Za-z0-9_-]{24,}",
+        r"ya29\.[A-Za-z0-9_-]{30,}",
+    ),
+    _token("anthropic-key", "sk-ant-", r"sk-ant-[A-Za-z0-9_-]{20,}"),
+    _token("openai-key", "sk-", r"sk-(?:proj-|svcacct-|admin-)?[A-Za-z0-9_-]{20,}"),
+    _token("huggingface-token", "hf_ api_org_", r"(?:hf|api_org)_[A-Za-z0-9]{30,}"),
+    _token(
         "stripe-key",
-        re.compile(r"\b[sr]k_(?:live|test)_[0-9A-Za-z]{16,}"),
-        hints=("k_live_", "k_test_"),
+        "sk_live_ sk_test_ sk_prod_ rk_live_ rk_test_ rk_prod_ whsec_",
+        r"[sr]k_(?:live|test|prod)_[0-9A-Za-z]{10,}",
+        r"whsec_[A-Za-z0-9+/]{24,}",
     ),
-    Rule("pypi-token", re.compile(r"\bpypi-[A-Za-z0-9_-]{50,}"), hints=("pypi-",)),
-    Rule("npm-token", re.compile(r"\bnpm_[A-Za-z0-9]{36}\b"), hints=("npm_",)),
+    _token("pypi-token", "pypi-", r"pypi-[A-Za-z0-9_-]{50,}"),
+    _token("npm-token", "npm_", r"npm_[A-Za-z0-9]{36}\b"),
+    _token("sendgrid-key", "SG.", r"SG\.(?=[A-Za-z0-9_=.-]{40})[A-Za-z0-9_=.-]{40,80}"),
+    _token(
+        "hashicorp-token",
+        "hvs. hvb. hvr. s.",
+        r"hv[sbr]\.[A-Za-z0-9_-]{20,}",
+        r"s\.(?=[A-Za-z]{0,23}[0-9])[A-Za-z0-9]{24}(?![A-Za-z0-9_.(])",
+    ),
     Rule(
+        "terraform-token",
+        re.compile(_START + r"[A-Za-z0-9]{14}\.atlasv1\.[A-Za-z0-9_=-]{60,}", re.I),
+        hints=(".atlasv1.",),
+        growing=re.compile(
+            _START + r"[A-Za-z0-9]{14}\.(?:a\w{0,6}|atlasv1\.[A-Za-z0-9_=-]{0,200})\Z", re.I
+        ),
+    ),
+    _token("databricks-token", "dapi", r"dapi[a-f0-9]{32}(?:-[0-9])?(?![A-Za-z0-9])"),
+    replace(
+        _token("age-key", "AGE-SECRET-KEY-", r"AGE-SECRET-KEY-(?:PQ-)?1[0-9A-Z]{50,}"), check=None
+    ),
+    _token(
         "jwt",
-        re.compile(r"\beyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}"),
-        hints=("eyj",),
-    ),
-    Rule(
-        "bearer-token",
-        re.compile(r"(?i)\bbearer\s+([A-Za-z0-9._~+/-]{16,}=*)"),
-        group=1,
-        hints=("bearer",),
-    ),
-    Rule(
-        "url-password",
-        re.compile(r"\b[a-zA-Z][a-zA-Z0-9+.-]*://[^\s:/@'\"]*:([^\s/@'\"]{1,})@"),
-        group=1,
-        hints=("://",),
-    ),
-    # Quotes may be escaped up to three times, as in a notebook's source inside a notebook.
-    Rule(
-        "assigned-secret",
-        re.compile(
-            r"(?i)(?:password|passwd|secret|api[_-]?key|access[_-]?token|auth[_-]?token)"
-            r"\\{0,3}['\"]?\s*[:=]\s*\\{0,3}(['\"])((?!\[redacted)[^'\"\n]{6,}?)\\{0,3}\1"
-        ),
-        group=2,
-        hints=("password", "passwd", "secret", "key", "token"),
-    ),
-    Rule(
-        "high-entropy",
-        re.compile(
-            r"(?i)(?:secret|token(?!s|iz)|passwo?r?d|credential"
-            r"|(?:api|access|private|account|auth)[_-]?key)\w{0,20}"
-            r"\\{0,3}['\"]?[ \t]*[:=][ \t]*\\{0,3}['\"]?"
-            r"([A-Za-z0-9+/_~-]{20,200}={0,2})(?=[\s,;}&#'\"\\]|\Z)"
-        ),
-        group=1,
-        hints=("secret", "token", "passw", "credential", "key"),
-        check=_looks_random,
+        "eyJ ZXlK",
+        r"eyJ[A-Za-z0-9_-]{10,4000}+\.[A-Za-z0-9_-]{10,20000}+\.[A-Za-z0-9_-]{10,}",
+        r"ZXlK[A-Za-z0-9+/]{60,}={0,2}",
     ),
 ]
 
+# %% ../../nbs/core/01_safety.ipynb #51cc7c5e
+_SERVICES = r"""
+A3-  [A-Z0-9]{6}-(?:[A-Z0-9]{11}|[A-Z0-9]{6}-[A-Z0-9]{5})(?:-[A-Z0-9]{5}){3}\b
+ops_eyJ,fm1a_,fm1r_,fm2_  [A-Za-z0-9+/]{100,}={0,3}
+p8e-,ATBB  [A-Za-z0-9]{32}\b
+pat  [A-Za-z0-9]{14}\.[a-f0-9]{64}\b
+LTAI  [A-Za-z0-9]{20}\b
+AKCp  [A-Za-z0-9]{69}\b
+cmVmd  [A-Za-z0-9]{59}\b
+ATATT3,ATCTT3  [A-Za-z0-9_=-]{100,}
+sc_,ext_,scauth_,authress_  \w{5,30}\.\w{4,6}\.acc[_-][a-z0-9-]{10,32}\.[\w+/=-]{30,120}
+ABSK  [A-Za-z0-9+/]{100,}={0,2}
+bedrock-api-key-  [A-Za-z0-9+/=_-]{20,}
+4b1d  [A-Za-z0-9]{38}\b
+CLOJARS_  [A-Za-z0-9]{60}\b
+v1.0-  [a-f0-9]{24}-[a-f0-9]{146}\b
+dnkey-  [A-Za-z0-9=_-]{26}-[A-Za-z0-9=_-]{52}
+doo_v1_,dop_v1_,dor_v1_,s-s4t2ud-,s-s4t2af-,sntryu_  [a-f0-9]{64}\b
+dp.pt.,ntn_  [A-Za-z0-9]{40,}
+dp.st.  [A-Za-z0-9_.-]{40,}
+duffel_  (?:test|live)_[A-Za-z0-9_=-]{43}
+dt0c01.  [A-Z0-9a-z]{24}\.[A-Za-z0-9]{64}
+EZAK,EZTK  [A-Za-z0-9]{54}\b
+EAAM,EAAC  [A-Za-z0-9]{100,}
+FLWSECK  (?:_TEST)?-[A-Za-z0-9]{12,}(?:-X)?
+FLWPUBK  (?:_TEST)?-[A-Za-z0-9]{32}-X
+fo1_,sha256~,sq0csp-  [A-Za-z0-9_-]{43}
+fio-u-  [A-Za-z0-9_=-]{64}
+eyJrIjoi  [A-Za-z0-9+/]{60,}={0,3}
+glc_  [A-Za-z0-9+/]{32,}={0,3}
+glsa_  [A-Za-z0-9]{32}_[A-Fa-f0-9]{8}\b
+pat.,sat.  [A-Za-z0-9_-]{22}\.[0-9a-f]{24}\.[A-Za-z0-9]{20}\b
+HRKU-AA  [0-9A-Za-z_-]{58}
+ico-  [A-Za-z0-9]{32}\b(?!\.)
+lin_api_  [A-Za-z0-9]{40}\b
+pk.  (?:[a-z0-9]{60}|eyJ[A-Za-z0-9_-]{30,})\.[A-Za-z0-9_-]{22}\b
+sk.  eyJ[A-Za-z0-9_-]{30,}\.[A-Za-z0-9_-]{22}\b
+key-,pubkey-  [a-f0-9]{32}\b
+NRAK-  [A-Za-z0-9]{27}\b
+NRJS-  [a-f0-9]{19}\b
+NRII-,NRIQ-  [A-Za-z0-9-]{32}
+API-  [A-Z0-9]{26}\b
+pplx-  [A-Za-z0-9]{48}\b
+access-sandbox-,access-development-,access-production-  [0-9a-f]{8}(?:-[0-9a-f]{4,12}){4}\b
+pscale_tkn_,pscale_oauth_,pscale_pw_  [A-Za-z0-9_=.-]{32,64}
+PMAK-  [A-Fa-f0-9]{24}-[A-Fa-f0-9]{34}\b
+pnu_  [A-Za-z0-9]{36}\b
+pul-,sbp_  [a-f0-9]{40}\b
+rdme_  [a-z0-9]{70}\b
+rubygems_  [a-f0-9]{48}\b
+tk-us-  [A-Za-z0-9_-]{48}
+xkeysib-,xsmtpsib-  [a-f0-9]{64}-[A-Za-z0-9]{16}\b
+sntrys_  [A-Za-z0-9+/=_]{60,}
+sm_aat_,sm_pat_,sm_sat_  [A-Za-z0-9]{16}\b
+shippo_  (?:live|test)_[A-Fa-f0-9]{40}\b
+shpat_,shpca_,shppa_,shpss_  [A-Fa-f0-9]{32}\b
+sgp_  (?:(?:[A-Fa-f0-9]{16}|local)_)?[A-Fa-f0-9]{40}\b
+sq0atp-  [A-Za-z0-9_-]{22,}
+EAAA  [A-Za-z0-9_-]{60}(?![A-Za-z0-9_/+=-])
+SK  [0-9a-fA-F]{32}\b
+tfp_  [A-Za-z0-9_.=-]{40,}
+AQVN  [A-Za-z0-9_-]{35,38}
+live_,test_  [a-f0-9]{35}\b
+live_pub_,test_pub_  [a-f0-9]{31}\b
+dckr_pat_,dckr_oat_  [A-Za-z0-9_-]{24,}
+gsk_  [A-Za-z0-9]{48,}
+xai-  [A-Za-z0-9]{60,}
+nvapi-  [A-Za-z0-9_-]{40,}
+r8_  [A-Za-z0-9]{36,}
+lsv2_  (?:pt|sk)_[a-f0-9]{32}_[a-f0-9]{10}\b
+pcsk_  [A-Za-z0-9_]{40,}
+figd_  [A-Za-z0-9_-]{36,}
+sb_secret_  [A-Za-z0-9_-]{20,}
+tskey-  (?:auth|api|client|webhook)-[A-Za-z0-9-]{20,}
+vercel_blob_rw_  [A-Za-z0-9_]{30,}
+"""
+
+
+def _services_rule() -> Rule:
+    rows = [line.split("  ", 1) for line in _SERVICES.split("\n")[1:-1]]
+    patterns = [
+        rf"(?:{'|'.join(map(re.escape, prefixes.split(',')))}){rest}" for prefixes, rest in rows
+    ]
+    hints = " ".join(prefixes.replace(",", " ") for prefixes, _ in rows)
+    rule = _token("service-token", hints, *patterns)
+    return replace(rule, check=_varied_with_digit, among="long words with digits")
+
+# %% ../../nbs/core/01_safety.ipynb #58e7f11f
+_OTHER_TOKENS = [
+    _services_rule(),
+    Rule(
+        "azure-secret",
+        re.compile(_START + r"[A-Za-z0-9_~.]{3}[0-9]Q~[A-Za-z0-9_~.-]{31,34}(?![A-Za-z0-9_~-])"),
+        hints=("q~",),
+        check=_varied,
+        growing=re.compile(r"[A-Za-z0-9_~.]{3}[0-9]Q~[A-Za-z0-9_~.-]{0,34}\Z"),
+    ),
+    Rule(
+        "teams-webhook",
+        re.compile(r"\.webhook\.office\.com/(webhookb2/[A-Za-z0-9@/-]{60,})"),
+        group=1,
+        hints=(".webhook.office.com/",),
+        at_hint=True,
+        growing=re.compile(r"\.webhook\.office\.com/([A-Za-z0-9@/-]{1,800})\Z"),
+    ),
+    Rule(
+        "maxmind-key",
+        re.compile(_START + r"[A-Za-z0-9]{6}_[A-Za-z0-9]{29}_mmk(?![A-Za-z0-9])"),
+        hints=("_mmk",),
+        growing=re.compile(_START + r"[A-Za-z0-9]{6}_[A-Za-z0-9]{8,29}(?:(?<=_.{29})_m{0,2}k?)?\Z"),
+    ),
+    Rule(
+        "telegram-token",
+        re.compile(r"(?<=[0-9]{8}):A[A-Za-z0-9_-]{34}(?![A-Za-z0-9_-])"),
+        hints=(":a",),
+        check=_looks_random,
+        at_hint=True,
+        among="long words with digits",
+        growing=re.compile(r"(?<=[0-9]{8}):A[A-Za-z0-9_-]{0,34}\Z"),
+    ),
+    Rule(
+        "mailchimp-key",
+        re.compile(_START + r"[0-9a-f]{32}-us[1-9][0-9]?(?![A-Za-z0-9])"),
+        hints=tuple(f"-us{digit}" for digit in range(1, 10)),
+        among="long words with digits",
+        growing=re.compile(
+            _START + r"(?:[0-9a-f]{12,31}|[0-9a-f]{32}(?:-(?:u(?:s[0-9]{0,2})?)?)?)\Z"
+        ),
+    ),
+    Rule(
+        "facebook-token",
+        re.compile(r"(?<=[0-9]{15})(?:\||%7[Cc])[A-Za-z0-9_-]{27,40}(?![A-Za-z0-9_-])"),
+        hints=("|", "%7c"),
+        check=_looks_random,
+        at_hint=True,
+        among="long words with digits",
+        growing=re.compile(r"(?<=[0-9]{15})(?:\||%7[Cc])[A-Za-z0-9_-]{1,40}\Z"),
+    ),
+]
+
+# %% ../../nbs/core/01_safety.ipynb #fd5c6f62
+_QUOTE = r"\\{0,7}[\"'`]"
+
+# Between the word that tells and the value: the rest of the name, its closing quote and bracket, a
+# type, an operator, and what opens the value.
+_NAME_END = (
+    r"(?![A-Za-z_.-]{0,20}?(?:sha[125]|md5|digest|hash|fingerprint|checksum|_?id\b|ids\b|ur[il]"
+    r"|path|file|name|type|length|size|count|version))"
+    rf"[A-Za-z0-9_.-]{{0,30}}(?:{_QUOTE})?\]?"
+)
+_TYPE = r"[ \t]{0,20}(?:(?::[ \t]{0,5}|[ \t])(?:str|string|bytes|SecretStr)(?!\w))?[ \t]{0,20}"
+_OPERATOR = (
+    r"(?::{1,3}=|={1,3}>|\?{1,2}=|\.=|\+=|={1,3}|:|\|\|"
+    r"|>(?:\s|\\{1,7}n){0,40}|[,\s]{1,20}(?:\\{0,7}[\"'])?value(?:\\{0,7}[\"'])?[ \t]{0,5}[:=])"
+)
+_COMMA = r"(?<=[\"'`])[ \t]{0,5},"
+_CONSTANT_COMMA = r"(?<=(?-i:[A-Z])[\"'`])[ \t]{0,5},"
+_BEFORE_VALUE = (
+    r"[ \t]{0,40}(?:[|>][+-]?[ \t]{0,5}(?:\n|\\{1,7}n)[ \t]{1,40})?"
+    r"(?:[A-Za-z@$]{1,2}(?=\\{0,7}[\"'`]))?"
+)
+
+_STRONG = (
+    r"(?:passw(?:or)?d|passphrase|passcode|(?:(?<![A-Za-z])|(?<=\\n))pwd|(?<=[a-z])(?-i:Pwd)"
+    r"|[_-]pass(?![A-Za-z])|secret(?!s?manager)"
+    r"|(?:(?<=api)|(?<=api[_-])|(?<=private)|(?<=private[_-])|(?<=access)|(?<=access[_-]))key"
+    r"|(?:(?<=access)|(?<=access[_-])|(?<=auth)|(?<=auth[_-]))token)"
+)
+# Keys that are no secrets: of tables, of dictionaries, and those that are published
+_OTHER_KEYS = "".join(
+    rf"(?<!{name}[_-]key)(?<!{name}key)"
+    for name in (
+        "public primary foreign bucket sort sorted cache group index hash dict lookup sample "
+        "record batch task item"
+    ).split()
+)
+_WEAK = (
+    r"(?:token(?!s|iz)|credential|creds|cookie|session[_-]?id|webhook"
+    r"|[_-](?:pat|auth)(?![A-Za-z])"
+    r"|(?:(?<=[A-Za-z0-9][_-])key|(?<=account)key|(?<=[a-z])(?-i:Key))(?![A-Za-z])"
+    rf"{_OTHER_KEYS})"
+)
+_STRONG_HINTS = tuple("passw passphrase passcode pwd _pass -pass secret key token".split())
+_WEAK_HINTS = tuple(
+    "credential creds cookie sessionid session_id session-id webhook _pat -pat _auth -auth".split()
+)
+
+# %% ../../nbs/core/01_safety.ipynb #255a5269
+def _value(
+    kind: str,
+    hints: tuple[str, ...],
+    check: Callable[[str], bool] | None,
+    *parts: str,
+    group: int = 1,
+) -> Rule:
+    "A rule for what follows something; `parts`: before, the secret, its beginning, behind it."
+    before, secret, beginning, after = parts
+    pattern = re.compile(rf"(?ai){before}({secret}){after}")
+    growing = re.compile(rf"(?ai){before}({beginning})\Z")
+    return Rule(kind, pattern, group, hints, check, at_hint=True, growing=growing)
+
+
+# Within escaped quotes, an escaped line break ends the line of the source that they are in.
+_QUOTED_CHARACTER = r"(?!(?P=quote))(?(slash)(?!(?<!\\)\\n))[^\n]|(?<=\\)(?P=quote)"
+
+_NAMED = [
+    _value(
+        "high-entropy",
+        _STRONG_HINTS + _WEAK_HINTS,
+        _looks_random,
+        rf"(?:{_STRONG}|{_WEAK}){_NAME_END}{_TYPE}(?:{_OPERATOR}|{_COMMA}){_BEFORE_VALUE}"
+        rf"(?:{_QUOTE})?",
+        r"[A-Za-z0-9+/_~.=:%-]{12,600}",
+        r"[A-Za-z0-9+/_~.=:%-]{1,600}",
+        r"(?=[\s,;}&#'\"\\`<)\]|]|\Z)",
+    ),
+    _value(
+        "assigned-secret",
+        _STRONG_HINTS,
+        _is_filled_in,
+        rf"{_STRONG}{_NAME_END}{_TYPE}{_OPERATOR}\s{{0,40}}{_BEFORE_VALUE}"
+        r"(?P<quote>(?P<slash>\\{1,7})?[\"'])",
+        rf"(?!\[redacted)(?:{_QUOTED_CHARACTER}){{6,}}?",
+        rf"(?!\[redacted)(?:{_QUOTED_CHARACTER}){{1,4000}}",
+        r"(?<!\\)(?P=quote)",
+        group=3,
+    ),
+    _value(
+        "unquoted-secret",
+        _STRONG_HINTS,
+        _is_assigned_word,
+        rf"{_STRONG}{_NAME_END}{_TYPE}(?:{_OPERATOR}|{_CONSTANT_COMMA}[ \t]{{0,9}}{_QUOTE})"
+        rf"{_BEFORE_VALUE}",
+        r"(?:[^\s\"'`,;&<>(){}\[\]\\|]|&(?!\w{1,30}=)){6,200}",
+        r"[^\s\"'`,;<>(){}\[\]\\|]{1,200}",
+        r"(?=[\s\"'`,;&<>)}\]\\|]|\Z)",
+    ),
+]
+
+# %% ../../nbs/core/01_safety.ipynb #0595b044
+_PLACED = [
+    _value(
+        "bearer-token",
+        ("bearer",),
+        None,
+        _START + r"bearer\s{1,20}",
+        r"[A-Za-z0-9._~+/-]{16,}=*",
+        r"[A-Za-z0-9._~+/=-]{1,8000}",
+        "",
+    ),
+    _value(
+        "basic-auth",
+        ("basic",),
+        _is_basic_value,
+        _START + r"basic[ \t]{1,5}",
+        r"[A-Za-z0-9+/]{8,2000}={0,2}",
+        r"[A-Za-z0-9+/=]{1,2000}",
+        r"(?![A-Za-z0-9+/])",
+    ),
+    _value(
+        "authorization",
+        ("authorization",),
+        _is_credential,
+        rf"authorization(?:{_QUOTE})?\]?[ \t]{{0,5}}[:=,][ \t]{{0,10}}f?(?:{_QUOTE})?"
+        r"(?:[a-z0-9-]{3,20}[ \t]{1,5})?",
+        r"[A-Za-z0-9._~+/=@:%-]{8,8000}",
+        r"[A-Za-z0-9._~+/=@:%-]{1,8000}",
+        r"(?=[\s\"'`,;&<)}\]\\|]|\Z)",
+    ),
+    _value(
+        "curl-user",
+        ("curl",),
+        _is_login,
+        r"curl\b(?:[^\n]|(?<=\\)\n){0,600}?\s(?:-u|--user)[ =]{0,5}",
+        r"[\"']?[^\s:\"'$<{]{0,100}[\"']?:[\"']?[^\s\"'$<{\[][^\s\"']{2,200}[\"']?"
+        r"|[\"']\{?[^\s:\"'$<]{6,100}\}?[\"']?:[\"']?[^\s\"'$<]{0,100}[\"']",
+        r"[^\s$<]{1,300}",
+        "",
+    ),
+    _value(
+        "url-parameter",
+        ("?", "&"),
+        _is_filled_in,
+        r"[?&](?:[a-z]{1,12}[_-])?(?:api[_-]?key|key|token|secret|passw(?:or)?d|pwd|auth|sig"
+        r"|signature|credential)=",
+        r"[^\s&?#'\"<>\\{}]{6,4000}",
+        r"[^\s&?#'\"<>\\{}]{1,4000}",
+        "",
+    ),
+    _value(
+        "url-password",
+        ("://",),
+        _is_filled_in,
+        r"(?<=[a-z0-9+.-])://[^\s:/@'\"]*:",
+        r"[^\s/@'\"]{1,}",
+        r"[^\s/@'\"]{1,4000}",
+        "@",
+    ),
+]
+
+RULES = [*_PROVIDERS, *_OTHER_TOKENS, *_NAMED, *_PLACED]
+
 # %% ../../nbs/core/01_safety.ipynb #957db15c
-_SECRET_NAME = re.compile(r"(?i)(password|passwd|secret|token|api_?key|private_?key|credential)")
-# Names in which "token" is a unit of text
-_TEXT_TOKENS = re.compile(r"(?i)(tokenizer|tokens?_per|^tokens$|_tokens$|max_token)")
+_SECRET_NAME = re.compile(
+    r"(?i)passw(?:or)?d|passphrase|passcode|secret|token|credential|cookie"
+    r"|(?:api|private|access|account|auth|encryption|signing|master|license|ssh|stripe)[_-]?key"
+    r"|(?-i:(?<=[A-Z0-9])_KEY$)|(?-i:(?<=[a-z])(?:Pwd|Pat)$)"
+    r"|(?<=[a-z0-9])[_-](?:pwd|pass|pat|auth|creds|dsn)$"
+)
+# Names in which "token" is a unit of text, and keys that are no secrets
+_OTHER_NAME = re.compile(
+    r"(?i)tokenizer|tokens?_per|^tokens$|_tokens$|max_token"
+    r"|(?:^|_)(?:bos|eos|unk|pad|sep|cls|mask|image|next|first|last)_token(?:_|$)"
+    r"|(?:public|primary|foreign|sort|cache|group|partition|index|hash)_?key$"
+)
+
+
+@lru_cache(maxsize=4096)
+def _is_secret_name(name: str) -> bool:
+    is_file = name.endswith(".py")  # the SHA-256 of `data/tokens.py` is stored under its name
+    return bool(_SECRET_NAME.search(name)) and not _OTHER_NAME.search(name) and not is_file
 
 
 def looks_secret(
     name: str,  # A parameter or variable name
-) -> bool:  # True for e.g. `HF_TOKEN`, `db_password`
+) -> bool:  # True for e.g. `HF_TOKEN`, `db_password`, `STRIPE_KEY`, `MYSQL_PWD`
     "Whether something with this name is likely to hold a secret."
-    is_file = name.endswith(".py")  # the SHA-256 of `data/tokens.py` is stored under its name
-    return bool(_SECRET_NAME.search(name)) and not _TEXT_TOKENS.search(name) and not is_file
+    return _is_secret_name(name)
 
 
 def environment_secrets(
@@ -149,6 +572,28 @@ def environment_secrets(
     secrets = {v for name, v in variables.items() if looks_secret(name) and len(v) >= 8}
     # The longest first: a secret may contain another one.
     return sorted(secrets, key=len, reverse=True)
+
+# %% ../../nbs/core/01_safety.ipynb #308e572f
+def _escaped(value: str) -> set[str]:
+    "How Python and JSON write it inside of quotes."
+    shown = {
+        repr(value)[1:-1],
+        repr(value + "'\"")[1:-4],
+        repr(value.encode("utf-8", "replace"))[2:-1],
+    }
+    return shown | {json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1]}
+
+
+@lru_cache(maxsize=256)
+def _spellings(value: str) -> tuple[str, ...]:
+    "Every way in which the value of a variable may be written, longest first."
+    data = value.encode("utf-8", "replace")
+    found = {value, quote(data, safe=""), quote(data), html.escape(value)}
+    found.add(base64.b64encode(data).decode().rstrip("="))
+    found |= {line.strip() for line in value.splitlines() if len(line.strip()) >= 16}
+    once = _escaped(value)
+    found |= once.union(*(_escaped(spelling) for spelling in once))
+    return tuple(sorted(found, key=lambda spelling: (-len(spelling), spelling)))
 
 # %% ../../nbs/core/01_safety.ipynb #1329ff93
 @dataclass(frozen=True)
@@ -163,18 +608,64 @@ class Finding:
     end: int
 
 # %% ../../nbs/core/01_safety.ipynb #b285a401
+_DIGIT = re.compile("[0-9]")
+
+
+def _lower(text: str) -> str:
+    "In lower case, and as long as before."
+    lowered = text.lower()
+    if len(lowered) != len(text):  # for example a capital I with a dot becomes two characters
+        lowered = text.encode("ascii", "replace").decode().lower()
+    return lowered
+
+
+def _places(hint: str, lowered: str) -> list[int]:
+    found, at = [], -1
+    while (at := lowered.find(hint, at + 1)) >= 0:
+        found.append(at)
+    return found
+
+
+def _judge(rule: Rule, match: re.Match[str] | None) -> Finding | None:
+    "What a match has found, unless the rule's check refuses it."
+    if match and (rule.check is None or rule.check(match[rule.group])):
+        return Finding(rule.kind, *match.span(rule.group))
+    return None
+
+
 def find(
     text: str,  # Any text
     rules: Iterable[Rule],  # What to look for
 ) -> list[Finding]:  # By rule, then by place; they may overlap
-    "Every match of a rule in `text`."
-    lowered, found = text.lower(), []
+    "Every match of a rule in `text`, in time that grows with its length."
+    lowered = _lower(text)
+    long_words = [word for word in lowered.split() if len(word) >= 16]
+    among = {
+        "text": lowered,
+        "long words": " ".join(long_words),
+        "long words with digits": " ".join(filter(_DIGIT.search, long_words)),
+    }
+    places: dict[str, list[int]] = {}
+    found: list[Finding] = []
     for rule in rules:
-        if not any(hint in lowered for hint in rule.hints):
-            continue
-        for match in rule.pattern.finditer(text):
-            if rule.check is None or rule.check(match[rule.group]):
-                found.append(Finding(rule.kind, *match.span(rule.group)))
+        words = among[rule.among]
+        for hint in rule.hints:
+            if hint not in words:
+                continue
+            if not rule.at_hint:
+                judged = (_judge(rule, match) for match in rule.pattern.finditer(text))
+                found += [finding for finding in judged if finding]
+                break
+            if hint not in places:
+                places[hint] = _places(hint, lowered)
+            end = 0  # What has been found is not searched again
+            for at in places[hint]:
+                match = rule.pattern.match(text, at) if at >= end else None
+                if finding := _judge(rule, match):
+                    found.append(finding)
+                    end = finding.end
+                elif match and rule.among != "text":
+                    end = match.end()  # The rest of a refused token is refused as well
     return found
 
 
@@ -198,8 +689,9 @@ def find_secrets(
     "Every secret in `text` that a rule or the environment knows."
     found = list(_find_in_long(text) if 1_000 < len(text) < 1_000_000 else find(text, RULES))
     for secret in environment_secrets(environ):
-        for match in re.finditer(re.escape(secret), text):
-            found.append(Finding("environment", *match.span()))
+        for spelling in _spellings(secret):
+            places = _places(spelling, text) if spelling in text else []
+            found += [Finding("environment", at, at + len(spelling)) for at in places]
     return merge_findings(found)
 
 
@@ -208,15 +700,24 @@ def _find_in_long(text: str) -> tuple[Finding, ...]:
     return tuple(find(text, RULES))
 
 
+def replace_findings(
+    text: str,  # The text they were found in
+    found: Iterable[Finding],  # From `merge_findings`
+) -> str:  # With `[redacted KIND]` in place of each
+    "Replace findings in a text."
+    parts, end = [], 0
+    for f in found:
+        parts += [text[end : f.start], f"[redacted {f.kind}]"]
+        end = f.end
+    return "".join([*parts, text[end:]])
+
+
 def redact(
     text: str,  # Any text
     environ: Mapping[str, str] | None = None,  # Default: this process's environment
 ) -> str:  # The text with `[redacted KIND]` in place of each secret
     "Replace the secrets in `text`."
-    # From the end, so that the earlier places stay valid.
-    for f in reversed(find_secrets(text, environ)):
-        text = f"{text[: f.start]}[redacted {f.kind}]{text[f.end :]}"
-    return text
+    return replace_findings(text, find_secrets(text, environ))
 
 # %% ../../nbs/core/01_safety.ipynb #1b6efa53
 def redact_json(
@@ -252,10 +753,114 @@ def redact_notebook(
 def _join_lines(value: Any) -> Any:
     "Nested JSON with each list of lines joined to one string; a list of words stays a list."
     if isinstance(value, dict):
-        return {key: _join_lines(item) for key, item in value.items()}
+        joined = {key: _join_lines(item) for key, item in value.items()}
+        if isinstance(joined.get("outputs"), list):
+            joined["outputs"] = _join_streams(joined["outputs"])
+        return joined
     if not isinstance(value, list):
         return value
     all_text = all(isinstance(item, str) for item in value)
     if all_text and any(item.endswith("\n") for item in value[:-1]):
         return "".join(value)
     return [_join_lines(item) for item in value]
+
+
+def _join_streams(outputs: list[Any]) -> list[Any]:
+    "A cell's outputs, with what was printed one after another in one piece."
+    out: list[Any] = []
+    for output in outputs:
+        if isinstance(output, dict) and output.get("output_type") == "stream":
+            output = output | {"text": "".join(output.get("text") or "")}
+            last = out[-1] if out else None
+            if isinstance(last, dict) and last.get("output_type") == "stream":
+                if last.get("name") == output.get("name"):
+                    out[-1] = last | {"text": last["text"] + output["text"]}
+                    continue
+        out.append(output)
+    return out
+
+# %% ../../nbs/core/01_safety.ipynb #5b3dcb59
+class RedactedStream:
+    "Redact a text that comes in pieces."
+
+    # Characters before the held ones that are remembered, for the names before values
+    CONTEXT = 300
+    # No more is held back
+    LIMIT = 9_000
+
+    def __init__(
+        self,
+        environ: Mapping[str, str] | None = None,  # Default: this process's environment
+    ) -> None:
+        self.environ = environ
+        self._before, self._held = "", ""
+
+    def write(
+        self,
+        text: str,  # The next piece
+    ) -> str:  # What can be shown now
+        "Add a piece."
+        text = self._held + text
+        return self._release(text, _growing_from(self._before, text, self.environ))
+
+    def close(self) -> str:  # What was held back
+        "The rest, redacted."
+        return self._release(self._held, len(self._held))
+
+    def _release(self, text: str, end: int) -> str:
+        if len(text) - end > self.LIMIT:
+            if text.startswith("-----BEGIN ", end):
+                # A private key is replaced as a whole: its two ends are enough.
+                text = text[: end + 200] + text[-200:]
+            else:
+                end = len(text)
+        if end == 0:
+            self._held = text
+            return ""
+        shift = len(self._before)
+        found = find_secrets(self._before + text, self.environ)
+        for f in reversed(found):
+            if f.start - shift < end < f.end - shift:
+                end = max(0, f.start - shift)
+        shown = [
+            Finding(f.kind, max(0, f.start - shift), min(end, f.end - shift))
+            for f in found
+            if max(shift, f.start) < min(shift + end, f.end)
+        ]
+        released, self._held = text[:end], text[end:]
+        self._before = (self._before + released)[-self.CONTEXT :]
+        return replace_findings(released, shown)
+
+
+def _growing_from(before: str, text: str, environ: Mapping[str, str] | None) -> int:
+    "The first place in `text` from which its end may still grow into a secret."
+    whole = before + text
+    start = max(0, len(whole) - 8_000)
+    ending = whole[start:]
+    lowered = _lower(ending)
+    places = [len(whole)]
+    for rule in RULES:
+        if rule.growing and not rule.at_hint:
+            if match := rule.growing.search(ending, max(0, len(ending) - 300)):
+                places.append(start + match.start(rule.group))
+            continue
+        for hint in rule.hints:
+            for at in _places(hint, lowered) if hint in lowered else ():
+                if rule.growing and (match := rule.growing.match(ending, at)):
+                    places.append(start + match.start(rule.group))
+                    break
+    begin = whole.rfind("-----BEGIN ")
+    if begin >= 0 and (match := _PEM_BEGIN.match(whole, begin)):
+        places += [] if _PEM_END.search(whole, match.end()) else [begin]
+    spellings = (s for secret in environment_secrets(environ) for s in _spellings(secret))
+    places += [len(whole) - _overlap(whole, spelling) for spelling in spellings]
+    return max(0, min(places) - len(before))
+
+
+def _overlap(text: str, secret: str) -> int:
+    "How many characters at the end of `text` are the beginning of `secret`."
+    ending = text[-len(secret) + 1 :] if len(secret) > 1 else ""
+    for at in _places(secret[0], ending):
+        if secret.startswith(ending[at:]):
+            return len(ending) - at
+    return 0

@@ -57,7 +57,8 @@ class Lock:
         try:
             self._lock.acquire()
         except Timeout:
-            owner = self._owner.read_text() if self._owner.exists() else "an unknown process"
+            is_known = self._owner.exists()
+            owner = self._owner.read_text("utf-8", "replace") if is_known else "an unknown process"
             raise ArtifactError(
                 f"{self.path.parent}: in use by {owner}; wait for it or stop it"
             ) from None
@@ -227,10 +228,10 @@ def find_stored(
     return None
 
 
-def _digest_in(manifest: Path) -> str | None:  # None when it was removed since it was listed
+def _digest_in(manifest: Path) -> str | None:  # None when it was removed meanwhile, or is damaged
     try:
         return json.loads(manifest.read_bytes())["digest"]
-    except FileNotFoundError:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

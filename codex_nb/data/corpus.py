@@ -279,10 +279,12 @@ def _require_text(cfg: CorpusConfig, out: _SplitWriter, how: str, rejects: Rejec
         found = f"{documents:,} documents, {size:,} bytes"
         if rejects and rejects.count:
             found += f", {rejects.count:,} rejected, the first: {rejects.first[0]}"
-        if how == "hash":
-            remedy = f", a larger {split}_fraction than {fraction}, or split_by='position'"
+        if how == "hash" and split == "train":
+            remedy = ", smaller fractions for validation and test, or split_by=position"
+        elif how == "hash":
+            remedy = f", a larger {split}_fraction than {fraction}, or split_by=position"
         else:
-            remedy = ", or split_by='hash' for many short documents"
+            remedy = ", or split_by=hash for many short documents"
         raise ReadError(
             f"{cfg.data}: too little text: the {split} split is empty ({found}; split by {how}); "
             f"give more text{remedy}"

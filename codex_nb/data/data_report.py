@@ -9,13 +9,24 @@ __all__ = ['check_data', 'report_lines', 'plot_lengths']
 import tempfile
 from array import array
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from ..core.artifacts import ArtifactError
 from ..core.policy import PERSONAL, Policy, load_policy
-from ..core.safety import RULES, find, merge_findings
-from .corpus import SPLITS, CorpusConfig, continues_document, read_source, split_of
+from ..core.safety import RULES, find, merge_findings, redact
+from ..core.store import TemporaryWorkspace, workspace
+from codex_nb.data.corpus import (
+    SPLITS,
+    Corpus,
+    CorpusConfig,
+    continues_document,
+    open_corpus,
+    read_source,
+    split_of,
+)
 from .documents import Document, Reject
 from .duplicates import ExactDuplicates, Match, NearDuplicates, match_documents
 from .readers import Rejects
@@ -88,11 +99,13 @@ class _Statistics:
             self.policy_counts[f"documents: {verdict.action}"] += 1
 
     def _find_secrets(self, id: str, text: str) -> None:
+        line, counted = 1, 0  # lines are counted on from the last finding
         for finding in merge_findings(find(text, [*RULES, *PERSONAL])):
             counter = self.personal if finding.kind in _PERSONAL_KINDS else self.secrets
             counter[finding.kind] += 1
             if len(self.places) < self.max_places:
-                line = text.count("\n", 0, finding.start) + 1
+                line += text.count("\n", counted, finding.start)
+                counted = finding.start
                 self.places.append({"id": id, "line": line, "kind": finding.kind})
 
 # %% ../../nbs/data/19_data_report.ipynb #e2d4749c
@@ -133,6 +146,24 @@ class _DuplicateCounts:
             "leakage": self.leaks if near else None,
         }
 
+# %% ../../nbs/data/19_data_report.ipynb #2522b031
+def _try_corpus(
+    cfg: CorpusConfig, prepare: Callable[[Corpus], object] | None
+) -> tuple[dict[str, dict[str, int]] | None, str | None]:
+    "Make a corpus and throw it away: its splits, and what would stop a run."
+    home = workspace()
+    splits: dict[str, dict[str, int]] | None = None
+    with TemporaryWorkspace() as scratch:
+        try:
+            corpus = open_corpus(cfg)
+            splits = corpus.counts
+            if prepare:
+                prepare(corpus)
+        except (ValueError, ArtifactError) as e:
+            # A file that was made on the way would be in your workspace.
+            return splits, redact(str(e).replace(str(scratch.path), str(home)))
+    return splits, None
+
 # %% ../../nbs/data/19_data_report.ipynb #e36883d5
 def check_data(
     cfg: CorpusConfig,  # `data` says what to read; the rest as for a corpus
@@ -140,6 +171,7 @@ def check_data(
     near: bool = True,  # Look for near duplicates and leakage
     near_limit: int = 250_000,  # Look for them among the first so many documents only
     shown: int = 100_000,  # Rejects, pairs and places to list at most, each
+    prepare: Callable[[Corpus], object] | None = None,  # What a run does next with the corpus
 ) -> dict[str, Any]:  # JSON types
     "Read data and report what is in it; `ReadError` when there is nothing to read."
     policy = load_policy(cfg.policy) if cfg.policy else None
@@ -160,6 +192,7 @@ def check_data(
         is_one_text = statistics.documents > 0 and statistics.is_one_text
         split_by = "position" if is_one_text else "hash"
     size = sum(s["bytes"] for s in statistics.splits.values())
+    splits, problem = _try_corpus(cfg, prepare)
     report = {
         "data": cfg.data,
         "documents": statistics.documents,
@@ -170,12 +203,13 @@ def check_data(
         ],
         **duplicate_report,
         "split_by": split_by,
-        "splits": statistics.splits if split_by == "hash" else None,
+        "splits": (splits or statistics.splits) if split_by == "hash" else None,
         "lengths": {str(k): n for k, n in sorted(statistics.lengths.items())},
         "secrets": dict(statistics.secrets),
         "personal": dict(statistics.personal),
         "places": statistics.places,
         "skipped": dict(skipped),
+        "problem": problem,
     }
     if policy:
         report["policy"] = dict(sorted(statistics.policy_counts.items()))
@@ -215,7 +249,10 @@ def report_lines(
     lines += _first_entries("found in:", places, shown)
     lines.append(f"rejects: {report['rejected']:,}")
     rejects = [str(Reject(**reject)) for reject in report["rejects"]]
-    return lines + _first_entries(None, rejects, shown)
+    lines += _first_entries(None, rejects, shown)
+    if report["problem"]:
+        lines.append(f"a run would stop: {report['problem']}")
+    return lines
 
 
 def _splits_line(splits: dict[str, dict[str, int]] | None) -> str:

@@ -41,27 +41,50 @@ class ExactDuplicates:
         if not self.path.stat().st_size:
             return np.empty((0, 2), np.int64)
         words = np.memmap(self.path, dtype=">u8", mode="r").reshape(-1, 4)
-        buckets = -(-len(words) // self.bucket_size)
-        pairs = np.concatenate([self._find_in_bucket(words, b, buckets) for b in range(buckets)])
+        numbers, ends = self._sort_by_bucket(words, -(-len(words) // self.bucket_size))
+        parts = [_find_copies(words, index) for index in np.split(numbers, ends[:-1])]
+        pairs = np.concatenate(parts)
         return pairs[np.argsort(pairs[:, 0])]
 
-    def _find_in_bucket(self, words: np.ndarray, bucket: int, buckets: int) -> np.ndarray:
-        "The copies among the hashes whose first word falls into a bucket."
-        step = self.bucket_size
-        chosen = []
-        for start in range(0, len(words), step):
-            is_member = words[start : start + step, 0] % np.uint64(buckets) == bucket
-            chosen.append(start + np.flatnonzero(is_member))
-        index = np.concatenate(chosen)
-        if not len(index):
-            return np.empty((0, 2), np.int64)
-        hashes = np.stack([words[index, c].astype(np.uint64) for c in range(4)], 1)
-        # Sorted by hash, then by document, so the first of a run of equal hashes is the original.
-        order = np.lexsort((index, *hashes.T))
-        index, hashes = index[order], hashes[order]
-        is_first = np.concatenate([[True], (hashes[1:] != hashes[:-1]).any(1)])
-        first_position = np.maximum.accumulate(np.where(is_first, np.arange(len(index)), 0))
-        return np.stack([index[~is_first], index[first_position][~is_first]], 1)
+    def _sort_by_bucket(self, words: np.ndarray, buckets: int) -> tuple[np.ndarray, np.ndarray]:
+        "All numbers, bucket by bucket, and where each bucket ends; the first word decides."
+        if buckets == 1:
+            return np.arange(len(words)), np.array([len(words)])
+        # Two passes, whatever the number of buckets: one that reads all hashes for each bucket
+        # would take quadratic time.
+        blocks = range(0, len(words), self.bucket_size)
+
+        def bucket_of(start: int) -> np.ndarray:
+            block = words[start : start + self.bucket_size, 0]
+            return (block % np.uint64(buckets)).astype(np.int64)
+
+        sizes = np.zeros(buckets, np.int64)
+        for start in blocks:
+            sizes += np.bincount(bucket_of(start), minlength=buckets)
+        path = self.path.with_name(f"{self.path.name}.numbers")
+        numbers = np.memmap(path, np.int64, "w+", shape=(len(words),))
+        path.unlink()  # gone when it is no longer used
+        free = sizes.cumsum() - sizes  # the next place of each bucket
+        for start in blocks:
+            bucket = bucket_of(start)
+            here = np.bincount(bucket, minlength=buckets)
+            place = (free - (here.cumsum() - here)).repeat(here) + np.arange(len(bucket))
+            numbers[place] = start + np.argsort(bucket, kind="stable")
+            free += here
+        return numbers, sizes.cumsum()
+
+
+def _find_copies(words: np.ndarray, index: np.ndarray) -> np.ndarray:  # As `ExactDuplicates.find`
+    "The copies among the hashes with these numbers."
+    if not len(index):
+        return np.empty((0, 2), np.int64)
+    hashes = np.stack([words[index, c].astype(np.uint64) for c in range(4)], 1)
+    # Sorted by hash, then by document, so the first of a run of equal hashes is the original.
+    order = np.lexsort((index, *hashes.T))
+    index, hashes = index[order], hashes[order]
+    is_first = np.concatenate([[True], (hashes[1:] != hashes[:-1]).any(1)])
+    first_position = np.maximum.accumulate(np.where(is_first, np.arange(len(index)), 0))
+    return np.stack([index[~is_first], index[first_position][~is_first]], 1)
 
 # %% ../../nbs/data/12_duplicates.ipynb #c8a680c1
 _WORDS = re.compile(r"\w+|[^\w\s]")

@@ -28,6 +28,7 @@ from msgspec import UNSET
 from pathspec import GitIgnoreSpec
 
 from ..core.config import canonical_json
+from ..core.untrusted import describe_error, is_own_error
 from codex_nb.data.documents import (
     MAX_LINE,
     BadLine,
@@ -112,6 +113,35 @@ class _LimitedReader(io.RawIOBase):
         super().close()
 
 
+# Place and beginning of a well-known format -> its name, and what to do
+_MAGIC = {
+    (0, b"\x1f\x8b"): "gzip data, which should be named .gz",
+    (0, b"\x28\xb5\x2f\xfd"): "zstd data, which should be named .zst",
+    (0, b"PAR1"): "a Parquet file, which should be named .parquet",
+    (0, b"ARROW1"): "an Arrow file, which is not read; save it as Parquet",
+    (0, b"\xfd7zXZ"): "xz data, which is not read; unpack it with xz -dk",
+    (0, b"BZh"): "bzip2 data, which is not read; unpack it with bzip2 -dk",
+    (0, b"7z\xbc\xaf"): "a 7-Zip archive, which is not read; unpack it with 7z x",
+    (0, b"Rar!"): "a RAR archive, which is not read; unpack it",
+    (0, b"PK\x03\x04"): "a zip archive, which is not read; unpack it with unzip",
+    (257, b"ustar"): "a tar archive, which is not read; unpack it with tar -xf",
+    (0, b"%PDF"): "a PDF, which is not read; extract its text, e.g. with pdftotext",
+    (0, b"SQLite format 3"): "a SQLite database, which is not read; export its rows as CSV",
+    (0, b"\x89PNG"): "a picture, which holds no text",
+    (0, b"\xff\xd8\xff"): "a picture, which holds no text",
+}
+
+
+def _known_format(start: bytes) -> str | None:
+    "What data are that begin like a well-known format, and hold what text does not."
+    found = (what for (at, magic), what in _MAGIC.items() if start.startswith(magic, at))
+    if (what := next(found, None)) is None:
+        return None
+    whole = start[: _character_boundary(start)]
+    is_text = b"\0" not in start and whole.decode("utf-8", "replace").encode() == whole
+    return None if is_text else what
+
+
 def open_bytes(
     path: Path | str,  # A file; `.gz` and `.zst` are decompressed
 ) -> io.BufferedReader:  # Reading it may raise `BadLine` for a decompression bomb
@@ -136,8 +166,8 @@ def open_bytes(
 
 
 def _without_mark(f: io.BufferedReader, path: Path) -> io.BufferedReader:
-    "Take off a byte order mark, which is no part of the text; `ReadError` for that of UTF-16."
-    start = f.peek(4)[:4]
+    "Take off a byte order mark, which is no text; `ReadError` for UTF-16, and what is no text."
+    start = f.peek(512)[:512]
     if start.startswith(codecs.BOM_UTF8):
         f.read(len(codecs.BOM_UTF8))
     elif start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -145,6 +175,9 @@ def _without_mark(f: io.BufferedReader, path: Path) -> io.BufferedReader:
         raise ReadError(
             f"{path}: this is UTF-16, or UTF-32; convert it, e.g. iconv -f utf-16 -t utf-8"
         )
+    elif what := _known_format(start):
+        f.close()
+        raise ReadError(f"{path}: this looks like {what}")
     return f
 
 
@@ -192,23 +225,6 @@ def _reading(path: Path, rejects: Rejects, name: str) -> Iterator[_Source]:
         source.reject(f"the compressed data is damaged or cut off ({e})")
     except OSError as e:
         source.reject(f"cannot be read: {e.strerror or e}")
-
-
-_MAGIC = {
-    b"\x1f\x8b": ("gzip data", ".gz"),
-    b"\x28\xb5\x2f\xfd": ("zstd data", ".zst"),
-    b"PAR1": ("a Parquet file", ".parquet"),
-    b"PK\x03\x04": ("a zip archive", ".zip"),
-    b"%PDF": ("a PDF", ".pdf"),
-}
-
-
-def _format_hint(data: bytes) -> str:
-    "The end of a message for data that begins like a well-known format."
-    for magic, (kind, suffix) in _MAGIC.items():
-        if data.startswith(magic):
-            return f"; this looks like {kind}, which should be named {suffix}"
-    return ""
 
 # %% ../../nbs/data/11_readers.ipynb #4ecedfbe
 _CHUNK_BYTES = 1 << 18
@@ -259,7 +275,7 @@ def _parse_or_reject(line: bytes, n: int, source: _Source) -> Document | None:
     try:
         return parse_line(line)
     except BadLine as e:
-        source.reject(e.reason + (_format_hint(line) if n == 1 else ""))
+        source.reject(e.reason)
         return None
 
 
@@ -327,9 +343,9 @@ def _read_text(path: Path, rejects: Rejects, name: str) -> Iterator[Document]:
                 yield Document(name, text)
             else:
                 yield Document(f"{name}#{part}", text, name)
-            upcoming = f.read(MAX_LINE) if following else b""
             data = block[cut:] + following
-            block, following = data[:MAX_LINE], data[MAX_LINE:] + upcoming
+            block, following = data[:MAX_LINE], data[MAX_LINE:]
+            following += f.read(MAX_LINE - len(following))  # nothing, once the file has ended
 
 
 def _character_boundary(data: bytes) -> int:
@@ -349,14 +365,13 @@ def _decode_text(data: bytes, line: int, source: _Source) -> str:
         first, second = data[:40:2], data[1:40:2]
         if any(first) != any(second) and (all(first) or all(second)):
             raise BadLine("this looks like UTF-16; convert it, e.g. iconv -f utf-16le -t utf-8")
-        raise BadLine(f"a NUL byte: this is a binary file, not text{_format_hint(data)}")
+        raise BadLine("a NUL byte: this is a binary file, not text")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as e:
         source.line = line + data.count(b"\n", 0, e.start)
         raise BadLine(
-            f"byte 0x{data[e.start]:02x} is not UTF-8; "
-            f"convert the file, e.g. with iconv{_format_hint(data)}"
+            f"byte 0x{data[e.start]:02x} is not UTF-8; convert the file, e.g. with iconv"
         ) from None
 
 # %% ../../nbs/data/11_readers.ipynb #bdc14b79
@@ -382,13 +397,15 @@ def _document_of_row(row: dict[str, Any]) -> Document:
             record[column] = value
     meta = record.get("meta", {})
     if isinstance(meta, str):  # all that a CSV file can hold
-        with suppress(msgspec.DecodeError):  # then it is refused as any that is no object
+        with suppress(
+            msgspec.DecodeError, RecursionError
+        ):  # then it is refused as any that is no object
             record["meta"] = meta = msgspec.json.decode(meta)
     if other and isinstance(meta, dict):
         record["meta"] = meta | other
     try:
         canonical_json(record.get("meta", {}))
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError, RecursionError, OverflowError) as e:
         raise BadLine(f"`meta` holds what JSON cannot: {e}") from None
     return document_of(record)
 
@@ -476,6 +493,14 @@ def _arrow_rows(batches: Iterable[Any], source: _Source) -> Iterator[dict[str, A
             yield row
 
 
+def _damaged_table(what: str, error: Exception) -> Exception:
+    "What to raise for an error while a table is read: one of ours stays as it is."
+    missing = isinstance(error, FileNotFoundError)
+    if is_own_error(error) or (isinstance(error, OSError) and error.errno and not missing):
+        return error
+    return BadLine(f"not {what}: {describe_error(error)}")
+
+
 def _read_parquet(path: Path, rejects: Rejects, name: str) -> Iterator[Document]:
     with _reading(path, rejects, name) as source:
         pa = _import_pyarrow()
@@ -483,8 +508,8 @@ def _read_parquet(path: Path, rejects: Rejects, name: str) -> Iterator[Document]
             with pa.parquet.ParquetFile(path) as f:
                 rows = _arrow_rows(f.iter_batches(batch_size=256), source)
                 yield from _read_rows(rows, f.schema_arrow.names, source)
-        except pa.ArrowException as e:
-            raise BadLine(f"not a complete Parquet file: {str(e).splitlines()[0]}") from None
+        except Exception as e:  # Arrow has many, for values that Python cannot hold too
+            raise _damaged_table("a complete Parquet file", e) from None
 
 
 def _saved_files(folder: Path) -> list[str]:
@@ -496,17 +521,18 @@ def _saved_files(folder: Path) -> list[str]:
         names = state["splits"] if has_splits else [f["filename"] for f in state["_data_files"]]
         if any(Path(n).name != n for n in names):
             raise ValueError("it names files outside the folder")
-    except (ValueError, KeyError, TypeError, OSError) as e:
+    except Exception as e:
         raise ReadError(
-            f"{folder}: not a complete folder saved by datasets ({type(e).__name__}: {e})"
+            f"{folder}: not a complete folder saved by datasets ({describe_error(e)}); "
+            "save it again where it was made"
         ) from None
     if has_splits:
         paths = ", ".join(str(folder / n) for n in names)
         raise ReadError(f"{folder}: holds several splits; name one: {paths}")
     if state.get("_indices_files"):
         raise ReadError(
-            f"{folder}: saved with an index over its rows; "
-            "call flatten_indices() before save_to_disk()"
+            f"{folder}: saved with an index over its rows, which is not read; where it was made, "
+            "save it without one (flatten_indices) or as Parquet"
         )
     return names
 
@@ -519,8 +545,8 @@ def _read_saved_dataset(folder: Path, rejects: Rejects) -> Iterator[Document]:
             try:
                 with pa.memory_map(str(folder / name)) as m, pa.ipc.open_stream(m) as f:
                     yield from _read_rows(_arrow_rows(f, source), f.schema.names, source)
-            except (pa.ArrowException, FileNotFoundError) as e:
-                raise BadLine(f"not a complete Arrow file: {str(e).splitlines()[0]}") from None
+            except Exception as e:
+                raise _damaged_table("a complete Arrow file", e) from None
 
 # %% ../../nbs/data/11_readers.ipynb #3fb8f9a0
 _READERS: dict[str, Callable[[Path, Rejects, str], Iterator[Document]]] = {

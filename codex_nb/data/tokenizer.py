@@ -27,10 +27,13 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
 from ..core.artifacts import ArtifactError
+from ..core.library_warnings import library_warnings
 from codex_nb.core.untrusted import (
     MAX_FILE_BYTES,
     LimitedProcess,
     check_plain_files,
+    describe_error,
+    is_failure,
     read_json_object,
 )
 from .documents import Document, Message
@@ -326,10 +329,9 @@ def _explain(place: str, remedy: str = "bring another tokenizer") -> Iterator[No
     except TokenizerError:
         raise
     except BaseException as e:
-        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+        if not is_failure(e):
             raise
-        reason = " ".join(str(e).split())[:300] or type(e).__name__
-        raise TokenizerError(f"{place}: {reason}; {remedy}") from None
+        raise TokenizerError(f"{place}: {describe_error(e)}; {remedy}") from None
 
 # %% ../../nbs/data/15_tokenizer.ipynb #401d2be6
 class Tokenizer:
@@ -398,7 +400,8 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         if self._hf is None:
-            with _explain(f"{self.path}: transformers cannot open this tokenizer"):
+            explained = _explain(f"{self.path}: transformers cannot open this tokenizer")
+            with library_warnings(str(self.path)), explained:
                 self._hf = AutoTokenizer.from_pretrained(
                     self.path, local_files_only=True, trust_remote_code=False
                 )
@@ -612,7 +615,8 @@ def _encode_rendered(
     tokenizer: Tokenizer, text: str, messages: Sequence[Message]
 ) -> tuple[np.ndarray, np.ndarray]:  # uint32 ids, shape (tokens,), and characters, (tokens, 2)
     special = tokenizer.special_pattern
-    with _explain(f"{tokenizer.path / 'tokenizer.json'}: cannot encode {text[:40]!r}"):
+    explained = _explain(f"{tokenizer.path / 'tokenizer.json'}: cannot encode {text[:40]!r}")
+    with library_warnings(str(tokenizer.path)), explained:
         if not any(special.search(m.content) for m in messages):
             options = {"padding": False, "truncation": False, "return_offsets_mapping": True}
             out = _hf_tokenizer(tokenizer)(text, add_special_tokens=False, **options)
@@ -742,7 +746,7 @@ def pad(
         first = ", ".join(f"text {i} ({len(arrays[i])})" for i in too_long[:5])
         raise TokenizerError(
             f"longer than {length} tokens: {first}; {len(too_long)} in all; "
-            "give a greater length, or truncation='right' or 'left'"
+            "give a greater length, or a truncation, right or left"
         )
     ids = np.full((len(arrays), length), pad_id, np.int64)
     mask = np.zeros((len(arrays), length), bool)

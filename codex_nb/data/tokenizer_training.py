@@ -29,9 +29,15 @@ from tqdm import tqdm
 
 from ..core.artifacts import ArtifactError, Draft
 from ..core.config import NOT_IN_DIGEST, Config, ConfigError
+from ..core.library_warnings import library_warnings
 from ..core.plugins import get, known
 from ..core.store import cached, find_stored, store_by_content, stored_artifacts
-from ..core.untrusted import check_plain_files, read_json_object, require_file
+from codex_nb.core.untrusted import (
+    check_plain_files,
+    explain_errors,
+    read_json_object,
+    require_file,
+)
 from .builtin_datasets import sample
 from .corpus import SPLITS, Corpus, hash_fraction
 from codex_nb.data.tokenizer import (
@@ -184,13 +190,23 @@ def sentencepiece_tokenizer(
             minloglevel=2,
         )
     except RuntimeError as e:
-        reason = str(e).split("] ")[-1].strip()
+        reason = _why_not_trained(str(e))
         raise ConfigError(
             f"vocab_size: {cfg.vocab_size} does not suit this text: {reason}"
         ) from None
     data = _exact_scores(model.getvalue())
     (Path(folder) / "tokenizer.model").write_bytes(data)
     return build_sentencepiece(sentencepiece_model(data))
+
+
+def _why_not_trained(message: str) -> str:
+    "SentencePiece's reason, and what to give; some of the options that it names do not exist here."
+    if found := re.search(r"value <= (\d+)", message):
+        return f"it has too few different pieces; give at most {int(found[1]):,}, or more text"
+    if found := re.search(r"required_chars\D+\d+ vs (\d+)", message):
+        return f"its characters alone need {int(found[1]):,}; give at least that"
+    reason = message.split("] ")[-1].strip().rstrip(".")
+    return f"{reason}; give another size, or more text"
 
 
 def _protobuf() -> Any:
@@ -448,8 +464,9 @@ def find_tokenizer(
 def _import(source: Path, to: Path) -> int:
     "Write an imported tokenizer's files, and return the size of its vocabulary."
     try:
-        _import_files(source, to)
-        return Tokenizer(to, "").vocab_size
+        with explain_errors(source, "bring an intact copy of this tokenizer", TokenizerError):
+            _import_files(source, to)
+            return Tokenizer(to, "").vocab_size
     except (ArtifactError, TokenizerError) as e:  # names the copy, which is gone when you read it
         raise TokenizerError(str(e).replace(str(to), str(source))) from None
 
@@ -499,9 +516,10 @@ def _convert_with_transformers(path: Path, to: Path) -> None:
 
         with tempfile.TemporaryDirectory() as new:
             try:
-                AutoTokenizer.from_pretrained(
-                    path, local_files_only=True, trust_remote_code=False, use_fast=True
-                ).save_pretrained(new)
+                with library_warnings(str(path)):
+                    AutoTokenizer.from_pretrained(
+                        path, local_files_only=True, trust_remote_code=False, use_fast=True
+                    ).save_pretrained(new)
             except Exception as e:
                 reason = str(e).split("\n")[0] or type(e).__name__
                 why = f", and transformers cannot open it: {reason[:200]}"

@@ -164,16 +164,23 @@ def install(
         _install_wheels(bundle, target / "env")
         _copy_contents(bundle, target)
     except BaseException as e:
+        left = _space_left(target)  # before it is freed again
         shutil.rmtree(target, ignore_errors=True)
         if existed:
             target.mkdir(exist_ok=True)  # it was there, and empty
         if isinstance(e, OSError):
-            free = shutil.disk_usage(target.parent).free
-            raise BundleError(
-                f"{target}: {e.strerror}: {e.filename or ''} ({free:,} bytes free there)"
-            ) from None
+            raise BundleError(f"{target}: {e.strerror}: {e.filename or ''} ({left})") from None
         raise
     return target / "env" / "bin" / "codex-nb"
+
+
+def _space_left(target: Path) -> str:
+    folder = target if target.is_dir() else target.parent
+    if hasattr(os, "statvfs"):
+        disk = os.statvfs(folder)
+        if disk.f_files and not disk.f_favail:
+            return f"no files (inodes) are left there, all {disk.f_files:,} are in use"
+    return f"{shutil.disk_usage(folder).free:,} bytes free there"
 
 
 def _misfits(bundle: Path) -> list[str]:

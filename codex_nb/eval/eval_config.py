@@ -6,7 +6,7 @@
 __all__ = ['GenerateConfig', 'TaskConfig', 'EvaluateConfig']
 
 # %% ../../nbs/eval/50_eval_config.ipynb #59f75967
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ..core.config import NOT_IN_DIGEST, Config
 
@@ -23,6 +23,13 @@ class GenerateConfig(Config):
     repetition_penalty: float = Field(1.0, ge=1, le=10)
     max_new_tokens: int = Field(128, ge=1)  # Upper limit
     stop_strings: list[str] = []  # The text ends before the first of them
+
+    @field_validator("stop_strings")
+    @classmethod
+    def _not_empty(cls, strings: list[str]) -> list[str]:
+        if "" in strings:
+            raise ValueError("an empty one would end every text at once; remove it")
+        return strings
 
 # %% ../../nbs/eval/50_eval_config.ipynb #ffaa421d
 class TaskConfig(Config):

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from ..core.library_warnings import library_warnings
 from ..core.repro import generator
 from ..data.documents import Message
 from ..data.tokenizer import Tokenizer, chat_ids, prompt_ids
@@ -84,7 +85,7 @@ class Generation:
 
 def _encode_prompt(tokenizer: Tokenizer, prompt: Prompt, limit: int) -> list[int]:
     if prompt is not None and len(prompt) == 0:
-        raise ValueError("the prompt is empty: give some text, or None to begin a document")
+        raise ValueError("the prompt is empty: give some text, or none at all to begin a document")
     if prompt is None or isinstance(prompt, str):
         ids = prompt_ids(tokenizer, prompt)
     else:
@@ -337,6 +338,7 @@ def generate_batch(
     return [results[i] for i in range(len(prompts))]
 
 
+@library_warnings("generating")
 def generate(
     model: PreTrainedModel,  # A causal language model
     tokenizer: Tokenizer,  # Its tokenizer

@@ -26,9 +26,11 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from ..core.artifacts import ArtifactError, disk_error
+from ..core.library_warnings import library_warnings
 from ..core.repro import seed_for
 from ..core.safety import redact_json
 from ..core.types import IGNORE
+from ..core.untrusted import explain_errors
 from ..data.documents import Document
 from ..data.tokenizer import Encoded, Tokenizer, encode_document, in_threads
 from .metrics import Calibration, bits_per_byte
@@ -314,6 +316,7 @@ def _record(
     )
 
 # %% ../../nbs/eval/54_scoring.ipynb #bcd878da
+@library_warnings("scoring")
 def score(
     model: PreTrainedModel,  # A causal language model
     tokenizer: Tokenizer,  # Its tokenizer
@@ -382,7 +385,7 @@ def load_records(
     records = {}
     for path in sorted(Path(folder).glob("part-*.ndjson")):
         lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is incomplete
-        if lines and lines[0].decode() != key:
+        if lines and lines[0] != key.encode():
             raise ArtifactError(
                 f"{path}: holds records of another evaluation; remove {folder} to start again"
             )
@@ -392,8 +395,9 @@ def load_records(
                 raise ArtifactError(
                     f"{path}: line {number} is damaged; remove {folder} to start again"
                 )
-            i, fields = json.loads(payload)
-            records[i] = Record(**fields)
+            with explain_errors(f"{path}: line {number}", f"remove {folder} to start again"):
+                i, fields = json.loads(payload)
+                records[i] = Record(**fields)
     return records
 
 

@@ -37,6 +37,7 @@ from codex_nb.core.artifacts import (
 from ..core.config import canonical_json, digest_of, env_setting, suggest
 from ..core.repro import numeric_identity
 from ..core.store import Lock, workspace
+from ..core.untrusted import explain_errors
 from ..run.run_folder import LOCK, run_status, trained_parents, verify_files
 from ..run.run_record import RunError
 
@@ -240,8 +241,10 @@ def _audit(folder: Path, role: str, replayed: Path | str | None) -> dict[str, An
             f"{path}: L4 within a tolerance of {verdict['tolerance']:.3g} proves too little; "
             f"replay it with --tolerance {MAX_TOLERANCE}"
         )
-    environment = json.loads((Path(replayed) / "environment.json").read_bytes())
-    levels, machine = verdict.get("levels", []), numeric_identity(environment)
+    place = Path(replayed) / "environment.json"
+    with explain_errors(place, remedy, RunError):
+        machine = numeric_identity(json.loads(place.read_bytes()))
+    levels = verdict.get("levels", [])
     return {"level": verdict["proven"], "levels": levels, "machine": machine}
 
 

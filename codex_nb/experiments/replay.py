@@ -19,6 +19,7 @@ from ..core.artifacts import MANIFEST, ArtifactError, json_text, read_manifest, 
 from ..core.config import diff_dicts
 from ..core.repro import numeric_identity
 from ..core.store import find_stored, workspace
+from ..core.untrusted import explain_errors
 from ..data.batches import BatchSampler, batch_fingerprint, order_digest
 from ..data.tokens import PackedDataset, TokenStore
 from .attest import run_subject, write_verdict
@@ -148,7 +149,8 @@ def training_plan(
     path, cfg = run.folder / "plan.json", run.record.settings()
     if not path.is_file() or not isinstance(cfg, RunConfig) or not cfg.fit.minutes:
         return {}
-    return {"steps": int(json.loads(path.read_bytes())["steps"])}
+    with explain_errors(path, "restore the file", RunError):
+        return {"steps": int(json.loads(path.read_bytes())["steps"])}
 
 # %% ../../nbs/experiments/75_replay.ipynb #5c26337d
 def notebook_differs(
@@ -165,12 +167,14 @@ def notebook_differs(
 
 
 def _code_cells(path: Path) -> list[str]:  # without the cell of injected parameters
-    cells = json.loads(path.read_bytes())["cells"]
-    return [
-        "".join(c["source"]).strip()
-        for c in cells
-        if c["cell_type"] == "code" and "injected-parameters" not in c["metadata"].get("tags", [])
-    ]
+    with explain_errors(path, "restore the notebook", RunError):
+        cells = json.loads(path.read_bytes())["cells"]
+        return [
+            "".join(c["source"]).strip()
+            for c in cells
+            if c["cell_type"] == "code"
+            and "injected-parameters" not in c["metadata"].get("tags", [])
+        ]
 
 # %% ../../nbs/experiments/75_replay.ipynb #cf0b2d02
 class StopCondition:

@@ -69,7 +69,7 @@ from codex_nb.train.checkpoint import (
     read_weights,
     set_weights,
 )
-from ..train.workers import WorkerError, run_workers
+from ..train.workers import WorkerError, run_workers, worker_main
 
 # %% ../../nbs/experiments/76_segments.ipynb #fdeee8f0
 TRAINING = "training"
@@ -591,4 +591,4 @@ def _segment_of(stored: dict[str, Any]) -> Segment:
 
 # %% ../../nbs/experiments/76_segments.ipynb #bae60a6d
 if __name__ == "__main__" and "__file__" in globals() and "ipykernel" not in sys.modules:
-    _score_job(Path(sys.argv[1]))
+    sys.exit(worker_main(lambda: _score_job(Path(sys.argv[1]))))

@@ -30,6 +30,7 @@ from transformers.utils import logging as hf_logging
 
 from ..core.artifacts import ArtifactError
 from ..core.config import ConfigError
+from ..core.library_warnings import library_warnings, note
 from ..core.plugins import get
 from ..core.repro import fix_cublas_workspace, seed_for
 from ..core.tensors import tensor_table, weight_files
@@ -57,8 +58,9 @@ def resolve_device(
 
 
 def _best_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
+    with library_warnings("device=auto"):  # it may say why a GPU that is there cannot be used
+        if torch.cuda.is_available():
+            return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
@@ -158,7 +160,7 @@ def build_model(
         use_cache=True,
     )
     hf_config: PretrainedConfig = get("model", cfg.arch)(cfg, common)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), library_warnings(f"arch={cfg.arch}"):
         # `torch.manual_seed` would also seed the GPUs, and dropout draws there.
         torch.default_generator.manual_seed(seed_for(seed, "weights"))
         model = AutoModelForCausalLM.from_config(
@@ -227,7 +229,7 @@ def check_weights(
         return
     try:
         names = {*json.loads(index.read_bytes())["weight_map"].values()}
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ArtifactError(f"{index}: not an index of weights: {type(e).__name__}") from None
     if bad := sorted(str(name) for name in names if not _is_weight_file(folder, name)):
         raise ArtifactError(
@@ -312,7 +314,7 @@ def _sizes_in(config: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def _meta_sizes(folder: Path) -> tuple[int, int]:  # parameters, bytes of computed tensors
-    with _explain(folder), torch.device("meta"):
+    with library_warnings(str(folder)), _explain(folder), torch.device("meta"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     computed = sum(b.numel() * b.element_size() for b in model.buffers())
@@ -342,7 +344,7 @@ def open_model(
         raise ArtifactError(f"{folder}: there is no config.json here, so this is no model")
     check_weights(folder)
     check_sizes(folder)
-    with _explain(Path(folder)), hide_progress_bars():
+    with library_warnings(str(folder)), _explain(Path(folder)), hide_progress_bars():
         opened: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             local_files_only=True,
@@ -363,8 +365,34 @@ def open_model(
             f"{folder}: config.json describes tensors that the weights lack: "
             f"{', '.join(missing[:3])}; bring the files that belong together"
         )
+    _check_unexpected(folder, model, sorted(map(str, loaded["unexpected_keys"])))
     model.to(device)
     return model.eval()
+
+
+def _check_unexpected(folder: Path | str, model: PreTrainedModel, names: list[str]) -> None:
+    "`ArtifactError` for tensors of parts that the model has; those of other parts are named."
+
+    def shape_of(name: str) -> str:  # all layers look alike
+        return re.sub(r"\.\d+(?=\.|$)", ".N", name)
+
+    parts = {shape_of(name) for name, _ in model.named_modules() if name}
+    tables = map(tensor_table, weight_files(folder)) if names else ()
+    dims = {name: len(entry["shape"]) for table in tables for name, entry in table.items()}
+    left_out = []
+    for name in names:
+        # A layer or a bias too many. Masks, which older versions saved, have other dimensions.
+        if shape_of(name.rpartition(".")[0]) in parts and dims.get(name) in (1, 2):
+            raise ArtifactError(
+                f"{folder}: the weights have {name}, which config.json does not describe; "
+                "bring the files that belong together"
+            )
+        left_out.append(name)
+    if left_out:
+        note(
+            f"{folder}: {len(left_out)} tensors belong to no part of this model and are left out: "
+            f"{', '.join(left_out[:3])}"
+        )
 
 
 @contextmanager

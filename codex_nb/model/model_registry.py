@@ -11,6 +11,7 @@ __all__ = ['ADAPTER_WEIGHTS', 'MODEL_FILES', 'model_search_path', 'is_model_fold
 import math
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from codex_nb.core.artifacts import (
     sha256_file,
 )
 from ..core.config import ConfigError, digest_of, env_setting
+from ..core.library_warnings import library_warnings
 from ..core.tensors import tensor_table, weight_files
 from ..core.untrusted import check_plain_files, read_json_object, require_inside
 
@@ -81,7 +83,7 @@ def _check_unusable(folder: Path) -> None:  # a model in a form that is not open
     if any(folder.glob("*.bin")):
         raise ConfigError(
             f"{folder}: its weights are pickled (*.bin), which can run code when opened; "
-            "save it with safe_serialization where it comes from, and bring model.safetensors"
+            "save it as safetensors where it comes from, and bring model.safetensors"
         )
     for name in ("config.json", "adapter_config.json"):
         if (folder / name).is_file():
@@ -299,15 +301,29 @@ def load_model(
 
 
 def _load_merged(base: Path, adapter: Path, device: str) -> "PreTrainedModel":
-    from codex_nb.model.adapters import ignore_peft_warnings, import_peft, merge_adapter
+    from codex_nb.model.adapters import adapter_tensors, import_peft, merge_adapter
     from codex_nb.model.causal_lm import hide_progress_bars, open_model
 
     peft, model = import_peft(), open_model(base, device)
-    with ignore_peft_warnings(), hide_progress_bars():
-        try:
-            return merge_adapter(peft.PeftModel.from_pretrained(model, adapter)).eval()
-        except Exception as e:  # whatever peft raises for a folder from elsewhere
-            reason = " ".join(str(e).split())[:300] or type(e).__name__
-            raise ArtifactError(
-                f"{adapter}: this adapter does not fit its base {base}: {reason}"
-            ) from None
+    try:
+        with library_warnings(str(adapter)), hide_progress_bars():
+            adapted = peft.PeftModel.from_pretrained(model, adapter)
+        _check_all_used(adapter, adapter_tensors(adapted).keys())
+        return merge_adapter(adapted).eval()
+    except ArtifactError:
+        raise
+    except Exception as e:  # whatever peft raises for a folder from elsewhere
+        reason = " ".join(str(e).split())[:300] or type(e).__name__
+        raise ArtifactError(
+            f"{adapter}: this adapter does not fit its base {base}: {reason}"
+        ) from None
+
+
+def _check_all_used(adapter: Path, used: Iterable[str]) -> None:
+    "`ArtifactError` for tensors that peft has passed over without a word."
+    stored = (name for name in tensor_table(adapter / ADAPTER_WEIGHTS) if ".lora_" in name)
+    if unused := sorted({*stored} - {*used}):
+        raise ArtifactError(
+            f"{adapter}: {ADAPTER_WEIGHTS} has {', '.join(unused[:3])}, for which the base has no "
+            "place; bring the base that this adapter was trained on"
+        )

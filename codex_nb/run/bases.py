@@ -11,7 +11,7 @@ from typing import Any
 
 from ..core.config import ConfigError
 from ..core.store import workspace
-from ..core.untrusted import read_json_object
+from ..core.untrusted import explain_errors, read_json_object
 from ..data.tokens import TokenStore
 from ..model.compute import resolve_compute
 from ..model.model_config import rough_flops
@@ -92,7 +92,11 @@ def resolve_compute_settings(
         flops = predictions * rough_flops(*_shape(cfg, model_config), seq_len)
     device, dtype = cfg.model.device, cfg.model.dtype
     processes = cfg.distributed.nproc
-    compute = resolve_compute(cfg.compute, device, dtype, seq_len, flops, model_config, processes)
+    place = "base: config.json" if cfg.has_base else "compute"
+    with explain_errors(place, "bring an intact copy of the model", ConfigError):
+        compute = resolve_compute(
+            cfg.compute, device, dtype, seq_len, flops, model_config, processes
+        )
     return cfg.updated(compute=compute)
 
 
@@ -114,7 +118,13 @@ def _shape(  # layers, width, vocabulary size
         return cfg.model.layers, cfg.model.width, cfg.tokenizer.vocab_size
 
     def first(*names: str) -> int:  # GPT-2 has names of its own
-        return next((config[n] for n in names if config.get(n)), 1)
+        name, value = next(((n, config[n]) for n in names if config.get(n)), (names[0], 1))
+        if type(value) is not int or value < 1:
+            raise ConfigError(
+                f"base: config.json: {name} is {str(value)[:60]!r}, must be a whole number from 1; "
+                "bring an intact copy of the model"
+            )
+        return value
 
     return (
         first("num_hidden_layers", "n_layer"),

@@ -22,7 +22,13 @@ from ..data.tokens import PackedDataset
 from ..model.causal_lm import count_parameters, logits_of
 from .bases import resolve_compute_settings
 from .settings import RunConfig
-from .training_inputs import graphs_for, model_for, objective_for, prepare_data
+from codex_nb.run.training_inputs import (
+    check_evaluation,
+    graphs_for,
+    model_for,
+    objective_for,
+    prepare_data,
+)
 from ..tracking.timers import synchronize
 from ..train.engine import total_samples, train_step
 from ..train.optim import make_optimizer
@@ -69,6 +75,7 @@ def preflight(
 ) -> dict[str, Any]:  # JSON types; raises the errors that the run would raise
     "Report what a run would train on."
     corpus, tokenizer, dataset = prepare_data(cfg)
+    check_evaluation(cfg, corpus, tokenizer)
     cfg = resolve_compute_settings(cfg, dataset.store)
     model = model_for(cfg, tokenizer)
     fit = cfg.fit
@@ -174,7 +181,7 @@ def _warnings(out: dict[str, Any], cfg: RunConfig) -> list[str]:
         found.append(
             f"{rows['documents_divided']:,} of {rows['documents']:,} documents are split over rows"
             + (
-                "; packing='best-fit' splits only those longer than a row"
+                "; packing=best-fit splits only those longer than a row"
                 if rows["packing"] == "stream"
                 else f", being longer than {rows['seq_len']} tokens"
             )

@@ -10,6 +10,7 @@ __all__ = ['MERGE_TOLERANCE', 'train_model', 'train_in_processes', 'train_rank',
 import os
 import re
 import shutil
+import signal
 import socket
 import sys
 import traceback
@@ -22,8 +23,10 @@ import torch
 
 from ..core.artifacts import Artifact, ArtifactError, DiskError, open_artifact, publish
 from ..core.config import ConfigError
+from ..core.plugins import PluginError
 from ..core.safety import redact
 from ..core.tensors import write_tensors
+from ..core.untrusted import describe_error, is_failure, is_own_error
 from ..data.corpus import Corpus
 from ..data.tokenizer import Tokenizer
 from ..data.tokens import PackedDataset
@@ -32,8 +35,8 @@ from ..model.compute import set_linear_kernels
 from ..model.model_registry import load_model
 from .bases import find_base
 from .callbacks import sinks_of
-from .run_folder import Run
-from .run_record import RunError, RunRecord
+from .run_folder import RecordBackup, Run
+from .run_record import RunRecord
 from .settings import TRAINING_KINDS, RunConfig
 from .trainer import Trainer
 from codex_nb.run.training_inputs import (
@@ -44,6 +47,7 @@ from codex_nb.run.training_inputs import (
     start_run,
 )
 from ..tracking.metrics_log import metrics_csv
+from ..tracking.system_monitor import memory_here
 from codex_nb.train.checkpoint import (
     CheckpointError,
     InexactResumeError,
@@ -62,6 +66,7 @@ from codex_nb.train.interrupts import (
     ProcessKilled,
     die_with_parent,
     is_out_of_memory,
+    why_killed,
 )
 from ..train.workers import WorkerError, run_workers
 
@@ -90,10 +95,11 @@ def train_model(
 
 
 def _can_resume(run: Run, error: Exception) -> bool:
-    "A full disk or memory does not end a run, nor a checkpoint that cannot be resumed from."
+    "A full disk or memory does not end a run, nor a resume that was refused."
     ends = isinstance(error, (DiskError, ProcessKilled))
     ends = ends or is_out_of_memory(type(error).__name__, str(error))
-    return ends or (run.resumed and isinstance(error, (CheckpointError, RunError)))
+    refused = isinstance(error, (ArtifactError, ConfigError, PluginError, ImportError))
+    return ends or (run.resumed and refused)
 
 # %% ../../nbs/run/67_recipe.ipynb #66186e8f
 def _train_with_torchrun(
@@ -134,6 +140,9 @@ def train_in_processes(
     try:
         run_workers([command], folder, env, folder, echo=echo)
     except WorkerError as e:
+        if e.returncode == -signal.SIGKILL:
+            who = "the process that starts the others" if n > 1 else "the process"
+            raise ProcessKilled(why_killed(who, memory_here())) from None
         raise _rank_error(e.output, n) from None
 
 
@@ -149,11 +158,12 @@ def _rank_error(output: str, n: int) -> Exception:
         kind = InexactResumeError
     elif any("CheckpointError" in line for line in lines):
         kind = CheckpointError
+    elif any(" ConfigError: " in line for line in lines):
+        kind = ConfigError
     elif any(is_out_of_memory(*_type_and_text(line)) for line in lines):
         kind = MemoryError
     elif re.search(r"exitcode\s*: -9\b", output):  # of torchrun; others then lose their connection
-        where = "one of them was killed, perhaps because memory ran out"
-        return ProcessKilled(f"training on {n} processes ended: {where}; resume the run")
+        return ProcessKilled(why_killed(f"one of {n} processes that train", memory_here()))
     detail = "; ".join(lines) or output[-2000:].strip()
     return kind(f"training on {n} processes failed: {detail}")
 
@@ -184,6 +194,7 @@ def train_rank(
             prepare_data(with_base(cfg, folder))  # built once on each machine
         world.barrier()
         corpus, tokenizer, dataset = prepare_data(with_base(cfg, folder))
+        backup = RecordBackup(folder)
         if attached:
             die_with_parent()
             run = Run(folder, record.kind, cfg, None, True)
@@ -199,8 +210,12 @@ def train_rank(
         except Interrupted as e:
             return EXIT_CODES[e.name]
         except Exception as e:
-            if world.main and not attached and not _can_resume(run, e):
-                run.finish("failed", f"{type(e).__name__}: {e}")
+            if world.main and not attached:
+                if not _can_resume(run, e):
+                    run.finish("failed", f"{type(e).__name__}: {e}")
+                elif run.lock and backup.only_record_changed:
+                    run.lock.release()
+                    backup.restore()
             raise
         if world.main and not attached:
             finish(run)
@@ -247,10 +262,13 @@ def main(
         return train_rank(argv[0], "--attached" in argv)
     except KeyboardInterrupt:
         return 130
-    except Exception as e:
-        expected = isinstance(e, (ArtifactError, ValueError, ArithmeticError, OSError))
+    except BaseException as e:
+        if not is_failure(e):
+            raise
+        expected = is_own_error(e) or isinstance(e, (ValueError, ArithmeticError, OSError))
         rank, host = os.environ.get("RANK", 0), socket.gethostname()
-        message = f"rank {rank} on {host}: {type(e).__name__}: {e}"
+        text = str(e) if is_own_error(e) else describe_error(e)
+        message = f"rank {rank} on {host}: {type(e).__name__}: {text}"
         if not expected:
             message += f"\n{traceback.format_exc()}"
         print(redact(message), file=sys.stderr, flush=True)

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['LOCK', 'STAMP', 'C', 'REPLAY_HINTS', 'REBUILDABLE', 'run_status', 'new_run_folder',
-           'Run', 'register_external_run', 'run_parts', 'run_content', 'seal_run', 'last_values',
-           'attach', 'list_runs', 'describe_run', 'latest_finished_run', 'in_use', 'find_run',
-           'find_in_runs', 'trained_parents', 'replay_hints', 'recorded_parent', 'verify_files']
+           'Run', 'register_external_run', 'RecordBackup', 'run_parts', 'run_content', 'seal_run',
+           'last_values', 'attach', 'list_runs', 'describe_run', 'latest_finished_run', 'in_use',
+           'find_run', 'find_in_runs', 'trained_parents', 'replay_hints', 'recorded_parent',
+           'verify_files']
 
 # %% ../../nbs/run/62_run_folder.ipynb #77664bd1
 import json
+import os
 import re
 import secrets
 import shutil
@@ -18,6 +20,8 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from filelock import FileLock, Timeout
 
 from codex_nb.core.artifacts import (
     MANIFEST,
@@ -35,6 +39,7 @@ from ..core.config import Config, canonical_json, digest_of, env_setting
 from ..core.repro import code_changes, environment
 from ..core.safety import find_secrets, redact
 from ..core.store import Lock, find_stored, is_locked, workspace
+from ..core.untrusted import read_json_object
 from codex_nb.run.run_record import (
     RunError,
     RunRecord,
@@ -210,7 +215,51 @@ def register_external_run(
 
 def _external_runs() -> list[Path]:
     registry = workspace() / "store" / ".runs"
-    return [Path(p) for p in registry.read_text("utf-8").splitlines()] if registry.exists() else []
+    return (
+        [Path(p) for p in os.fsdecode(registry.read_bytes()).splitlines()]
+        if registry.exists()
+        else []
+    )
+
+# %% ../../nbs/run/62_run_folder.ipynb #0c540f1a
+class RecordBackup:
+    "The record of a run at one moment, to be restored when a resume is refused."
+
+    def __init__(
+        self,
+        folder: Path,  # A run folder that no process holds
+    ) -> None:
+        self.folder = folder
+        self._record = {p.name: p.read_bytes() for p in _record_files(folder)}
+        self._results = _result_files(folder)
+
+    @property
+    def only_record_changed(self) -> bool:  # Nothing was measured, saved or sealed since
+        "Whether the run has not gone on."
+        return _result_files(self.folder) == self._results
+
+    def restore(self) -> None:
+        "Bring the record back as it was; where another process holds the run, leave it alone."
+        with suppress(Timeout), FileLock(self.folder / LOCK, timeout=0):
+            for path in _record_files(self.folder):
+                if path.name not in self._record:
+                    path.unlink()
+            for name, data in self._record.items():
+                path = self.folder / name
+                if not path.is_file() or path.read_bytes() != data:
+                    write_file(path, data)
+
+
+def _record_files(folder: Path) -> list[Path]:
+    patterns = ("*.json", ".*.ipynb", "code.diff", f"{LOCK}.owner")
+    found = sorted(p for pattern in patterns for p in folder.glob(pattern) if p.is_file())
+    return [p for p in found if p.name != MANIFEST]
+
+
+def _result_files(folder: Path) -> dict[Path, tuple[int, int]]:  # File -> size, time
+    others = {*_record_files(folder), folder / LOCK}
+    files = (p for p in folder.rglob("*") if p.is_file() and p not in others)
+    return {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in files}
 
 # %% ../../nbs/run/62_run_folder.ipynb #a5106999
 def run_parts(
@@ -421,7 +470,7 @@ def replay_hints(
 ) -> dict[str, Any]:  # `parents`: role -> digest; `steps`, `stop`, `leave`: where to end; or empty
     "What a replay is told about the run that it repeats."
     path = Path(folder) / REPLAY_HINTS
-    return json.loads(path.read_bytes()) if path.is_file() else {}
+    return read_json_object(path) if path.is_file() else {}
 
 
 def recorded_parent(
@@ -432,7 +481,8 @@ def recorded_parent(
     folder = run or env_setting("CODEX_NB_RUN")
     if not folder:
         return None
-    known = replay_hints(folder).get("parents", {}) | load_parents(folder)
+    hinted = replay_hints(folder).get("parents")
+    known = (hinted if isinstance(hinted, dict) else {}) | load_parents(folder)
     return known.get(role)
 
 # %% ../../nbs/run/62_run_folder.ipynb #ce045a52

@@ -15,9 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..core.artifacts import ArtifactError, json_text, write_file
+from ..core.artifacts import ArtifactError, DiskError, json_text, write_file
 from ..core.config import Config, ConfigError, identity
+from ..core.plugins import PluginError
 from ..core.store import workspace
+from ..core.untrusted import describe_error, is_failure
 from .settings import KINDS, Settings
 
 # %% ../../nbs/run/61_run_record.ipynb #554b1c68
@@ -32,12 +34,15 @@ def readable(
     "Turn what goes wrong while a run is read into one clear error."
     try:
         yield
-    except (ArtifactError, ConfigError):
+    except (ArtifactError, ConfigError, DiskError, PluginError, ImportError, MemoryError):
         raise
-    except Exception as e:
-        text = f"{folder}: cannot be read ({type(e).__name__}: {e}"
-        line = "".join(c if c.isprintable() else " " for c in text)
-        raise RunError(f"{line[:500]}); codex-nb verify says what is damaged") from None
+    except BaseException as e:
+        if not is_failure(e):
+            raise
+        reason = f"{type(e).__name__}: {describe_error(e)}"
+        raise RunError(
+            f"{folder}: cannot be read ({reason}); codex-nb verify says what is damaged"
+        ) from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -81,8 +86,9 @@ def record_parent(
     digest: str,  # Of the artifact
 ) -> None:
     "Add a parent to the record."
-    parents = load_parents(folder) | {role: digest}
-    write_file(Path(folder) / "parents.json", json_text(parents))
+    known = load_parents(folder)
+    if known.get(role) != digest:
+        write_file(Path(folder) / "parents.json", json_text(known | {role: digest}))
 
 # %% ../../nbs/run/61_run_record.ipynb #cda86dba
 STATES = "states.ndjson"

@@ -18,6 +18,7 @@ import torch
 
 from ..core.artifacts import Artifact, json_text, read_manifest, write_file
 from ..core.config import env_setting, identity
+from ..core.library_warnings import library_warnings
 from ..core.types import Batch
 from ..data.batches import BatchSampler, order_digest
 from ..data.corpus import Corpus
@@ -131,6 +132,7 @@ class Trainer:
         self.early_stopping = EarlyStopping(cfg.fit.patience, cfg.fit.min_delta)
         self.evaluator.after.append(self.early_stopping.update)
 
+    @library_warnings("training")
     def fit(self) -> TrainState:  # Where training ended; `Interrupted` after a signal
         "Train until the limit, from the latest checkpoint if there is one."
         cfg, model, world = self.cfg, self.model, self.world

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['S', 'setup_process', 'HasDigest', 'start_run', 'display_path', 'tokenizer_for',
-           'dataset_for', 'model_for', 'objective_for', 'graphs_for', 'TrainingInputs',
-           'prepare_data', 'prepare_training']
+           'dataset_for', 'model_for', 'documents_of', 'evaluation_documents', 'check_evaluation',
+           'objective_for', 'graphs_for', 'TrainingInputs', 'prepare_data', 'prepare_training']
 
 # %% ../../nbs/run/64_training_inputs.ipynb #3c2bb332
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
@@ -18,10 +19,13 @@ import torch
 from ..core.config import ConfigError, env_setting
 from ..core.repro import seed_everything, set_determinism
 from ..data.batches import BatchSampler
-from ..data.corpus import Corpus, open_corpus
-from ..data.tokenizer import Tokenizer
+from ..data.corpus import SPLITS, Corpus, open_corpus
+from ..data.documents import Document
+from ..data.tokenizer import Tokenizer, encode_document
 from ..data.tokenizer_training import import_tokenizer, train_tokenizer
 from ..data.tokens import PackedDataset, build_tokens
+from ..eval.evaluate import slice_values
+from ..eval.scoring import sample_documents
 from ..model.adapters import add_adapter
 from ..model.causal_lm import build_model
 from ..model.compute import apply_compute
@@ -73,7 +77,9 @@ def start_run(
 ) -> Run[S]:  # Its folder exists and is locked; `run.cfg` has no `auto` left
     "Set seeds and determinism, and start or resume a run."
     if isinstance(cfg, RunConfig):
-        tokens = parents.get("tokens")
+        tokens, corpus, tokenizer = map(parents.get, ("tokens", "corpus", "tokenizer"))
+        if isinstance(corpus, Corpus) and isinstance(tokenizer, Tokenizer):
+            check_evaluation(cfg, corpus, tokenizer)
         cfg = resolve_compute_settings(cfg, tokens)  # type: ignore[arg-type,assignment]
     setup_process(cfg)
     if env_setting("CODEX_NB_RUN") and "ipykernel" in sys.modules:
@@ -122,6 +128,7 @@ def model_for(
 ) -> "PreTrainedModel":  # In training mode, on its device, with an adapter if one is set
     "Build a new model, or load a base; `ConfigError` when base and data do not fit."
     if not cfg.has_base:
+        _check_stride(cfg, cfg.model.seq_len)
         model = build_model(cfg.model, tokenizer.vocab_size, tokenizer.eot, cfg.seed)
         apply_compute(model, cfg.compute)
         return _to_device(model, cfg)
@@ -136,14 +143,64 @@ def model_for(
         )
     if cfg.model.seq_len > context:
         raise ConfigError(f"seq_len: {cfg.model.seq_len} is more than the base's context {context}")
+    _check_stride(cfg, context)
     apply_compute(model, cfg.compute)
     if cfg.adapter.adapter == "none":
         return _to_device(model, cfg)
     return _to_device(add_adapter(model, cfg.adapter, cfg.seed, str(base.absolute())), cfg)
 
 
+def _check_stride(cfg: RunConfig, context: int) -> None:
+    if (cfg.evaluate.stride or 1) > context:
+        raise ConfigError(
+            f"stride: {cfg.evaluate.stride} is more than the model's context {context}; windows "
+            "would leave out tokens between them: give at most the context"
+        )
+
+
 def _to_device(model: Any, cfg: RunConfig) -> Any:
     return model.to(cfg.model.device).train()
+
+# %% ../../nbs/run/64_training_inputs.ipynb #0d5f9776
+def documents_of(
+    corpus: Corpus,  # The corpus to evaluate on
+    split: str,  # `train`, `validation`, `test` or `all`
+) -> Iterator[Document]:  # In stored order
+    "The documents of a split, or all."
+    return iter(corpus) if split == "all" else corpus.split(split)
+
+
+def evaluation_documents(
+    corpus: Corpus,  # The corpus to evaluate on
+    split: str,  # `train`, `validation`, `test` or `all`
+    limit: int,  # Maximum number to draw
+    seed: int,  # Of the draw
+) -> list[Document]:  # In stored order; `ConfigError` when there are none
+    "The documents that are evaluated on."
+    documents = sample_documents(documents_of(corpus, split), limit, seed)
+    if documents:
+        return documents
+    available = [s for s in SPLITS if corpus.counts[s]["documents"]]
+    raise ConfigError(
+        f"split: the {split} split of the corpus has no documents to evaluate on; give one of "
+        f"{', '.join(available)}, or a corpus made with {split}_fraction above 0"
+    )
+
+
+def check_evaluation(
+    cfg: RunConfig,  # The run's settings
+    corpus: Corpus,  # The training corpus
+    tokenizer: Tokenizer,  # Encodes it
+) -> None:  # `ConfigError` for an empty split, `TokenizerError` for a refused conversation
+    "Check that a run will find what it evaluates on, during training and at its end."
+    evaluate = cfg.evaluate
+    during = evaluation_documents(corpus, "validation", evaluate.eval_documents, cfg.seed)
+    after = evaluation_documents(corpus, evaluate.split, evaluate.max_documents, cfg.seed)
+    for name in evaluate.slices:
+        slice_values(after, name)
+    for doc in during + after:
+        if doc.messages:  # every text can be encoded
+            encode_document(tokenizer, doc)
 
 # %% ../../nbs/run/64_training_inputs.ipynb #91457b21
 def objective_for(

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.artifacts import disk_error
 from ..core.safety import redact, redact_json
+from ..core.untrusted import read_json_lines
+from ..data.documents import ReadError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -89,21 +91,21 @@ def _exact(value: float | str) -> str:
     return value if isinstance(value, str) else float(value).hex()
 
 # %% ../../nbs/tracking/30_metrics_log.ipynb #944c9529
+_NUMBER = (int, float)
+_RECORD_TYPES = {"schema": int, "step": int, "tokens": int, "time": _NUMBER}
+_RECORD_TYPES |= {"split": str, "values": dict, "exact": dict}
+
+
 def read_metrics(
     path: Path | str,  # A `metrics.ndjson`
     split: str | None = None,  # Only this split
 ) -> list[dict[str, Any]]:  # Records in order
-    "Read a record of metrics; `ValueError` names file and line of what cannot be read."
+    "Read a record of metrics; `ReadError` names file and line of what cannot be read."
     records = []
-    for number, line in enumerate(Path(path).read_bytes().splitlines(keepends=True), 1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            torn = "; the last line is torn, `repair_metrics` removes it"
-            hint = "" if line.endswith(b"\n") else torn
-            raise ValueError(f"{path}:{number}: not a record{hint}") from None
+    found = read_json_lines(path, _RECORD_TYPES, ReadError)
+    for number, record in enumerate(found, 1):
         if record["schema"] > METRICS_SCHEMA:
-            raise ValueError(
+            raise ReadError(
                 f"{path}:{number}: written in schema {record['schema']}, "
                 f"this version reads up to {METRICS_SCHEMA}; use a newer codex_nb"
             )
@@ -210,7 +212,7 @@ def read_samples(
     path = Path(path)
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return read_json_lines(path, {"step": int, "text": str}, ReadError)
 
 # %% ../../nbs/tracking/30_metrics_log.ipynb #abf6255c
 class LivePlot:

@@ -10,7 +10,6 @@ __all__ = ['TrackingConfig', 'sink_names', 'RunInfo', 'Row', 'Sink', 'read_rows'
 # %% ../../nbs/tracking/33_sinks.ipynb #8399a005
 import hashlib
 import json
-import logging
 import os
 import shutil
 import sys
@@ -26,9 +25,11 @@ from pydantic import Field, field_validator
 
 from ..core.artifacts import MANIFEST
 from ..core.config import NOT_IN_DIGEST, Config, environment_with
+from ..core.library_warnings import library_warnings
 from ..core.plugins import get, known
 from ..core.safety import redact, redact_json
 from ..core.store import workspace
+from ..core.untrusted import explain_errors
 from .metrics_log import MetricsWriter, metrics_csv, write_sample
 
 if TYPE_CHECKING:
@@ -114,7 +115,8 @@ def read_rows(
             data = f.read()
         data = data[: data.rfind(b"\n") + 1]  # an unfinished line is read next time
         for line in data.splitlines():
-            rows.append(_row(file, number, json.loads(line)))
+            with explain_errors(f"{path}:{number + 1}: not a record", "restore the file"):
+                rows.append(_row(file, number, json.loads(line)))
             number += 1
         offsets[file] = (number, position + len(data))
     return rows
@@ -145,6 +147,7 @@ class Sinks:
         self.run_info, self.names, self.every, self.wait = run_info, names, every, wait
         self.broken: dict[str, str] = {}  # Disabled sinks: name -> reason
         self._open: dict[str, Sink] = {}
+        self._complete: set[str] = set()  # Those that have all rows, closed or not
         self._closed: set[str] = set()
         self._next = 0.0  # When `feed` may wake the thread again
         self._end: tuple[str | None, list[Path]] | None = None  # Set by `finish`
@@ -211,11 +214,13 @@ class Sinks:
                 self._open[name] = get("sink", name)(self.run_info)
             sink = self._open[name]
             new = [r for r in rows if r.number >= sink.fed.get(r.file, 0)]
-            if new:
-                sink.write(new)
-            if end:
-                sink.close(*end)
-                self._closed.add(name)
+            with library_warnings(name):
+                if new:
+                    sink.write(new)
+                if end:
+                    self._complete.add(name)
+                    sink.close(*end)
+                    self._closed.add(name)
         except Exception as e:
             first_line = str(e).partition("\n")[0]
             missing_package = "pip install" in str(e)
@@ -224,6 +229,13 @@ class Sinks:
     def _disable(self, name: str, reason: str) -> None:
         self.broken[name] = redact(reason)[:300]
         run = self.run_info.folder.name
+        if name in self._complete:
+            print(
+                f"{name} has all that was recorded in {run}, but was not closed: "
+                f"{self.broken[name]}",
+                file=sys.stderr,
+            )
+            return
         print(
             f"{name} is disabled for this run: {self.broken[name]} (the record in {run} is "
             f"complete; fill it later with: codex-nb export {run} --to {name})",
@@ -292,16 +304,15 @@ def mlflow_experiment() -> "tuple[MlflowClient, str]":  # Client, id of the expe
         from mlflow import MlflowClient
     except ImportError:
         raise ImportError("mlflow is not installed: pip install 'codex_nb[mlflow]'") from None
-    for name in ("mlflow", "alembic"):  # importing mlflow made them talkative
-        logging.getLogger(name).setLevel(logging.WARNING)
     location = None  # a server decides itself
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         workspace().mkdir(parents=True, exist_ok=True)
         location = (workspace() / "mlflow-artifacts").as_uri()
-    client = MlflowClient(mlflow_uri())
-    if experiment := client.get_experiment_by_name("codex_nb"):
-        return client, experiment.experiment_id
-    return client, client.create_experiment("codex_nb", artifact_location=location)
+    with library_warnings("mlflow"):  # importing mlflow has made it and alembic talkative
+        client = MlflowClient(mlflow_uri())
+        if experiment := client.get_experiment_by_name("codex_nb"):
+            return client, experiment.experiment_id
+        return client, client.create_experiment("codex_nb", artifact_location=location)
 
 # %% ../../nbs/tracking/33_sinks.ipynb #00eada24
 class MLflowSink:

@@ -31,6 +31,7 @@ from codex_nb.core.repro import (
     set_rng_state,
 )
 from ..core.tensors import write_tensors
+from ..core.untrusted import explain_errors
 from ..model.adapters import adapter_settings, adapter_tensors, load_adapter_tensors
 from codex_nb.train.distributed import (
     World,
@@ -309,19 +310,19 @@ def read_state(
     folder: Path | str,  # A checkpoint
 ) -> dict[str, Any]:  # By `STATE_KEYS`; `CheckpointError` when it cannot be read
     "What a checkpoint's `state.json` holds, names of version 0.1 migrated."
-    try:
+    place = f"{folder}: state.json cannot be read"
+    with explain_errors(place, "use another checkpoint", CheckpointError):
         state = json.loads((Path(folder) / "state.json").read_text("utf-8"))
-    except (OSError, ValueError) as e:
-        raise CheckpointError(f"{folder}: state.json cannot be read: {e}") from None
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{folder}: state.json holds no object, but {type(state).__name__}")
-    data = state.get("data") or {}
-    for table, renamed in (
-        (state.get("progress") or {}, RENAMED_PROGRESS),
-        (data.get("rows") or {}, RENAMED_ROWS),
-    ):
-        for old in renamed.keys() & table.keys():
-            table[renamed[old]] = table.pop(old)
+        if not isinstance(state, dict):
+            kind = type(state).__name__
+            raise CheckpointError(f"{folder}: state.json holds no object, but {kind}")
+        data = state.get("data") or {}
+        for table, renamed in (
+            (state.get("progress") or {}, RENAMED_PROGRESS),
+            (data.get("rows") or {}, RENAMED_ROWS),
+        ):
+            for old in renamed.keys() & table.keys():
+                table[renamed[old]] = table.pop(old)
     return state
 
 # %% ../../nbs/train/43_checkpoint.ipynb #98e0005a

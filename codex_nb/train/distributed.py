@@ -12,7 +12,6 @@ import datetime
 import json
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
+from ..core.library_warnings import library_warnings
 from ..core.repro import fork_rng
 
 # %% ../../nbs/train/42_distributed.ipynb #7ccffabe
@@ -301,8 +301,7 @@ def load_shards(
             out[name] = torch.empty_like(t, dtype=dtype)
         else:
             out[name] = torch.empty(saved.size, dtype=dtype)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # it warns that there is one process
+    with library_warnings(str(folder)):
         load(out, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=world.size == 1)
     return out
 

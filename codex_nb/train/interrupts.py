@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXIT_CODES', 'RESUMABLE', 'RESUMABLE_CODES', 'SIGNAL_MARKER', 'Interrupted',
-           'ProcessKilled', 'is_out_of_memory', 'stop_signals', 'leave_terminal', 'Signals',
-           'die_with_parent']
+           'ProcessKilled', 'why_killed', 'is_out_of_memory', 'stop_signals', 'leave_terminal',
+           'Signals', 'die_with_parent']
 
 # %% ../../nbs/train/46_interrupts.ipynb #d2ba9913
 import ctypes
@@ -18,6 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from ..tracking.system_monitor import Memory
 
 # %% ../../nbs/train/46_interrupts.ipynb #ac00a356
 class Interrupted(KeyboardInterrupt):
@@ -37,6 +39,21 @@ EXIT_CODES = {"SIGHUP": 129, "SIGINT": 130, "SIGTERM": 143}
 
 class ProcessKilled(RuntimeError):
     "A process of a run was killed, as the system does when memory runs out."
+
+
+def why_killed(
+    who: str,  # What was killed, e.g. `the kernel`
+    memory: Memory,  # What there was, as long as it was alive
+    held: int = 0,  # Bytes that it had at last; 0 where that is not known
+) -> str:  # One line
+    "Say that a process was killed, and what memory there was."
+    limit = f"{memory.limit / 2**30:.1f} GiB"
+    if not held:
+        return f"{who} was killed, perhaps because memory ran out: processes here have {limit}"
+    return (
+        f"{who} was killed, perhaps because memory ran out: at last it held "
+        f"{held / 2**30:.1f} GiB, and {memory.available / 2**30:.1f} of {limit} were available"
+    )
 
 
 # Names of errors after which a run is interrupted and can be resumed -> exit code
