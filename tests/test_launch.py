@@ -57,7 +57,7 @@ BAD = {
         "there is no such file or folder; give a path, or one of chat, markov, sample, stdlib",
     ),
     "empty folder": ("data {}/empty", "no text in this folder: it is empty"),
-    "binary file": ("data {}/picture.png", "this is a binary file, not text"),
+    "picture": ("data {}/picture.png", "this looks like a picture, which holds no text"),
     "bad line": ("data {}/bad.jsonl", "bad.jsonl:2: "),
     "too short to divide": ("data {}/short.txt", "too little text: the validation split is empty"),
     "too short for a row": (
