@@ -229,7 +229,9 @@ _PROVIDERS = [
     _token(
         "jwt",
         "eyJ ZXlK",
-        r"eyJ[A-Za-z0-9_-]{10,4000}+\.[A-Za-z0-9_-]{10,20000}+\.[A-Za-z0-9_-]{10,}",
+        # within a run of such characters, a short header: each of many beginnings is tried
+        r"(?:(?<![_-])eyJ[A-Za-z0-9_-]{10,4000}+|eyJ[A-Za-z0-9_-]{10,300}+)"
+        r"\.[A-Za-z0-9_-]{10,20000}+\.[A-Za-z0-9_-]{10,}",
         r"ZXlK[A-Za-z0-9+/]{60,}={0,2}",
     ),
 ]
