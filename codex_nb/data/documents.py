@@ -24,7 +24,16 @@ class Message(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     "One turn of a conversation."
 
     role: str  # One of `ROLES`
-    content: str  # Not empty
+    content: str  # Not empty, except beside `tool_calls`
+    tool_calls: tuple[dict[str, Any], ...] | UnsetType = UNSET  # What the assistant calls
+    tool_call_id: str | UnsetType = UNSET  # Of a tool's answer: the call that it belongs to
+    name: str | UnsetType = UNSET  # Of a tool's answer: the tool
+
+    @property
+    def full_text(self) -> str:
+        "The content, and the tools that are called."
+        calls = canonical_json(list(self.tool_calls)).decode() if self.tool_calls else ""
+        return "\n".join(filter(None, [self.content, calls]))
 
 
 class Document(
@@ -41,11 +50,12 @@ class Document(
     group: str | None = None  # Documents of one group stay on one side of a split
     meta: dict[str, Any] = {}  # Other metadata, as JSON types
     messages: tuple[Message, ...] | UnsetType = UNSET  # A conversation
+    tools: tuple[dict[str, Any], ...] | UnsetType = UNSET  # Functions that it may call
     prompt: str | UnsetType = UNSET  # The context of a completion; may be empty
     completion: str | UnsetType = UNSET  # What the model learns to write after the prompt
 
     @property
-    def full_text(self) -> str:  # Message contents are joined by blank lines
+    def full_text(self) -> str:  # Messages are joined by blank lines
         "All of the document's text."
         if self.completion:
             assert self.prompt is not UNSET
@@ -53,7 +63,7 @@ class Document(
         if self.text:
             return self.text
         assert self.messages is not UNSET
-        return "\n\n".join(m.content for m in self.messages)
+        return "\n\n".join(m.full_text for m in self.messages)
 
     @property
     def sha256(self) -> str:  # 64 hex digits
@@ -64,11 +74,18 @@ class Document(
             parts = [["prompt", self.prompt], ["completion", self.completion]]
         else:
             assert self.messages is not UNSET
-            parts = [[m.role, m.content] for m in self.messages]
+            parts = [_parts(m) for m in self.messages]
+            parts += [["tools", list(self.tools)]] if self.tools else []
         return hashlib.sha256(canonical_json(parts)).hexdigest()
 
 
-ROLES = ("system", "user", "assistant")
+def _parts(m: Message) -> list[Any]:
+    "What the hash of a message covers."
+    call = [list(m.tool_calls or ()), m.tool_call_id or "", m.name or ""]
+    return [m.role, m.content, *(call if any(call) else [])]
+
+
+ROLES = ("system", "user", "assistant", "tool")
 
 # %% ../../nbs/data/10_documents.ipynb #6064523a
 def as_documents(
@@ -239,6 +256,7 @@ _FIELD_TYPES: dict[str, type] = {
     "group": str,
     "meta": dict,
     "messages": list,
+    "tools": list,
     "prompt": str,
     "completion": str,
 }
@@ -263,6 +281,8 @@ def document_of(
         if not isinstance(value, kind) and not (key == "group" and value is None):
             raise BadLine(f"`{key}` must be {_JSON_TYPES[kind]}, is {_type_name(value)}")
     given = [k for k in ("text", "messages", "prompt", "completion") if k in record]
+    if "tools" in record and (given != ["messages"] or not _are_objects(record["tools"])):
+        raise BadLine("`tools` must be an array of objects, beside `messages`")
     if given not in (["text"], ["messages"], ["prompt", "completion"]):
         names = " and ".join(f"`{k}`" for k in given) or "none of them"
         raise BadLine(f"needs `text`, or `messages`, or `prompt` and `completion`; has {names}")
@@ -273,6 +293,8 @@ def document_of(
     if given == ["messages"]:
         _check_messages(record["messages"])
         strings += [m["content"] for m in record["messages"]]
+        others = [m.get("tool_calls") for m in record["messages"]] + [record.get("tools")]
+        strings += [json.dumps(other, ensure_ascii=False) for other in others if other]
     if any(_SURROGATE.search(s) for s in strings if not s.isascii()):
         raise BadLine("an unpaired surrogate, which is not a character")
     return msgspec.convert(record, Document)
@@ -284,7 +306,16 @@ _NEXT_ROLES: dict[str | None, tuple[str, ...]] = {
     "system": ("user",),
     "user": ("assistant",),
     "assistant": ("user",),
+    "tool calls": ("tool",),
+    "tool": ("tool", "assistant"),
 }
+# Role -> fields that its messages may have besides `role` and `content`
+_MORE_FIELDS = {"assistant": {"tool_calls"}, "tool": {"tool_call_id", "name"}}
+
+
+def _are_objects(value: Any) -> bool:
+    "Whether a value is an array of one or more objects."
+    return isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
 
 
 def _check_messages(messages: list) -> None:
@@ -293,15 +324,17 @@ def _check_messages(messages: list) -> None:
     for n, m in enumerate(messages, 1):
         if not isinstance(m, dict):
             raise BadLine(f"message {n} must be an object, is {_type_name(m)}")
-        if m.keys() != {"role", "content"}:
+        role, content = m.get("role"), m.get("content")
+        more = m.keys() - {"role", "content"}
+        if m.keys() - more != {"role", "content"} or (role in ROLES and more - _may_have(role)):
             names = ", ".join(sorted(map(str, m))) or "nothing"
             raise BadLine(f"message {n} must have `role` and `content`, has {names}")
-        role, content = m["role"], m["content"]
         if role not in ROLES:
             raise BadLine(f"message {n}: unknown role {role!r}; known: {', '.join(ROLES)}")
+        _check_tools(n, m)
         if not isinstance(content, str):
             raise BadLine(f"message {n}: `content` must be a string, is {_type_name(content)}")
-        if not content:
+        if not content and "tool_calls" not in m:
             raise BadLine(f"message {n}: `content` is empty")
         if role not in _NEXT_ROLES[last]:
             place = f"follow {last}" if last else "come first"
@@ -309,9 +342,34 @@ def _check_messages(messages: list) -> None:
                 f"message {n}: {role} cannot {place}; "
                 "after an optional system message, user and assistant take turns"
             )
-        last = role
+        last = "tool calls" if "tool_calls" in m else role
     if not any(m["role"] == "assistant" for m in messages):
         raise BadLine("no message of the assistant, so nothing could be learned from it")
+
+
+def _may_have(role: str) -> set[str]:
+    return _MORE_FIELDS.get(role, set())
+
+
+def _check_tools(n: int, m: dict[str, Any]) -> None:
+    "Raise `BadLine` for fields about tools that break the schema."
+    if "tool_calls" in m:
+        calls = m["tool_calls"]
+        names = [_called(call) for call in calls] if _are_objects(calls) else [None]
+        if not all(isinstance(name, str) and name for name in names):
+            raise BadLine(
+                f"message {n}: `tool_calls` must be an array of objects such as "
+                '{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}'
+            )
+    for key in ("tool_call_id", "name"):
+        if not isinstance(m.get(key, ""), str):
+            raise BadLine(f"message {n}: `{key}` must be a string, is {_type_name(m[key])}")
+
+
+def _called(call: dict[str, Any]) -> Any:
+    "The name of the function that a call names."
+    function = call.get("function")
+    return function.get("name") if isinstance(function, dict) else None
 
 # %% ../../nbs/data/10_documents.ipynb #c39d538d
 class ReadError(ValueError):
