@@ -10,7 +10,7 @@ __all__ = ['ROLES', 'MAX_LINE', 'MAX_DEPTH', 'Message', 'Document', 'as_document
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -211,21 +211,24 @@ _decode = msgspec.json.Decoder(Document).decode
 
 def parse_line(
     line: bytes,  # One line, with or without its line end
+    convert: Callable[[Any], Document] | None = None,  # Of a record; default: `document_of`
+    texts: bool = True,  # Whether a plain text is one as it stands
 ) -> Document:  # Complies with the schema
     "Parse a line of JSON as a document; `BadLine` says what is wrong with it."
+    convert = convert or document_of
     try:
         doc = _decode(line)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return _read_slowly(line)
-    # `meta` may hold any JSON, so its depth, numbers and strings are checked as well.
-    if doc.meta:
-        return _read_slowly(line)
-    if doc.text and doc.messages is doc.prompt is doc.completion is UNSET:
+        return _read_slowly(line, convert)
+    # `meta` and tools may hold any JSON, so its depth, numbers and strings are checked as well.
+    if doc.meta or doc.tools or any(m.tool_calls for m in doc.messages or ()):
+        return _read_slowly(line, convert)
+    if texts and doc.text and doc.messages is doc.prompt is doc.completion is UNSET:
         return doc
-    return document_of(msgspec.json.decode(line))
+    return convert(msgspec.json.decode(line))
 
 
-def _read_slowly(line: bytes) -> Document:
+def _read_slowly(line: bytes, convert: Callable[[Any], Document]) -> Document:
     "Parse a line rule by rule, so that the first one broken can be named."
     try:
         s = line.decode("utf-8").removesuffix("\n").removesuffix("\r")
@@ -238,7 +241,7 @@ def _read_slowly(line: bytes) -> Document:
         raise BadLine("a byte order mark; save the file as UTF-8 without one", 1)
     if limit := check_json(s):
         raise limit
-    return document_of(msgspec.json.decode(line))
+    return convert(msgspec.json.decode(line))
 
 # %% ../../nbs/data/10_documents.ipynb #5b5232a9
 _JSON_TYPES: dict[type, str] = {

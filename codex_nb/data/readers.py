@@ -11,7 +11,9 @@ import codecs
 import csv
 import gzip
 import io
+import json
 import os
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,9 +37,9 @@ from codex_nb.data.documents import (
     Document,
     ReadError,
     Reject,
-    document_of,
     parse_line,
 )
+from .record_formats import RecordReader, unknown_format
 
 # %% ../../nbs/data/11_readers.ipynb #0bfc05dd
 def _printable(name: str) -> str:
@@ -132,6 +134,14 @@ _MAGIC = {
 }
 
 
+def _character_boundary(data: bytes) -> int:
+    "The start of the last UTF-8 character, which the end of `data` may cut in two."
+    i = len(data) - 1
+    while i > len(data) - 4 and data[i] & 0xC0 == 0x80:
+        i -= 1
+    return i
+
+
 def _known_format(start: bytes) -> str | None:
     "What data are that begin like a well-known format, and hold what text does not."
     found = (what for (at, magic), what in _MAGIC.items() if start.startswith(magic, at))
@@ -196,6 +206,7 @@ class _Source:
     path: Path
     name: str  # Its name inside the folder that is read
     rejects: Rejects
+    records: RecordReader
     line: int = 0  # The last line reached, 1-based
 
     def reject(self, reason: str, line: int | None = None) -> None:
@@ -210,9 +221,9 @@ class _Source:
 
 
 @contextmanager
-def _reading(path: Path, rejects: Rejects, name: str) -> Iterator[_Source]:
+def _reading(path: Path, rejects: Rejects, name: str, records: RecordReader) -> Iterator[_Source]:
     "Turn errors that end the reading of a file into a reject at the line reached."
-    source = _Source(path, name, rejects)
+    source = _Source(path, name, rejects, records)
     try:
         yield source
     except BadLine as e:
@@ -273,18 +284,21 @@ def _parse_or_reject(line: bytes, n: int, source: _Source) -> Document | None:
     "Parse line number `n`; None when it is refused."
     source.line = n
     try:
-        return parse_line(line)
+        return parse_line(line, source.records, "text" in source.records.formats)
     except BadLine as e:
         source.reject(e.reason)
         return None
 
 
-def _read_jsonl(path: Path, rejects: Rejects, name: str) -> Iterator[Document]:
+def _read_jsonl(
+    path: Path, rejects: Rejects, name: str, records: RecordReader
+) -> Iterator[Document]:
     blank: list[int] = []  # Empty lines, which only the end of a file may have
-    with _reading(path, rejects, name) as source, open_bytes(path) as f:
+    with _reading(path, rejects, name, records) as source, open_bytes(path) as f:
         for chunk, is_single in _chunks(f, source):
             first = source.line + 1
-            decoded = () if is_single else _decode_chunk(chunk)
+            at_once = not is_single and "text" in records.formats
+            decoded = _decode_chunk(chunk) if at_once else ()
             count = len(decoded) or (1 if is_single else chunk.count(b"\n"))
             lines = [chunk] if is_single else None
             for n, doc in enumerate(decoded or repeat(None, count), first):
@@ -320,13 +334,17 @@ def read_jsonl(
     path: Path | str,  # A file of JSON lines, perhaps compressed
     name: str | None = None,  # What ids call the file; default: its name
     rejects: Rejects | None = None,  # Default: stop at the first bad line
+    records: RecordReader | None = None,  # Which formats are read; default: all
 ) -> Iterator[Document]:  # In the order of the file
     "Stream the documents of a JSON-lines file; `ReadError` has file, line and reason."
-    return _read_jsonl(Path(path), rejects or Rejects(), name or _printable(Path(path).name))
+    name = name or _printable(Path(path).name)
+    return _read_jsonl(Path(path), rejects or Rejects(), name, records or RecordReader())
 
 # %% ../../nbs/data/11_readers.ipynb #0c9e90eb
-def _read_text(path: Path, rejects: Rejects, name: str) -> Iterator[Document]:
-    with _reading(path, rejects, name) as source, open_bytes(path) as f:
+def _read_text(
+    path: Path, rejects: Rejects, name: str, records: RecordReader
+) -> Iterator[Document]:
+    with _reading(path, rejects, name, records) as source, open_bytes(path) as f:
         block, line, part = f.read(MAX_LINE), 1, 0
         if not block:
             raise ReadError(f"{path}: the file is empty")
@@ -346,14 +364,6 @@ def _read_text(path: Path, rejects: Rejects, name: str) -> Iterator[Document]:
             data = block[cut:] + following
             block, following = data[:MAX_LINE], data[MAX_LINE:]
             following += f.read(MAX_LINE - len(following))  # nothing, once the file has ended
-
-
-def _character_boundary(data: bytes) -> int:
-    "The start of the last UTF-8 character, which the end of `data` may cut in two."
-    i = len(data) - 1
-    while i > len(data) - 4 and data[i] & 0xC0 == 0x80:
-        i -= 1
-    return i
 
 
 def _decode_text(data: bytes, line: int, source: _Source) -> str:
@@ -381,48 +391,28 @@ def read_text(
     rejects: Rejects | None = None,  # Default: stop at a bad byte
 ) -> Iterator[Document]:  # One, or several of at most `MAX_LINE` bytes
     "Stream a text file; `ReadError` has file, line and reason."
-    return _read_text(Path(path), rejects or Rejects(), name or _printable(Path(path).name))
+    name = name or _printable(Path(path).name)
+    return _read_text(Path(path), rejects or Rejects(), name, RecordReader())
 
 # %% ../../nbs/data/11_readers.ipynb #29edb9d5
-_FIELDS = Document.__struct_fields__
-
-
-def _document_of_row(row: dict[str, Any]) -> Document:
-    "Make a document of a table's row; columns that are no fields go into `meta`."
-    record, other = {}, {}
-    for column, value in row.items():
-        if column not in _FIELDS:
-            other[column] = value
-        elif value is not None or column not in ("id", "group", "meta"):
-            record[column] = value
-    meta = record.get("meta", {})
-    if isinstance(meta, str):  # all that a CSV file can hold
-        with suppress(
-            msgspec.DecodeError, RecursionError
-        ):  # then it is refused as any that is no object
-            record["meta"] = meta = msgspec.json.decode(meta)
-    if other and isinstance(meta, dict):
-        record["meta"] = meta | other
+def _document_of_row(row: dict[str, Any], records: RecordReader) -> Document:
+    "Make a document of a table's row."
     try:
-        canonical_json(record.get("meta", {}))
+        canonical_json({k: v for k, v in row.items() if k != "text"})
     except (TypeError, ValueError, RecursionError, OverflowError) as e:
         raise BadLine(f"`meta` holds what JSON cannot: {e}") from None
-    return document_of(record)
+    return records(row)
 
 
 def _read_rows(
     rows: Iterable[dict[str, Any]], columns: Sequence[str], source: _Source
 ) -> Iterator[Document]:
     "Documents of a table's rows; `rows` sets `source.line` before it yields one."
-    if not {"text", "messages", "prompt"} & {*columns}:
-        names = ", ".join(map(repr, columns))
-        raise ReadError(
-            f"{source.path}: no column named text, messages, or prompt and completion; "
-            f"there are: {names}"
-        )
+    if not source.records.knows(dict.fromkeys(columns, [])):
+        raise ReadError(f"{source.path}: {unknown_format(columns, 'columns')}")
     for row in rows:
         try:
-            doc = _document_of_row(row)
+            doc = _document_of_row(row, source.records)
         except BadLine as e:
             source.reject(e.reason)
             continue
@@ -457,9 +447,9 @@ def _csv_rows(
             source.reject(f"{len(cells)} cells in a row of {len(columns)} columns")
 
 
-def _read_csv(path: Path, rejects: Rejects, name: str) -> Iterator[Document]:
+def _read_csv(path: Path, rejects: Rejects, name: str, records: RecordReader) -> Iterator[Document]:
     csv.field_size_limit(MAX_LINE)
-    with _reading(path, rejects, name) as source, open_bytes(path) as f:
+    with _reading(path, rejects, name, records) as source, open_bytes(path) as f:
         reader = csv.reader(_csv_lines(f, source), strict=True)
         try:
             columns = next(reader, None)
@@ -501,8 +491,10 @@ def _damaged_table(what: str, error: Exception) -> Exception:
     return BadLine(f"not {what}: {describe_error(error)}")
 
 
-def _read_parquet(path: Path, rejects: Rejects, name: str) -> Iterator[Document]:
-    with _reading(path, rejects, name) as source:
+def _read_parquet(
+    path: Path, rejects: Rejects, name: str, records: RecordReader
+) -> Iterator[Document]:
+    with _reading(path, rejects, name, records) as source:
         pa = _import_pyarrow()
         try:
             with pa.parquet.ParquetFile(path) as f:
@@ -537,19 +529,99 @@ def _saved_files(folder: Path) -> list[str]:
     return names
 
 
-def _read_saved_dataset(folder: Path, rejects: Rejects) -> Iterator[Document]:
+def _read_saved_dataset(
+    folder: Path, rejects: Rejects, records: RecordReader
+) -> Iterator[Document]:
     names = _saved_files(folder)
     pa = _import_pyarrow()
     for name in names:
-        with _reading(folder / name, rejects, name) as source:
+        with _reading(folder / name, rejects, name, records) as source:
             try:
                 with pa.memory_map(str(folder / name)) as m, pa.ipc.open_stream(m) as f:
                     yield from _read_rows(_arrow_rows(f, source), f.schema.names, source)
             except Exception as e:
                 raise _damaged_table("a complete Arrow file", e) from None
 
+# %% ../../nbs/data/11_readers.ipynb #409b2da4
+_MAY_HOLD_RECORDS = (".json", ".jl", ".txt", "")  # Suffixes
+_decode_json = json.JSONDecoder().raw_decode
+_JSON_SPACE = re.compile(r"[ \t\n\r,]*")  # Also what stands between the records of an array
+
+
+def _reader_of_text(path: Path, records: RecordReader) -> Callable[..., Iterator[Document]]:
+    "How a file that is no table is read."
+    if kind_of(path) not in _MAY_HOLD_RECORDS:
+        return _read_text
+    with suppress(ReadError, BadLine, UnicodeDecodeError, OSError, *_DAMAGE), open_bytes(path) as f:
+        start = f.peek(1)[:1] and f.read(MAX_LINE)
+        if start.lstrip()[:1] in (b"{", b"["):
+            return _reader_of_json(start[: _character_boundary(start)].decode(), records)
+    return _read_text
+
+
+def _reader_of_json(start: str, records: RecordReader) -> Callable[..., Iterator[Document]]:
+    "How a file is read whose text begins so, and with a bracket."
+    is_array = start.lstrip().startswith("[")
+    begin = len(start) - len(start.lstrip()) + is_array
+    begin = _JSON_SPACE.match(start, begin).end()  # type: ignore[union-attr]
+    try:
+        first, end = _decode_json(start, begin)
+    except (ValueError, RecursionError):
+        return _read_text
+    if not records.knows(first):
+        return _read_text
+    is_line = not is_array and "\n" not in start[begin:end]
+    return _read_jsonl if is_line else _read_json
+
+
+def _read_json(
+    path: Path, rejects: Rejects, name: str, records: RecordReader
+) -> Iterator[Document]:
+    "The records of an array, or of a file that has one after the other."
+    with _reading(path, rejects, name, records) as source, open_bytes(path) as f:
+        decode = codecs.getincrementaldecoder("utf-8")().decode
+        text, line, at, ended = "", 1, 0, False
+
+        def more() -> None:
+            nonlocal text, at, ended
+            data = f.read(max(_CHUNK_BYTES, len(text)))
+            text, at, ended = text[at:] + decode(data, final=not data), 0, not data
+
+        more()
+        at = len(text) - len(text.lstrip())
+        line += text.count("\n", 0, at)
+        is_array = text[at : at + 1] == "["
+        at += is_array
+        while True:
+            space = _JSON_SPACE.match(text, at).end()  # type: ignore[union-attr]
+            line += text.count("\n", at, space)
+            at = space
+            if at == len(text) and not ended:
+                more()
+                continue
+            source.line = line
+            if at == len(text) or (is_array and text[at] == "]"):
+                break
+            try:
+                _, end = _decode_json(text, at)
+            except RecursionError:
+                raise BadLine("nested too deeply") from None
+            except ValueError as e:
+                if not ended and len(text) - at < MAX_LINE:
+                    more()
+                    continue
+                reason = e.msg if isinstance(e, json.JSONDecodeError) else e
+                raise BadLine(f"no JSON, or a record over {MAX_LINE:,} bytes: {reason}") from None
+            if doc := _parse_or_reject(text[at:end].encode(), line, source):
+                doc.id = doc.id or f"{name}:{line}"
+                yield doc
+            line += text.count("\n", at, end)
+            at = end
+        if is_array and at == len(text):
+            raise BadLine("the array has no end: the file was cut off")
+
 # %% ../../nbs/data/11_readers.ipynb #3fb8f9a0
-_READERS: dict[str, Callable[[Path, Rejects, str], Iterator[Document]]] = {
+_READERS: dict[str, Callable[[Path, Rejects, str, RecordReader], Iterator[Document]]] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".csv": _read_csv,
@@ -561,10 +633,12 @@ def read_file(
     path: Path | str,  # A file
     name: str | None = None,  # What ids call the file; default: its name
     rejects: Rejects | None = None,  # Default: stop at the first bad line
+    records: RecordReader | None = None,  # Which formats are read; default: all
 ) -> Iterator[Document]:  # In the order of the file
     "Stream the documents of a file by its suffix; `ReadError` has file, line and reason."
-    read = _READERS.get(kind_of(path), _read_text)
-    return read(Path(path), rejects or Rejects(), name or _printable(Path(path).name))
+    path, records = Path(path), records or RecordReader()
+    read = _READERS.get(kind_of(path)) or _reader_of_text(path, records)
+    return read(path, rejects or Rejects(), name or _printable(path.name), records)
 
 # %% ../../nbs/data/11_readers.ipynb #b46def81
 TEXT_SUFFIXES = frozenset(
@@ -582,25 +656,26 @@ def read_path(
     rejects: Rejects | None = None,  # Default: stop at the first bad line
     include: tuple[str, ...] = (),  # .gitignore patterns; only matching paths are read
     exclude: tuple[str, ...] = (),  # .gitignore patterns of paths to leave out
+    records: RecordReader | None = None,  # Which formats are read; default: all
 ) -> Iterator[Document]:  # In the order of the paths
     "Stream the documents below a path; `ReadError` when there is nothing to read."
-    path = Path(path)
+    path, records = Path(path), records or RecordReader()
     skipped = Counter() if skipped is None else skipped
     rejects = rejects or Rejects()
     if not path.exists():
         raise ReadError(f"{path}: there is no such file or folder")
     if not path.is_dir():
-        yield from read_file(path, rejects=rejects)
+        yield from read_file(path, rejects=rejects, records=records)
         return
     if _is_saved_dataset(path):
-        yield from _read_saved_dataset(path, rejects)
+        yield from _read_saved_dataset(path, rejects, records)
         return
     included = GitIgnoreSpec.from_lines(include) if include else None
     excluded = GitIgnoreSpec.from_lines(exclude)
     found = False
     for rel in _walk_folder(path, skipped, included, excluded):
         found = True
-        yield from read_file(path / rel, rejects=rejects, name=_printable(rel))
+        yield from read_file(path / rel, _printable(rel), rejects, records)
     if not found:
         counts = ", ".join(f"{k}: {v}" for k, v in sorted(skipped.items()))
         why = f" (skipped: {counts})" if counts else ": it is empty"
