@@ -22,6 +22,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import msgspec
 import numpy as np
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
@@ -519,15 +520,15 @@ def encode_document(
         parts = [tokenizer.array(str(doc.prompt)), tokenizer.array(doc.completion)]
         mask = np.repeat([False, True], [len(p) for p in parts])
         return Encoded(np.concatenate(parts), mask, True, tokenizer.opening)
-    messages = doc.messages or ()
+    messages, tools = doc.messages or (), doc.tools or ()
     own_template = tokenizer.config.get("chat_template") == CHAT_TEMPLATE
-    if own_template:
-        ids, mask = _encode_turns(tokenizer, messages)
-    else:
-        try:
-            ids, mask = _encode_with_template(tokenizer, messages)
-        except TokenizerError as e:
-            raise TokenizerError(f"{doc.id}: {e}") from None
+    try:
+        if own_template:
+            ids, mask = _encode_turns(tokenizer, messages)
+        else:
+            ids, mask = _encode_with_template(tokenizer, messages, tools)
+    except TokenizerError as e:
+        raise TokenizerError(f"{doc.id}: {e}") from None
     if mask.all() or not mask.any():
         preview = " / ".join(f"{m.role}: {m.content[:40]}" for m in messages)
         raise TokenizerError(
@@ -575,6 +576,10 @@ def _encode_turns(
     tokenizer: Tokenizer, messages: Sequence[Message]
 ) -> tuple[np.ndarray, np.ndarray]:
     "Ids and mask by our own template, each message encoded by itself."
+    if any(m.role not in TURNS or m.tool_calls for m in messages):
+        raise TokenizerError(
+            f"{tokenizer.path}: its chat template has no tools; start from a base whose has"
+        )
     ids: list = []
     mask: list = []
     for m in messages:
@@ -598,15 +603,19 @@ _Spans = list[tuple[int, int]]  # Characters of a text, from and to
 
 
 def _render(
-    tokenizer: Tokenizer, messages: Sequence[Message], **options: bool
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    tools: Sequence[dict[str, Any]] = (),
+    **options: bool,
 ) -> tuple[str, _Spans]:
     "The text of a conversation, within limits, and what is between generation markers."
     hf = _hf_tokenizer(tokenizer)
     with _explain(f"{tokenizer.path}: its chat template", "bring another in chat_template.jinja"):
         template = hf.get_chat_template()
         tokenizer._render = tokenizer._render or LimitedProcess(_RENDERER)
-        talk = [{"role": m.role, "content": m.content} for m in messages]
+        talk = [msgspec.to_builtins(m) for m in messages]
         given = {"chat_template": template, **hf.special_tokens_map, **options}
+        given["tools"] = list(tools) or None
         (text,), spans = tokenizer._render([talk], **given)
     return text, [(a, b) for a, b in spans[0]] if spans else []
 
@@ -666,15 +675,17 @@ def _encode_around(tokenizer: Tokenizer, text: str, contents: _Spans) -> tuple[l
 
 # %% ../../nbs/data/15_tokenizer.ipynb #1a1ca44f
 def _encode_with_template(
-    tokenizer: Tokenizer, messages: Sequence[Message]
+    tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()
 ) -> tuple[np.ndarray, np.ndarray]:
     "Ids and mask by the tokenizer's own template."
     template = str(_hf_tokenizer(tokenizer).chat_template)
     if re.search(r"{%[-+]?\s*generation\b", template):  # `add_generation_prompt` is no marker
-        text, spans = _render(tokenizer, messages, return_assistant_tokens_mask=True)
+        text, spans = _render(tokenizer, messages, tools, return_assistant_tokens_mask=True)
     else:
-        text, _ = _render(tokenizer, messages)
-        spans = [_answer_span(tokenizer, text, messages[: k + 1]) for k in _answers(messages)]
+        text, _ = _render(tokenizer, messages, tools)
+        answers = [messages[: k + 1] for k, m in enumerate(messages) if m.role == "assistant"]
+        spans = [_answer_span(tokenizer, text, through, tools) for through in answers]
+    _check_tools(tokenizer, text, messages, tools)
     ids, places = _encode_rendered(tokenizer, text, messages)
     return ids, _inside(places, spans)
 
@@ -688,15 +699,30 @@ def _inside(places: np.ndarray, spans: _Spans) -> np.ndarray:  # bool, shape (to
     return mask
 
 
-def _answers(messages: Sequence[Message]) -> list[int]:
-    return [k for k, m in enumerate(messages) if m.role == "assistant"]
+def _check_tools(
+    tokenizer: Tokenizer, text: str, messages: Sequence[Message], tools: Sequence[dict[str, Any]]
+) -> None:
+    "Raise `TokenizerError` where a template leaves tools out, or they spell a special token."
+    calls = [call for m in messages for call in m.tool_calls or ()]
+    named = [str(tool.get("function", tool).get("name")) for tool in [*tools, *calls]]
+    if missing := [name for name in named if name not in text]:
+        raise TokenizerError(
+            f"{tokenizer.path}: its chat template leaves out the tool {missing[0]!r}; "
+            "start from a base whose template has tools"
+        )
+    for tool in [*tools, *calls]:
+        if found := tokenizer.special_pattern.search(json.dumps(tool, ensure_ascii=False)):
+            raise TokenizerError(
+                f"{tokenizer.path}: a tool spells the special token {found[0]}, and could not be "
+                "told apart from it; change it"
+            )
 
 
 def _answer_span(
-    tokenizer: Tokenizer, text: str, messages: Sequence[Message]
+    tokenizer: Tokenizer, text: str, messages: Sequence[Message], tools: Sequence[dict[str, Any]]
 ) -> tuple[int, int]:  # The characters of the last message in the text of the whole conversation
-    before, _ = _render(tokenizer, messages[:-1], add_generation_prompt=True)
-    through, _ = _render(tokenizer, messages)
+    before, _ = _render(tokenizer, messages[:-1], tools, add_generation_prompt=True)
+    through, _ = _render(tokenizer, messages, tools)
     start, end = len(before), len(os.path.commonprefix([through, text]))
     answer = messages[-1].content
     if not through.startswith(before) or answer.strip() not in text[start:end]:
