@@ -44,6 +44,7 @@ _EXPORTS = {
         "start_run",
         "tokenizer_for",
     ],
+    "run.preflight": ["LearnedText"],
     "run.trainer": ["Trainer"],
     "run.recipe": ["export_merged", "finish", "train_model"],
     "run.judging": ["judge", "judge_task", "train_and_judge"],

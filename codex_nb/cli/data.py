@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['data_app', 'tokenizer_app', 'models_app', 'store_app', 'tracking_app', 'plugins_app',
-           'data_check', 'tokenizer_train', 'tokenizer_report', 'tokenizer_encode',
+           'data_check', 'data_convert', 'tokenizer_train', 'tokenizer_report', 'tokenizer_encode',
            'tokenizer_decode', 'models_list', 'models_verify', 'models_import', 'store_list',
            'store_gc', 'plugins_list', 'plugins_check', 'tracking_init']
 
@@ -143,6 +143,49 @@ def _rows_maker(cfg: "RunConfig") -> "Callable[[Corpus], None]":
         check_evaluation(cfg, corpus, tokenizer)
 
     return prepare
+
+# %% ../../nbs/cli/91_data.ipynb #de61e493
+@data_app.command("convert")
+def data_convert(
+    source: Annotated[str, typer.Argument(help="A file or a folder.")],
+    target: Annotated[Path, typer.Argument(help="The JSON-lines file to write; must not exist.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to", metavar="documents|messages", help="messages: prompts become conversations."
+        ),
+    ] = "documents",
+    record_format: Annotated[
+        str, typer.Option("--record-format", help="What the records are; auto: what each one fits.")
+    ] = "auto",
+    on_error: Annotated[
+        str,
+        typer.Option(
+            "--on-error",
+            metavar="stop|quarantine",
+            help="stop: write nothing if a record is refused. quarantine: leave it out.",
+        ),
+    ] = "stop",
+) -> None:
+    "Write data in any known format as JSON lines of documents."
+    from codex_nb.core.config import ConfigError
+    from codex_nb.data.readers import Rejects, read_path
+    from codex_nb.data.record_formats import RecordReader, write_documents
+
+    if to not in ("documents", "messages"):
+        raise ConfigError(f"--to: given {to!r}; must be documents or messages")
+    if target.exists():
+        raise ConfigError(f"{target}: exists; give the name of a new file")
+    rejects, records = Rejects(on_error), RecordReader(record_format)
+    count = write_documents(
+        read_path(source, rejects=rejects, records=records), target, to == "messages"
+    )
+    print(f"{count:,} documents in {target}")
+    print(*(f"note: {note}" for note in records.notes()), sep="\n")
+    for reject in rejects.first[:5]:
+        print(f"rejected: {reject}")
+    if rejects.count > 5:
+        print(f"... and {rejects.count - 5:,} more")
 
 # %% ../../nbs/cli/91_data.ipynb #37eef0dd
 @tokenizer_app.command("train")

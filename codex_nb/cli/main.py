@@ -159,15 +159,24 @@ def preflight(
         str, typer.Option("--notebook", help="One of train and finetune.")
     ] = "train",
     parameter: ParameterOption = [],
+    show: Annotated[
+        int, typer.Option("--show", min=0, help="Print so many documents, with what is learned.")
+    ] = 0,
     as_json: JsonOption = False,
 ) -> None:
     "Report what a training run would train on, without training."
     from codex_nb.experiments.launch import check_parameters, training_class
-    from codex_nb.run.preflight import preflight, preflight_lines
+    from codex_nb.run.preflight import learned_texts, preflight, preflight_lines
 
-    cfg = check_parameters(training_class(notebook), parse_parameters(parameter))
-    report = preflight(cfg.resolve_auto())
-    print(json.dumps(report) if as_json else "\n".join(preflight_lines(report)))
+    cfg = check_parameters(training_class(notebook), parse_parameters(parameter)).resolve_auto()
+    report, texts = preflight(cfg), learned_texts(cfg, show)
+    if as_json:
+        print(json.dumps(report | ({"shown": [t.pieces for t in texts]} if show else {})))
+        return
+    print("\n".join(preflight_lines(report)))
+    marks = ("\x1b[1;32m", "\x1b[0m") if sys.stdout.isatty() else ("⟦", "⟧")
+    for text in texts:
+        print(f"--- {text.id}\n{text.marked(*marks)}")
 
 
 @app.command()

@@ -30,6 +30,7 @@ from codex_nb.data.corpus import (
 from .documents import Document, Reject
 from .duplicates import ExactDuplicates, Match, NearDuplicates, match_documents
 from .readers import Rejects
+from .record_formats import RecordReader
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -149,20 +150,21 @@ class _DuplicateCounts:
 # %% ../../nbs/data/19_data_report.ipynb #2522b031
 def _try_corpus(
     cfg: CorpusConfig, prepare: Callable[[Corpus], object] | None
-) -> tuple[dict[str, dict[str, int]] | None, str | None]:
-    "Make a corpus and throw it away: its splits, and what would stop a run."
+) -> tuple[dict[str, dict[str, int]] | None, list[str], str | None]:
+    "Make a corpus and throw it away: its splits, its notes, and what would stop a run."
     home = workspace()
     splits: dict[str, dict[str, int]] | None = None
+    notes: list[str] = []
     with TemporaryWorkspace() as scratch:
         try:
             corpus = open_corpus(cfg)
-            splits = corpus.counts
+            splits, notes = corpus.counts, corpus.notes
             if prepare:
                 prepare(corpus)
         except (ValueError, ArtifactError) as e:
             # A file that was made on the way would be in your workspace.
-            return splits, redact(str(e).replace(str(scratch.path), str(home)))
-    return splits, None
+            return splits, notes, redact(str(e).replace(str(scratch.path), str(home)))
+    return splits, notes, None
 
 # %% ../../nbs/data/19_data_report.ipynb #e36883d5
 def check_data(
@@ -176,8 +178,8 @@ def check_data(
     "Read data and report what is in it; `ReadError` when there is nothing to read."
     policy = load_policy(cfg.policy) if cfg.policy else None
     skipped: Counter[str] = Counter()
-    rejects = Rejects("quarantine", keep=shown)
-    documents, _ = read_source(cfg, skipped, rejects)
+    rejects, records = Rejects("quarantine", keep=shown), RecordReader(cfg.record_format)
+    documents, _ = read_source(cfg, skipped, rejects, records)
     statistics = _Statistics(policy, tokenizer, max_places=shown)
     index = NearDuplicates(cfg.near_threshold) if near else None
     with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "ids", "w+b") as ids:
@@ -192,7 +194,7 @@ def check_data(
         is_one_text = statistics.documents > 0 and statistics.is_one_text
         split_by = "position" if is_one_text else "hash"
     size = sum(s["bytes"] for s in statistics.splits.values())
-    splits, problem = _try_corpus(cfg, prepare)
+    splits, notes, problem = _try_corpus(cfg, prepare)
     report = {
         "data": cfg.data,
         "documents": statistics.documents,
@@ -209,6 +211,8 @@ def check_data(
         "personal": dict(statistics.personal),
         "places": statistics.places,
         "skipped": dict(skipped),
+        "formats": dict(records.counts),
+        "notes": notes or records.notes(),
         "problem": problem,
     }
     if policy:
@@ -231,6 +235,7 @@ def report_lines(
         f"{report['data']}: {report['documents']:,} documents, {report['bytes']:,} bytes{tokens}",
         _splits_line(report["splits"]),
     ]
+    lines += [f"note: {note}" for note in report["notes"]]
     if report["lengths"]:
         counts = (f"{n:,} from {1 << int(k):,} bytes" for k, n in report["lengths"].items())
         lines.append("lengths: " + ", ".join(counts))

@@ -4,19 +4,23 @@
 
 # %% auto #0
 __all__ = ['ROLE_NAMES', 'RecordFormatName', 'FORMATS', 'RecordFormat', 'unknown_format',
-           'RecordReader']
+           'RecordReader', 'as_conversation', 'write_documents']
 
-# %% ../../nbs/data/10_record_formats.ipynb #68927654
+# %% ../../nbs/data/10_record_formats.ipynb #fc488bb4
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from .documents import BadLine, Document, document_of
+import msgspec
 
-# %% ../../nbs/data/10_record_formats.ipynb #335501b2
+from .documents import BadLine, Document, Message, ReadError, document_of
+
+# %% ../../nbs/data/10_record_formats.ipynb #303d37df
 ROLE_NAMES = {
     "system": ("system", "developer"),
     "user": ("user", "human", "prompter"),
@@ -24,7 +28,7 @@ ROLE_NAMES = {
     "tool": ("tool", "function", "observation", "function_response", "tool_response"),
 }
 
-# %% ../../nbs/data/10_record_formats.ipynb #af252046
+# %% ../../nbs/data/10_record_formats.ipynb #8e323497
 _ROLE_OF = {name: role for role, names in ROLE_NAMES.items() for name in names}
 # What a message may also have and a model does not see; it is left out, and said
 _SEEN = {"role", "content", "tool_calls", "tool_call_id", "name", "weight", "function_call"}
@@ -57,7 +61,7 @@ def _text_of(content: Any, n: int) -> str:
 def _is_object(value: Any) -> bool:
     return isinstance(value, dict)
 
-# %% ../../nbs/data/10_record_formats.ipynb #8cb198d9
+# %% ../../nbs/data/10_record_formats.ipynb #153d92ba
 def _call(call: Any, n: int) -> dict[str, Any]:
     "A call of a tool as chat templates expect it."
     function = call.get("function", call) if isinstance(call, dict) else None
@@ -107,7 +111,7 @@ def _json(text: Any) -> Any:
     except (ValueError, RecursionError):
         return text
 
-# %% ../../nbs/data/10_record_formats.ipynb #18d9497f
+# %% ../../nbs/data/10_record_formats.ipynb #07f311a1
 class RecordFormat(NamedTuple):
     "A form that records have."
 
@@ -117,7 +121,7 @@ class RecordFormat(NamedTuple):
     fits: Callable[[Mapping[str, Any]], bool]  # Whether a record has this form
     read: Callable[[Mapping[str, Any], Counter[str]], dict[str, Any]]  # The document's fields
 
-# %% ../../nbs/data/10_record_formats.ipynb #1822745f
+# %% ../../nbs/data/10_record_formats.ipynb #78005eeb
 _LISTS = ("messages", "conversations", "conversation")
 _PROMPTS = ("prompt", "instruction", "question", "query")
 _PAIRS = (  # a question, and its answer
@@ -157,7 +161,7 @@ def _conversation(
 
 _BESIDE = frozenset({"system", "system_prompt", "tools", "functions"})
 
-# %% ../../nbs/data/10_record_formats.ipynb #94a879ec
+# %% ../../nbs/data/10_record_formats.ipynb #cfd63676
 def _are_messages(value: Any, *keys: str) -> bool:
     "Whether a value is an array of messages whose speaker is under one of the keys."
     return isinstance(value, list) and all(
@@ -198,7 +202,7 @@ def _read_question(record: Mapping[str, Any], left_out: Counter[str]) -> dict[st
     turns = [_turn("user", record[question]), _turn("assistant", record[answer])]
     return _conversation(record, turns, left_out)
 
-# %% ../../nbs/data/10_record_formats.ipynb #42628a17
+# %% ../../nbs/data/10_record_formats.ipynb #92d652b4
 _DIALOGUE = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -232,7 +236,7 @@ def _read_dialogue(
     ]
     return _conversation(record, turns, left_out)
 
-# %% ../../nbs/data/10_record_formats.ipynb #654a7256
+# %% ../../nbs/data/10_record_formats.ipynb #38e4fd7e
 _CANDIDATES = ("answers", "responses", "completions", "candidates")
 _CANDIDATE_TEXT = ("answer", "response", "text", "content", "completion", "output")
 _RANKS = ("rank", "ranks", "ranking")
@@ -268,7 +272,7 @@ def _best(record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> int |
             return max(range(len(values)), key=lambda i: sign * values[i])
     return 0 if len(rows) == 1 else None
 
-# %% ../../nbs/data/10_record_formats.ipynb #c59fc108
+# %% ../../nbs/data/10_record_formats.ipynb #e74624c2
 RecordFormatName = Literal[
     "auto",
     "text",
@@ -281,7 +285,7 @@ RecordFormatName = Literal[
     "ranked",
 ]
 
-# %% ../../nbs/data/10_record_formats.ipynb #50fc47b4
+# %% ../../nbs/data/10_record_formats.ipynb #4b318586
 FORMATS = {
     "text": RecordFormat(
         "plain texts",
@@ -345,7 +349,7 @@ FORMATS = {
     ),
 }
 
-# %% ../../nbs/data/10_record_formats.ipynb #4c0216a6
+# %% ../../nbs/data/10_record_formats.ipynb #47072a7a
 _JSON_FIELDS = {*_LISTS, "tools", "functions", "history", "meta", *_CANDIDATES, *_RANKS, *_SCORES}
 _MAYBE_MESSAGES = {"prompt", "completion", "chosen", "rejected"}
 _OWN = {"id", "group", "meta"}
@@ -393,7 +397,7 @@ def unknown_format(
     given = ", ".join(map(repr, names)) or "none"
     return f"the {what} {given} are of no known format; known are: {shapes}"
 
-# %% ../../nbs/data/10_record_formats.ipynb #667ceb2c
+# %% ../../nbs/data/10_record_formats.ipynb #33505be2
 class RecordReader:
     "Turns records into documents, and remembers which formats they had."
 
@@ -468,3 +472,40 @@ def _shown(doc: Document, width: int = 60) -> str:
         json.dumps(p if len(p) <= width else p[: width - 3] + "...", ensure_ascii=False)[1:-1]
         for p in parts[:4]
     )
+
+# %% ../../nbs/data/10_record_formats.ipynb #db0b3082
+def as_conversation(
+    doc: Document,  # A conversation, or a prompt with its completion
+) -> Document:  # A conversation with the same id, group and meta
+    "Turn a prompt into what the user says; `BadLine` for a plain text."
+    if doc.messages:
+        return doc
+    if not doc.completion:
+        raise BadLine("is a plain text, in which nobody speaks; only answers become messages")
+    messages = (Message("user", doc.prompt or ""), Message("assistant", doc.completion))
+    return Document(doc.id, group=doc.group, meta=doc.meta, messages=messages)
+
+# %% ../../nbs/data/10_record_formats.ipynb #9e129ac8
+def write_documents(
+    documents: Iterable[Document],  # Read once
+    path: Path | str,  # The file of JSON lines; replaced when all are written
+    as_conversations: bool = False,  # Turn prompts into conversations
+) -> int:  # Number of documents
+    "Write documents as JSON lines; `ReadError` for one that cannot become a conversation."
+    path, count = Path(path), 0
+    encode = msgspec.json.Encoder().encode
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(draft, "wb", buffering=1 << 20) as f:
+            for doc in documents:
+                try:
+                    f.write(encode(as_conversation(doc) if as_conversations else doc) + b"\n")
+                except BadLine as e:
+                    raise ReadError(f"{doc.id}: {e.reason}") from None
+                count += 1
+        if not count:
+            raise ReadError(f"{path}: there was no document to write")
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return count
