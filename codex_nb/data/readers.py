@@ -542,7 +542,7 @@ def _read_saved_dataset(
             except Exception as e:
                 raise _damaged_table("a complete Arrow file", e) from None
 
-# %% ../../nbs/data/11_readers.ipynb #409b2da4
+# %% ../../nbs/data/11_readers.ipynb #1f40d9ad
 _MAY_HOLD_RECORDS = (".json", ".jl", ".txt", "")  # Suffixes
 _decode_json = json.JSONDecoder().raw_decode
 _JSON_SPACE = re.compile(r"[ \t\n\r,]*")  # Also what stands between the records of an array
@@ -554,8 +554,10 @@ def _reader_of_text(path: Path, records: RecordReader) -> Callable[..., Iterator
         return _read_text
     with suppress(ReadError, BadLine, UnicodeDecodeError, OSError, *_DAMAGE), open_bytes(path) as f:
         start = f.peek(1)[:1] and f.read(MAX_LINE)
+        if len(start) == MAX_LINE:
+            start = start[: _character_boundary(start)]
         if start.lstrip()[:1] in (b"{", b"["):
-            return _reader_of_json(start[: _character_boundary(start)].decode(), records)
+            return _reader_of_json(start.decode(), records)
     return _read_text
 
 
@@ -580,7 +582,7 @@ def _read_json(
     "The records of an array, or of a file that has one after the other."
     with _reading(path, rejects, name, records) as source, open_bytes(path) as f:
         decode = codecs.getincrementaldecoder("utf-8")().decode
-        text, line, at, ended = "", 1, 0, False
+        text, line, at, ended, number = "", 1, 0, False, 0
 
         def more() -> None:
             nonlocal text, at, ended
@@ -612,8 +614,9 @@ def _read_json(
                     continue
                 reason = e.msg if isinstance(e, json.JSONDecodeError) else e
                 raise BadLine(f"no JSON, or a record over {MAX_LINE:,} bytes: {reason}") from None
+            number += 1
             if doc := _parse_or_reject(text[at:end].encode(), line, source):
-                doc.id = doc.id or f"{name}:{line}"
+                doc.id = doc.id or f"{name}:{number}"
                 yield doc
             line += text.count("\n", at, end)
             at = end

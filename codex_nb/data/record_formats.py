@@ -6,7 +6,7 @@
 __all__ = ['ROLE_NAMES', 'RecordFormatName', 'FORMATS', 'RecordFormat', 'unknown_format',
            'RecordReader', 'as_conversation', 'write_documents']
 
-# %% ../../nbs/data/10_record_formats.ipynb #fc488bb4
+# %% ../../nbs/data/10_record_formats.ipynb #807d47c6
 import json
 import os
 import re
@@ -20,7 +20,7 @@ import msgspec
 
 from .documents import BadLine, Document, Message, ReadError, document_of
 
-# %% ../../nbs/data/10_record_formats.ipynb #303d37df
+# %% ../../nbs/data/10_record_formats.ipynb #d01714cf
 ROLE_NAMES = {
     "system": ("system", "developer"),
     "user": ("user", "human", "prompter"),
@@ -28,7 +28,7 @@ ROLE_NAMES = {
     "tool": ("tool", "function", "observation", "function_response", "tool_response"),
 }
 
-# %% ../../nbs/data/10_record_formats.ipynb #8e323497
+# %% ../../nbs/data/10_record_formats.ipynb #98a3b25a
 _ROLE_OF = {name: role for role, names in ROLE_NAMES.items() for name in names}
 # What a message may also have and a model does not see; it is left out, and said
 _SEEN = {"role", "content", "tool_calls", "tool_call_id", "name", "weight", "function_call"}
@@ -61,7 +61,7 @@ def _text_of(content: Any, n: int) -> str:
 def _is_object(value: Any) -> bool:
     return isinstance(value, dict)
 
-# %% ../../nbs/data/10_record_formats.ipynb #153d92ba
+# %% ../../nbs/data/10_record_formats.ipynb #3262ff73
 def _call(call: Any, n: int) -> dict[str, Any]:
     "A call of a tool as chat templates expect it."
     function = call.get("function", call) if isinstance(call, dict) else None
@@ -111,7 +111,7 @@ def _json(text: Any) -> Any:
     except (ValueError, RecursionError):
         return text
 
-# %% ../../nbs/data/10_record_formats.ipynb #07f311a1
+# %% ../../nbs/data/10_record_formats.ipynb #aa11f553
 class RecordFormat(NamedTuple):
     "A form that records have."
 
@@ -121,7 +121,7 @@ class RecordFormat(NamedTuple):
     fits: Callable[[Mapping[str, Any]], bool]  # Whether a record has this form
     read: Callable[[Mapping[str, Any], Counter[str]], dict[str, Any]]  # The document's fields
 
-# %% ../../nbs/data/10_record_formats.ipynb #78005eeb
+# %% ../../nbs/data/10_record_formats.ipynb #ccf0c511
 _LISTS = ("messages", "conversations", "conversation")
 _PROMPTS = ("prompt", "instruction", "question", "query")
 _PAIRS = (  # a question, and its answer
@@ -161,7 +161,7 @@ def _conversation(
 
 _BESIDE = frozenset({"system", "system_prompt", "tools", "functions"})
 
-# %% ../../nbs/data/10_record_formats.ipynb #cfd63676
+# %% ../../nbs/data/10_record_formats.ipynb #7c5de61b
 def _are_messages(value: Any, *keys: str) -> bool:
     "Whether a value is an array of messages whose speaker is under one of the keys."
     return isinstance(value, list) and all(
@@ -202,7 +202,7 @@ def _read_question(record: Mapping[str, Any], left_out: Counter[str]) -> dict[st
     turns = [_turn("user", record[question]), _turn("assistant", record[answer])]
     return _conversation(record, turns, left_out)
 
-# %% ../../nbs/data/10_record_formats.ipynb #92d652b4
+# %% ../../nbs/data/10_record_formats.ipynb #3b817ba8
 _DIALOGUE = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -236,7 +236,7 @@ def _read_dialogue(
     ]
     return _conversation(record, turns, left_out)
 
-# %% ../../nbs/data/10_record_formats.ipynb #38e4fd7e
+# %% ../../nbs/data/10_record_formats.ipynb #c2b5f3d8
 _CANDIDATES = ("answers", "responses", "completions", "candidates")
 _CANDIDATE_TEXT = ("answer", "response", "text", "content", "completion", "output")
 _RANKS = ("rank", "ranks", "ranking")
@@ -272,7 +272,7 @@ def _best(record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> int |
             return max(range(len(values)), key=lambda i: sign * values[i])
     return 0 if len(rows) == 1 else None
 
-# %% ../../nbs/data/10_record_formats.ipynb #e74624c2
+# %% ../../nbs/data/10_record_formats.ipynb #6b93b2cd
 RecordFormatName = Literal[
     "auto",
     "text",
@@ -285,7 +285,7 @@ RecordFormatName = Literal[
     "ranked",
 ]
 
-# %% ../../nbs/data/10_record_formats.ipynb #4b318586
+# %% ../../nbs/data/10_record_formats.ipynb #d103a565
 FORMATS = {
     "text": RecordFormat(
         "plain texts",
@@ -349,7 +349,7 @@ FORMATS = {
     ),
 }
 
-# %% ../../nbs/data/10_record_formats.ipynb #47072a7a
+# %% ../../nbs/data/10_record_formats.ipynb #6746b0e8
 _JSON_FIELDS = {*_LISTS, "tools", "functions", "history", "meta", *_CANDIDATES, *_RANKS, *_SCORES}
 _MAYBE_MESSAGES = {"prompt", "completion", "chosen", "rejected"}
 _OWN = {"id", "group", "meta"}
@@ -394,10 +394,14 @@ def unknown_format(
 ) -> str:
     "Say that a record has no format that is known."
     shapes = "; ".join(f.shape for f in formats.values())
+    names = list(map(str, names))
+    known = {"text", *_LISTS, *_PROMPTS, *_CANDIDATES, "chosen", "completion", "output"}
+    near = [m for name in names for m in get_close_matches(name, known, 1, 0.75)]
+    hint = f"did you mean {near[0]}? " if near and near[0] not in names else ""
     given = ", ".join(map(repr, names)) or "none"
-    return f"the {what} {given} are of no known format; known are: {shapes}"
+    return f"the {what} {given} are of no known format; {hint}known are: {shapes}"
 
-# %% ../../nbs/data/10_record_formats.ipynb #33505be2
+# %% ../../nbs/data/10_record_formats.ipynb #00fe7272
 class RecordReader:
     "Turns records into documents, and remembers which formats they had."
 
@@ -473,7 +477,7 @@ def _shown(doc: Document, width: int = 60) -> str:
         for p in parts[:4]
     )
 
-# %% ../../nbs/data/10_record_formats.ipynb #db0b3082
+# %% ../../nbs/data/10_record_formats.ipynb #3cef7ed3
 def as_conversation(
     doc: Document,  # A conversation, or a prompt with its completion
 ) -> Document:  # A conversation with the same id, group and meta
@@ -485,7 +489,7 @@ def as_conversation(
     messages = (Message("user", doc.prompt or ""), Message("assistant", doc.completion))
     return Document(doc.id, group=doc.group, meta=doc.meta, messages=messages)
 
-# %% ../../nbs/data/10_record_formats.ipynb #9e129ac8
+# %% ../../nbs/data/10_record_formats.ipynb #933ad00b
 def write_documents(
     documents: Iterable[Document],  # Read once
     path: Path | str,  # The file of JSON lines; replaced when all are written
