@@ -542,13 +542,13 @@ def _read_saved_dataset(
             except Exception as e:
                 raise _damaged_table("a complete Arrow file", e) from None
 
-# %% ../../nbs/data/11_readers.ipynb #1f40d9ad
+# %% ../../nbs/data/11_readers.ipynb #037cdc52
 _MAY_HOLD_RECORDS = (".json", ".jl", ".txt", "")  # Suffixes
 _decode_json = json.JSONDecoder().raw_decode
 _JSON_SPACE = re.compile(r"[ \t\n\r,]*")  # Also what stands between the records of an array
 
 
-def _reader_of_text(path: Path, records: RecordReader) -> Callable[..., Iterator[Document]]:
+def _reader_of_text(path: Path) -> Callable[..., Iterator[Document]]:
     "How a file that is no table is read."
     if kind_of(path) not in _MAY_HOLD_RECORDS:
         return _read_text
@@ -557,11 +557,11 @@ def _reader_of_text(path: Path, records: RecordReader) -> Callable[..., Iterator
         if len(start) == MAX_LINE:
             start = start[: _character_boundary(start)]
         if start.lstrip()[:1] in (b"{", b"["):
-            return _reader_of_json(start.decode(), records)
+            return _reader_of_json(start.decode())
     return _read_text
 
 
-def _reader_of_json(start: str, records: RecordReader) -> Callable[..., Iterator[Document]]:
+def _reader_of_json(start: str) -> Callable[..., Iterator[Document]]:
     "How a file is read whose text begins so, and with a bracket."
     is_array = start.lstrip().startswith("[")
     begin = len(start) - len(start.lstrip()) + is_array
@@ -570,7 +570,7 @@ def _reader_of_json(start: str, records: RecordReader) -> Callable[..., Iterator
         first, end = _decode_json(start, begin)
     except (ValueError, RecursionError):
         return _read_text
-    if not records.knows(first):
+    if not RecordReader().knows(first):
         return _read_text
     is_line = not is_array and "\n" not in start[begin:end]
     return _read_jsonl if is_line else _read_json
@@ -640,7 +640,7 @@ def read_file(
 ) -> Iterator[Document]:  # In the order of the file
     "Stream the documents of a file by its suffix; `ReadError` has file, line and reason."
     path, records = Path(path), records or RecordReader()
-    read = _READERS.get(kind_of(path)) or _reader_of_text(path, records)
+    read = _READERS.get(kind_of(path)) or _reader_of_text(path)
     return read(path, rejects or Rejects(), name or _printable(path.name), records)
 
 # %% ../../nbs/data/11_readers.ipynb #b46def81
