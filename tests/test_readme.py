@@ -76,6 +76,7 @@ def make_place(home):
             ignore=shutil.ignore_patterns("__pycache__"),
         )
     shutil.copyfile(ROOT / "data" / "chat.jsonl", home / "chats.jsonl")
+    (home / "alpaca.json").write_text('[{"instruction": "Add.", "input": "2, 2", "output": "4"}]')
     (home / "nbs").mkdir()
     for p in NBS.glob("*.ipynb"):
         shutil.copyfile(p, home / "nbs" / p.name)
