@@ -227,6 +227,7 @@ REFUSED = {
         TALKS["preference with its prompt"] | {"messages": [USER, ASSISTANT]},
         "could be read as messages or preference",
     ),
+    "text and prompt": ({"text": "a", "prompt": "b"}, "has `text` and `prompt`"),
     "unwanted completion": (
         {"prompt": "a", "completion": "b", "label": False},
         "its label says that this completion is not wanted",
@@ -243,7 +244,7 @@ REFUSED = {
     "unknown": ({"body": "a"}, "the fields 'body' are of no known format; known are: `text`"),
     "misspelt": ({"mesages": [USER]}, "did you mean messages?"),
     "misspelt group": ({"text": "a", "groups": "b"}, "unknown field 'groups'; did you mean group?"),
-    "empty": ({}, "the fields none are of no known format"),
+    "empty": ({}, "no fields: no known format"),
 }
 
 

@@ -101,11 +101,14 @@ def only_in_validation():
 
 FILES = {  # name -> content, what is said
     "syntax.jsonl": (lines(*TEXTS) + "{bad}\n", "syntax.jsonl:121: expected a name"),
-    "field.jsonl": (lines({"txt": "a"}), "unknown field 'txt'"),
+    "field.jsonl": (lines({"txt": "a"}), "did you mean text?"),
     "both.jsonl": (lines({"text": "a", "prompt": "b"}), "has `text` and `prompt`"),
     "no answer.jsonl": (lines({"messages": TALK[:1]}), "nothing could be learned from it"),
     "turns.jsonl": (lines({"messages": TALK[::-1]}), "message 1: assistant cannot come first"),
-    "tool.jsonl": (lines({"messages": [{"role": "tool", "content": "a"}]}), "unknown role 'tool'"),
+    "tool.jsonl": (
+        lines({"messages": [{"role": "tool", "content": "a"}]}),
+        "message 1: tool cannot come first",
+    ),
     "surrogate.jsonl": ('{"text": "\\ud800"}\n', "surrogate"),
     "empty.jsonl": ("", "the file is empty"),
     "blank.jsonl": (lines({"text": "a"}) + "\n" + lines({"text": "b"}), "an empty line"),
@@ -115,7 +118,7 @@ FILES = {  # name -> content, what is said
     "binary.txt": (b"abc\0def", "this is a binary file"),
     "cut.txt.gz": (gzip.compress(b"a" * 10_000)[:-4], "the compressed data is damaged"),
     "cut.parquet": (b"PAR1", "not a complete Parquet file"),
-    "names.csv": ("a,b\n1,2\n", "no column named text"),
+    "names.csv": ("a,b\n1,2\n", "the columns 'a', 'b' are of no known format"),
     "cells.csv": ("text\na\nb,c\n", "2 cells in a row of 1 columns"),
     "few.jsonl": (lines(*TEXTS[:3]), "7 tokens cannot fill a row of 32"),
     "copies.jsonl": (lines(*TEXTS[:1] * 200), "split is empty (1 documents"),

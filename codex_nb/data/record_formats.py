@@ -6,7 +6,7 @@
 __all__ = ['ROLE_NAMES', 'RecordFormatName', 'FORMATS', 'RecordFormat', 'unknown_format',
            'RecordReader', 'as_conversation', 'write_documents']
 
-# %% ../../nbs/data/10_record_formats.ipynb #807d47c6
+# %% ../../nbs/data/10_record_formats.ipynb #51e0c923
 import json
 import os
 import re
@@ -20,7 +20,7 @@ import msgspec
 
 from .documents import BadLine, Document, Message, ReadError, document_of
 
-# %% ../../nbs/data/10_record_formats.ipynb #d01714cf
+# %% ../../nbs/data/10_record_formats.ipynb #d4624c82
 ROLE_NAMES = {
     "system": ("system", "developer"),
     "user": ("user", "human", "prompter"),
@@ -28,10 +28,11 @@ ROLE_NAMES = {
     "tool": ("tool", "function", "observation", "function_response", "tool_response"),
 }
 
-# %% ../../nbs/data/10_record_formats.ipynb #98a3b25a
+# %% ../../nbs/data/10_record_formats.ipynb #cb9347db
 _ROLE_OF = {name: role for role, names in ROLE_NAMES.items() for name in names}
 # What a message may also have and a model does not see; it is left out, and said
-_SEEN = {"role", "content", "tool_calls", "tool_call_id", "name", "weight", "function_call"}
+_SEEN = {"role", "content", "tool_calls", "weight", "function_call"}
+_TOOL_FIELDS = ("tool_call_id", "name")  # Of what a tool answers
 
 
 def _role_of(name: Any, n: int) -> str:
@@ -42,10 +43,8 @@ def _role_of(name: Any, n: int) -> str:
     return role
 
 
-def _text_of(content: Any, n: int) -> str:
+def _text_of(content: Any, n: int) -> Any:  # A text, or what is refused later
     "A message's content, which may be in several parts."
-    if content is None:
-        return ""
     if not isinstance(content, list):
         return content  # checked later
     texts = []
@@ -61,7 +60,7 @@ def _text_of(content: Any, n: int) -> str:
 def _is_object(value: Any) -> bool:
     return isinstance(value, dict)
 
-# %% ../../nbs/data/10_record_formats.ipynb #3262ff73
+# %% ../../nbs/data/10_record_formats.ipynb #ad240d50
 def _call(call: Any, n: int) -> dict[str, Any]:
     "A call of a tool as chat templates expect it."
     function = call.get("function", call) if isinstance(call, dict) else None
@@ -84,12 +83,12 @@ def _call(call: Any, n: int) -> dict[str, Any]:
 
 def _message(m: Any, n: int, left_out: Counter[str]) -> dict[str, Any]:
     "A message with `role` and `content`, or `from` and `value`, as a document has it."
-    if not _is_object(m):
-        raise BadLine(f"message {n} must be an object, is {m!r:.80}")
     m = {k: v for k, v in m.items() if v is not None or k == "content"}
     if "from" in m or "value" in m:
         m = m | {"role": m.pop("from", None), "content": m.pop("value", None)}
-    left_out.update(k for k in m if k not in _SEEN)
+    if "content" not in m and "tool_calls" not in m and "function_call" not in m:
+        names = ", ".join(sorted(map(str, m))) or "nothing"
+        raise BadLine(f"message {n} must have `role` and `content`, has {names}")
     if m.get("weight", 1) not in (1, True):
         raise BadLine(f"message {n}: its weight is {m['weight']}, and only all can be learned")
     content = _text_of(m.get("content"), n)
@@ -98,9 +97,10 @@ def _message(m: Any, n: int, left_out: Counter[str]) -> dict[str, Any]:
     out: dict[str, Any] = {"role": _role_of(m.get("role"), n), "content": content}
     calls = m.get("tool_calls") or ([m["function_call"]] if m.get("function_call") else [])
     if calls:
-        out["tool_calls"] = [_call(call, n) for call in calls]
+        out |= {"content": content or "", "tool_calls": [_call(call, n) for call in calls]}
     if out["role"] == "tool":
-        out |= {k: str(m[k]) for k in ("tool_call_id", "name") if k in m}
+        out |= {k: str(m[k]) for k in _TOOL_FIELDS if k in m}
+    left_out.update(k for k in m if k not in _SEEN and k not in out)
     return out
 
 
@@ -111,7 +111,7 @@ def _json(text: Any) -> Any:
     except (ValueError, RecursionError):
         return text
 
-# %% ../../nbs/data/10_record_formats.ipynb #aa11f553
+# %% ../../nbs/data/10_record_formats.ipynb #786fb370
 class RecordFormat(NamedTuple):
     "A form that records have."
 
@@ -121,7 +121,7 @@ class RecordFormat(NamedTuple):
     fits: Callable[[Mapping[str, Any]], bool]  # Whether a record has this form
     read: Callable[[Mapping[str, Any], Counter[str]], dict[str, Any]]  # The document's fields
 
-# %% ../../nbs/data/10_record_formats.ipynb #ccf0c511
+# %% ../../nbs/data/10_record_formats.ipynb #6a1effb0
 _LISTS = ("messages", "conversations", "conversation")
 _PROMPTS = ("prompt", "instruction", "question", "query")
 _PAIRS = (  # a question, and its answer
@@ -148,6 +148,8 @@ def _conversation(
     record: Mapping[str, Any], turns: list[dict[str, Any]], left_out: Counter[str]
 ) -> dict[str, Any]:
     "A conversation, with the system message and the tools that stand beside it."
+    if not isinstance(turns, list) or not all(map(_is_object, turns)):
+        return {"messages": turns}  # refused later
     messages = [_message(m, n, left_out) for n, m in enumerate(turns, 1)]
     system = record.get("system") or record.get("system_prompt")
     if system and messages and messages[0]["role"] != "system":
@@ -161,12 +163,17 @@ def _conversation(
 
 _BESIDE = frozenset({"system", "system_prompt", "tools", "functions"})
 
-# %% ../../nbs/data/10_record_formats.ipynb #7c5de61b
+# %% ../../nbs/data/10_record_formats.ipynb #b20be2ef
 def _are_messages(value: Any, *keys: str) -> bool:
     "Whether a value is an array of messages whose speaker is under one of the keys."
     return isinstance(value, list) and all(
         _is_object(m) and any(k in m for k in keys) for m in value[:1]
     )
+
+
+def _is_sharegpt(record: Mapping[str, Any]) -> bool:
+    lists = [record.get(name) for name in _LISTS]
+    return any(_are_messages(found, "from", "value") for found in lists if found)
 
 
 def _read_messages(record: Mapping[str, Any], left_out: Counter[str]) -> dict[str, Any]:
@@ -202,7 +209,7 @@ def _read_question(record: Mapping[str, Any], left_out: Counter[str]) -> dict[st
     turns = [_turn("user", record[question]), _turn("assistant", record[answer])]
     return _conversation(record, turns, left_out)
 
-# %% ../../nbs/data/10_record_formats.ipynb #3b817ba8
+# %% ../../nbs/data/10_record_formats.ipynb #8ca73384
 _DIALOGUE = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -236,7 +243,7 @@ def _read_dialogue(
     ]
     return _conversation(record, turns, left_out)
 
-# %% ../../nbs/data/10_record_formats.ipynb #c2b5f3d8
+# %% ../../nbs/data/10_record_formats.ipynb #cfcc4dee
 _CANDIDATES = ("answers", "responses", "completions", "candidates")
 _CANDIDATE_TEXT = ("answer", "response", "text", "content", "completion", "output")
 _RANKS = ("rank", "ranks", "ranking")
@@ -272,7 +279,7 @@ def _best(record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> int |
             return max(range(len(values)), key=lambda i: sign * values[i])
     return 0 if len(rows) == 1 else None
 
-# %% ../../nbs/data/10_record_formats.ipynb #6b93b2cd
+# %% ../../nbs/data/10_record_formats.ipynb #76654b40
 RecordFormatName = Literal[
     "auto",
     "text",
@@ -285,7 +292,7 @@ RecordFormatName = Literal[
     "ranked",
 ]
 
-# %% ../../nbs/data/10_record_formats.ipynb #d103a565
+# %% ../../nbs/data/10_record_formats.ipynb #52bb7622
 FORMATS = {
     "text": RecordFormat(
         "plain texts",
@@ -298,14 +305,17 @@ FORMATS = {
         "conversations",
         "`messages` of `role` and `content`",
         frozenset(_LISTS) | _BESIDE,
-        lambda r: any(_are_messages(r.get(k), "role", "content") for k in _LISTS),
+        lambda r: (
+            not _is_sharegpt(r)
+            and ("messages" in r or any(_are_messages(r.get(k), "role") for k in _LISTS))
+        ),
         _read_messages,
     ),
     "sharegpt": RecordFormat(
         "ShareGPT conversations",
         "`conversations` of `from` and `value`",
         frozenset(_LISTS) | _BESIDE,
-        lambda r: any(r.get(k) and _are_messages(r.get(k), "from", "value") for k in _LISTS),
+        lambda r: _is_sharegpt(r),
         _read_messages,
     ),
     "completion": RecordFormat(
@@ -349,7 +359,7 @@ FORMATS = {
     ),
 }
 
-# %% ../../nbs/data/10_record_formats.ipynb #6746b0e8
+# %% ../../nbs/data/10_record_formats.ipynb #20b98f0c
 _JSON_FIELDS = {*_LISTS, "tools", "functions", "history", "meta", *_CANDIDATES, *_RANKS, *_SCORES}
 _MAYBE_MESSAGES = {"prompt", "completion", "chosen", "rejected"}
 _OWN = {"id", "group", "meta"}
@@ -377,6 +387,12 @@ def _choose(record: Mapping[str, Any], formats: Mapping[str, RecordFormat]) -> s
     if len(fitting) > 1:  # an empty cell of a table decides nothing
         filled = {k: v for k, v in record.items() if v != ""}
         fitting = [name for name in fitting if formats[name].fits(filled)] or fitting
+    asked = record.keys() & {"prompt", "completion"}
+    if fitting == ["text"] and asked and len(formats) > 1:
+        raise BadLine(
+            f"has `text` and `{min(asked)}`, so it is not clear what is learned; leave one out, or "
+            "say that the text is meant: -p record_format text"
+        )
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
@@ -398,10 +414,12 @@ def unknown_format(
     known = {"text", *_LISTS, *_PROMPTS, *_CANDIDATES, "chosen", "completion", "output"}
     near = [m for name in names for m in get_close_matches(name, known, 1, 0.75)]
     hint = f"did you mean {near[0]}? " if near and near[0] not in names else ""
-    given = ", ".join(map(repr, names)) or "none"
+    if not names:
+        return f"no {what}: no known format; known are: {shapes}"
+    given = ", ".join(map(repr, names))
     return f"the {what} {given} are of no known format; {hint}known are: {shapes}"
 
-# %% ../../nbs/data/10_record_formats.ipynb #00fe7272
+# %% ../../nbs/data/10_record_formats.ipynb #21353cb7
 class RecordReader:
     "Turns records into documents, and remembers which formats they had."
 
@@ -477,7 +495,7 @@ def _shown(doc: Document, width: int = 60) -> str:
         for p in parts[:4]
     )
 
-# %% ../../nbs/data/10_record_formats.ipynb #3cef7ed3
+# %% ../../nbs/data/10_record_formats.ipynb #0c096e77
 def as_conversation(
     doc: Document,  # A conversation, or a prompt with its completion
 ) -> Document:  # A conversation with the same id, group and meta
@@ -489,7 +507,7 @@ def as_conversation(
     messages = (Message("user", doc.prompt or ""), Message("assistant", doc.completion))
     return Document(doc.id, group=doc.group, meta=doc.meta, messages=messages)
 
-# %% ../../nbs/data/10_record_formats.ipynb #933ad00b
+# %% ../../nbs/data/10_record_formats.ipynb #e7ce45cc
 def write_documents(
     documents: Iterable[Document],  # Read once
     path: Path | str,  # The file of JSON lines; replaced when all are written
