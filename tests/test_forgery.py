@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import random
+import re
 import shutil
 
 import pytest
@@ -24,7 +25,7 @@ from forger import (
     write,
     write_rows,
 )
-from helpers import counts, trained_runs
+from helpers import NBS, counts, trained_runs
 
 SMALL = dict(steps=8, eval_every=4, save_every=4, max_documents=12, resamples=100)
 SMALL |= dict(width=32, layers=1, seq_len=32, max_new_tokens=8)
@@ -140,6 +141,15 @@ CAUGHT = {
     "failed run": "L3",
     "everything": "L3 L4",
 }
+
+
+def test_the_page_shows_what_is_caught():
+    "Executed in `make prove`, it must say here what the tests below find."
+    cells = json.loads((NBS / "reference" / "threat_model.ipynb").read_text())["cells"]
+    outputs = [o for c in cells if c["cell_type"] == "code" for o in c["outputs"]]
+    (table,) = ["".join(o["data"]["text/plain"]) for o in outputs if "data" in o]
+    rows = [re.match(r"(.+?) {2,}((?:L\d ?)+)", line) for line in table.splitlines()]
+    assert {m[1]: m[2].strip() for m in rows if m} == CAUGHT
 
 
 @pytest.mark.parametrize("name", FORGERIES)

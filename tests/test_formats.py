@@ -329,3 +329,44 @@ def test_preflight_shows_what_is_learned(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "note: 30 records are questions with answers" in done.stdout
     assert done.stdout.count("⟦") == 2 and "<|end|>⟧" in done.stdout
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_preflight_says_whether_the_end_of_a_turn_is_learned(inside, tmp_path, monkeypatch):
+    from test_bases import make_base
+
+    from codex_nb.run.preflight import preflight, preflight_lines
+    from codex_nb.run.settings import FinetuneConfig
+
+    monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path / "home"))
+    end = "{{ '<|im_end|>' }}"
+    within, after = (end, "") if inside else ("", end)
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}" + within + "{% endgeneration %}" + after + "{{ '\n' }}"
+        "{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    make_base(tmp_path / "base", template, special, None, False)
+    talks = [{"question": f"{i}?", "answer": f"{i}."} for i in range(40)]
+    (tmp_path / "talks.json").write_text(json.dumps(talks))
+    given = {"base": str(tmp_path / "base"), "data": str(tmp_path / "talks.json")}
+    cfg = FinetuneConfig.from_preset("smoke", **given, seq_len=64, adapter="none").resolve_auto()
+    report = preflight(cfg, timed=False)
+    assert report["turn_ends_learned"] is inside
+    said = "no token that ends a turn is learned, so the model will not know when to stop"
+    assert any(said in line for line in preflight_lines(report)) is not inside
+
+
+def test_a_fine_tuning_on_texts_or_completions_trains(tmp_path):
+    home = tmp_path / "home"
+    for name, records in {
+        "texts": [{"text": f"The number {i} is {'even' if i % 2 else 'odd'}."} for i in range(40)],
+        "completions": [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}"} for i in range(40)],
+    }.items():
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(records))
+        words = "-p preset smoke -p steps 2 -p seq_len 64 -p data".split()
+        done = codex("run", "finetune", *words, path, home=home)
+        assert done.returncode == 0, done.stdout + done.stderr

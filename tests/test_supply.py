@@ -182,6 +182,7 @@ def git(clone, *words):
     ).stdout.strip()
 
 
+@pytest.mark.skipif(not PROVE, reason="makes a release six times; in `make prove`")
 def test_release_is_all_or_nothing(clone):
     # the tools as they are here, be they committed or not
     shutil.copytree(ROOT / "tools", clone / "tools", dirs_exist_ok=True)
