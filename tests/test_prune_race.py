@@ -1,6 +1,7 @@
 """Checkpoints are opened and evaluated while a run publishes and prunes them."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 from helpers import PROGRAMS, counts, start
@@ -69,3 +70,21 @@ def test_a_checkpoint_that_goes_while_it_is_opened_is_named(
     monkeypatch.setattr(judging, when, late)
     with pytest.raises(ArtifactError, match="step-00000001: pruned meanwhile.*evaluate again"):
         judging.open_trained(checkpoint)
+
+
+def test_a_listing_that_misses_what_comes_and_what_goes_is_made_again(tmp_path, monkeypatch):
+    from codex_nb.train.checkpoint import checkpoints
+
+    old, new = tmp_path / "step-00000001", tmp_path / "step-00000002"
+    old.mkdir()
+    glob = Path.glob
+
+    def unlucky(self, pattern):
+        monkeypatch.setattr(Path, "glob", glob)
+        new.mkdir()  # after its place in the listing was passed
+        old.rmdir()
+        return iter([old])
+
+    monkeypatch.setattr(Path, "glob", unlucky)
+    assert checkpoints(tmp_path) == [new]
+    assert checkpoints(tmp_path / "none") == []

@@ -49,8 +49,11 @@ def here(run, segment, folder, parameters):
     def train(prepared, cfg):
         assert train_rank(prepared / "config.json", attached=True) == 0
 
-    if not folder.exists():
+    done = folder.with_name(f"{folder.name}-done")
+    if not done.exists():
+        shutil.rmtree(folder, ignore_errors=True)  # of one that was refused
         segments.execute_training(run, segment, folder, parameters, train)
+        done.touch()
     return segments.compare_training(run, segment, folder)
 
 

@@ -361,7 +361,7 @@ def _check_tools(n: int, m: dict[str, Any]) -> None:
         names = [_called(call) for call in calls] if _are_objects(calls) else [None]
         if not all(isinstance(name, str) and name for name in names):
             raise BadLine(
-                f"message {n}: `tool_calls` must be an array of objects such as "
+                f"message {n}: tool_calls must be an array of objects such as "
                 '{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}'
             )
     for key in ("tool_call_id", "name"):

@@ -6,7 +6,7 @@
 __all__ = ['ROLE_NAMES', 'RecordFormatName', 'FORMATS', 'RecordFormat', 'unknown_format',
            'RecordReader', 'as_conversation', 'write_documents']
 
-# %% ../../nbs/data/10_record_formats.ipynb #51e0c923
+# %% ../../nbs/data/10_record_formats.ipynb #0588ee2e
 import json
 import os
 import re
@@ -20,7 +20,7 @@ import msgspec
 
 from .documents import BadLine, Document, Message, ReadError, document_of
 
-# %% ../../nbs/data/10_record_formats.ipynb #d4624c82
+# %% ../../nbs/data/10_record_formats.ipynb #db273c73
 ROLE_NAMES = {
     "system": ("system", "developer"),
     "user": ("user", "human", "prompter"),
@@ -28,7 +28,7 @@ ROLE_NAMES = {
     "tool": ("tool", "function", "observation", "function_response", "tool_response"),
 }
 
-# %% ../../nbs/data/10_record_formats.ipynb #cb9347db
+# %% ../../nbs/data/10_record_formats.ipynb #a64c7c07
 _ROLE_OF = {name: role for role, names in ROLE_NAMES.items() for name in names}
 # What a message may also have and a model does not see; it is left out, and said
 _SEEN = {"role", "content", "tool_calls", "weight", "function_call"}
@@ -60,12 +60,12 @@ def _text_of(content: Any, n: int) -> Any:  # A text, or what is refused later
 def _is_object(value: Any) -> bool:
     return isinstance(value, dict)
 
-# %% ../../nbs/data/10_record_formats.ipynb #ad240d50
+# %% ../../nbs/data/10_record_formats.ipynb #d224e700
 def _call(call: Any, n: int) -> dict[str, Any]:
     "A call of a tool as chat templates expect it."
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise BadLine(f"message {n}: a call of a tool without the tool's name: {call!r:.80}")
+        raise BadLine(f"message {n}: a tool is called without its name: {call!r:.80}")
     arguments = function.get("arguments", function.get("parameters"))
     if isinstance(arguments, str):
         try:
@@ -111,7 +111,7 @@ def _json(text: Any) -> Any:
     except (ValueError, RecursionError):
         return text
 
-# %% ../../nbs/data/10_record_formats.ipynb #786fb370
+# %% ../../nbs/data/10_record_formats.ipynb #73799825
 class RecordFormat(NamedTuple):
     "A form that records have."
 
@@ -121,7 +121,7 @@ class RecordFormat(NamedTuple):
     fits: Callable[[Mapping[str, Any]], bool]  # Whether a record has this form
     read: Callable[[Mapping[str, Any], Counter[str]], dict[str, Any]]  # The document's fields
 
-# %% ../../nbs/data/10_record_formats.ipynb #6a1effb0
+# %% ../../nbs/data/10_record_formats.ipynb #312be119
 _LISTS = ("messages", "conversations", "conversation")
 _PROMPTS = ("prompt", "instruction", "question", "query")
 _PAIRS = (  # a question, and its answer
@@ -163,7 +163,7 @@ def _conversation(
 
 _BESIDE = frozenset({"system", "system_prompt", "tools", "functions"})
 
-# %% ../../nbs/data/10_record_formats.ipynb #b20be2ef
+# %% ../../nbs/data/10_record_formats.ipynb #92444b46
 def _are_messages(value: Any, *keys: str) -> bool:
     "Whether a value is an array of messages whose speaker is under one of the keys."
     return isinstance(value, list) and all(
@@ -209,7 +209,7 @@ def _read_question(record: Mapping[str, Any], left_out: Counter[str]) -> dict[st
     turns = [_turn("user", record[question]), _turn("assistant", record[answer])]
     return _conversation(record, turns, left_out)
 
-# %% ../../nbs/data/10_record_formats.ipynb #8ca73384
+# %% ../../nbs/data/10_record_formats.ipynb #ef021ce0
 _DIALOGUE = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -243,7 +243,7 @@ def _read_dialogue(
     ]
     return _conversation(record, turns, left_out)
 
-# %% ../../nbs/data/10_record_formats.ipynb #cfcc4dee
+# %% ../../nbs/data/10_record_formats.ipynb #5f7d7d52
 _CANDIDATES = ("answers", "responses", "completions", "candidates")
 _CANDIDATE_TEXT = ("answer", "response", "text", "content", "completion", "output")
 _RANKS = ("rank", "ranks", "ranking")
@@ -279,7 +279,7 @@ def _best(record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> int |
             return max(range(len(values)), key=lambda i: sign * values[i])
     return 0 if len(rows) == 1 else None
 
-# %% ../../nbs/data/10_record_formats.ipynb #76654b40
+# %% ../../nbs/data/10_record_formats.ipynb #49e85c8a
 RecordFormatName = Literal[
     "auto",
     "text",
@@ -292,7 +292,7 @@ RecordFormatName = Literal[
     "ranked",
 ]
 
-# %% ../../nbs/data/10_record_formats.ipynb #52bb7622
+# %% ../../nbs/data/10_record_formats.ipynb #048b9f85
 FORMATS = {
     "text": RecordFormat(
         "plain texts",
@@ -359,7 +359,7 @@ FORMATS = {
     ),
 }
 
-# %% ../../nbs/data/10_record_formats.ipynb #20b98f0c
+# %% ../../nbs/data/10_record_formats.ipynb #ccd73d1d
 _JSON_FIELDS = {*_LISTS, "tools", "functions", "history", "meta", *_CANDIDATES, *_RANKS, *_SCORES}
 _MAYBE_MESSAGES = {"prompt", "completion", "chosen", "rejected"}
 _OWN = {"id", "group", "meta"}
@@ -419,7 +419,7 @@ def unknown_format(
     given = ", ".join(map(repr, names))
     return f"the {what} {given} are of no known format; {hint}known are: {shapes}"
 
-# %% ../../nbs/data/10_record_formats.ipynb #21353cb7
+# %% ../../nbs/data/10_record_formats.ipynb #1a2055da
 class RecordReader:
     "Turns records into documents, and remembers which formats they had."
 
@@ -495,7 +495,7 @@ def _shown(doc: Document, width: int = 60) -> str:
         for p in parts[:4]
     )
 
-# %% ../../nbs/data/10_record_formats.ipynb #0c096e77
+# %% ../../nbs/data/10_record_formats.ipynb #850b855a
 def as_conversation(
     doc: Document,  # A conversation, or a prompt with its completion
 ) -> Document:  # A conversation with the same id, group and meta
@@ -507,7 +507,7 @@ def as_conversation(
     messages = (Message("user", doc.prompt or ""), Message("assistant", doc.completion))
     return Document(doc.id, group=doc.group, meta=doc.meta, messages=messages)
 
-# %% ../../nbs/data/10_record_formats.ipynb #e7ce45cc
+# %% ../../nbs/data/10_record_formats.ipynb #c5060204
 def write_documents(
     documents: Iterable[Document],  # Read once
     path: Path | str,  # The file of JSON lines; replaced when all are written

@@ -11,9 +11,10 @@ __all__ = ['STATE_KEYS', 'NO_SCALER', 'Buffers', 'RENAMED_PROGRESS', 'RENAMED_RO
 
 # %% ../../nbs/train/43_checkpoint.ipynb #f1ddcb55
 import json
+import os
 import shutil
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -567,7 +568,20 @@ def checkpoints(
     folder: Path | str,  # Holds `step-NNNNNNNN` folders
 ) -> list[Path]:  # Oldest first, verified or not
     "The checkpoints of a run."
-    return sorted(p for p in Path(folder).glob("step-*") if p.is_dir() and p.name[5:].isdigit())
+    found: list[Path] = []
+    listed = None
+    # A run that saves one and prunes another meanwhile can leave a listing without either.
+    while not found and listed != (listed := _changed(folder)):
+        paths = Path(folder).glob("step-*")
+        found = sorted(p for p in paths if p.is_dir() and p.name[5:].isdigit())
+    return found
+
+
+def _changed(folder: Path | str) -> int | None:
+    "When a folder's entries were last changed; None where there is no folder."
+    with suppress(OSError):
+        return os.stat(folder).st_mtime_ns
+    return None
 
 # %% ../../nbs/train/43_checkpoint.ipynb #075ef0d9
 def latest_checkpoint(
