@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import counts, shared_folder
+from helpers import codex, counts, shared_folder
 
 from codex_nb.core.types import IGNORE
 from codex_nb.data.corpus import CorpusConfig, open_corpus
@@ -332,3 +332,49 @@ def test_template_that_refuses_a_conversation_is_one_error_with_its_place(bases,
     talk = Document("talks.jsonl:7", messages=(Message("system", "Be kind."), *TALK))
     with pytest.raises(TokenizerError, match=r"^talks.jsonl:7: .*chat template: No system role"):
         encode_document(Tokenizer(tmp_path, "refuses"), talk)
+
+
+def test_a_bare_base_is_judged_and_compared_with_what_was_made_from_it(tmp_path):
+    home = tmp_path / "home"
+    make_base(tmp_path / "base", *BASES["chatml"])
+    talks = [{"question": f"What is {i}?", "answer": f"It is {i}."} for i in range(40)]
+    data = tmp_path / "talks.json"
+    data.write_text(json.dumps(talks))
+    small = f"-p data {data} -p seq_len 64 -p steps 3".split()
+    judging = ["-p", "data", data, "-p", "max_documents", 12]
+
+    def run(*words):
+        done = codex("run", *words, home=home, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    said = run("evaluate", "-p", "checkpoint", tmp_path / "base", *judging, "--folder", "bare")
+    assert "a model that was made elsewhere does not say what it was trained on" in said
+    run(
+        "finetune",
+        "-p",
+        "preset",
+        "smoke",
+        "-p",
+        "base",
+        tmp_path / "base",
+        *small,
+        "--folder",
+        "t",
+    )
+    run("evaluate", "-p", "checkpoint", "t", *judging, "-p", "nproc", 2, "--folder", "tuned")
+    run("evaluate", "-p", "checkpoint", "base", *judging, "-p", "nproc", 2, "--folder", "again")
+    both = [
+        json.loads((tmp_path / name / "evaluations/all/summary.json").read_text())["metrics"]
+        for name in ("bare", "again")
+    ]
+    assert both[0] == both[1]
+    for words in (
+        ["verify", "bare"],
+        ["compare", "bare", "tuned", "--split", "all"],
+        ["replay", "bare"],
+    ):
+        done = codex(*words, home=home, cwd=tmp_path)
+        assert done.returncode == 0, (words, done.stdout + done.stderr)
+    done = codex("run", "evaluate", "-p", "checkpoint", tmp_path, *judging, home=home)
+    assert done.returncode == 1 and "no model" in done.stderr and len(done.stderr) < 600

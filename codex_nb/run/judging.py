@@ -20,6 +20,7 @@ import msgspec
 from codex_nb.core.artifacts import (
     Artifact,
     ArtifactError,
+    Manifest,
     json_text,
     open_artifact,
     read_manifest,
@@ -30,17 +31,19 @@ from ..core.repro import set_determinism
 from ..core.store import find_stored, store_folder, workspace
 from ..data.corpus import Corpus, CorpusConfig, open_corpus
 from ..data.tokenizer import Tokenizer
+from ..data.tokenizer_training import import_tokenizer
 from ..eval.contamination import find_overlaps
 from ..eval.evaluate import publish_evaluation, read_evaluation, summarize
 from ..eval.scoring import load_records, sample_documents, score_shard, target_text
 from ..eval.tasks import Answer, ask, read_questions, summarize_answers
-from ..model.model_registry import load_model
+from ..model.model_registry import find_model, load_model, model_digest
 from .recipe import finish, train_model
 from codex_nb.run.run_folder import (
     Run,
     find_in_runs,
     find_run,
     latest_finished_run,
+    list_runs,
     recorded_parent,
 )
 from .settings import TRAINING_KINDS, JudgeConfig, RunConfig
@@ -184,7 +187,7 @@ def score_part(
 
     die_with_parent()
     plan = json.loads((Path(folder) / "plan.json").read_bytes())
-    checkpoint = open_artifact(plan["checkpoint"], "checkpoint")
+    checkpoint = _bare_model(plan["checkpoint"]) or open_artifact(plan["checkpoint"], "checkpoint")
     corpus = open_artifact(plan["corpus"], "corpus")
     for artifact, digest in ((checkpoint, plan["digest"]), (corpus, plan["corpus_digest"])):
         if artifact.digest != digest:
@@ -245,13 +248,15 @@ def judge_task(
 
 # %% ../../nbs/run/68_judging.ipynb #4ebc3abf
 def find_checkpoint(
-    name: str | None,  # A run, a checkpoint folder, or None for the newest finished training run
+    name: str | None,  # A run, a checkpoint or a model; None: the newest finished training run
 ) -> Artifact:  # Verified; `ArtifactError` when there is none
-    "Find the checkpoint to evaluate."
+    "Find the checkpoint to evaluate, or a model that was made elsewhere."
     if recorded := recorded_parent("checkpoint"):
         return _recorded_checkpoint(recorded, name)
     if name and (Path(name) / "state.json").is_file():
         return open_artifact(name, "checkpoint")
+    if name and (model := _bare_model(name)):
+        return model
     run = find_run(name) if name else latest_finished_run(TRAINING_KINDS)
     if run is None:
         raise ArtifactError(
@@ -261,7 +266,24 @@ def find_checkpoint(
     return require_checkpoint(run)
 
 
+def _bare_model(name: str) -> Artifact | None:
+    "A model that no run has made, as if it were a checkpoint; None for a run or a checkpoint."
+    is_run = any(run["name"].endswith(name) for run in list_runs())
+    if is_run or any((Path(name) / part).exists() for part in ("checkpoints", "state.json")):
+        return None
+    try:
+        folder = find_model(name)
+    except ConfigError:
+        if Path(name).is_dir():
+            raise
+        return None
+    parents = {"tokenizer": import_tokenizer(folder).digest}
+    return Artifact(folder, Manifest("model", model_digest(folder), {}, parents, {}))
+
+
 def _recorded_checkpoint(digest: str, name: str | None) -> Artifact:
+    if name and (model := _bare_model(name)) and model.digest == digest:
+        return model
     path = find_in_runs(digest)
     if path is None and name and (Path(name) / "state.json").is_file():
         path = Path(name) if read_manifest(name).digest == digest else None
@@ -288,6 +310,8 @@ def open_trained(
     device: str = "cpu",  # Where the model goes
 ) -> tuple["PreTrainedModel", Tokenizer]:  # The model in evaluation mode
     "Open a checkpoint's model and tokenizer; `ArtifactError` when it was pruned meanwhile."
+    if checkpoint.manifest.kind == "model":
+        return load_model(checkpoint.path, device), import_tokenizer(checkpoint.path)
     try:
         tokenizer = Tokenizer(checkpoint.path, _parent_of(checkpoint, "tokenizer"))
         return load_model(checkpoint.path, device), tokenizer
@@ -320,6 +344,8 @@ def training_corpus(
     checkpoint: Artifact,  # From `find_checkpoint`
 ) -> Corpus | str:  # Or why there is none
     "The corpus that a checkpoint was trained on."
+    if checkpoint.manifest.kind == "model":
+        return "a model that was made elsewhere does not say what it was trained on"
     digest = _parent_of(checkpoint, "corpus")
     if found := find_stored("corpus", digest):
         return Corpus(found)
