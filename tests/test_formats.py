@@ -368,5 +368,5 @@ def test_a_fine_tuning_on_texts_or_completions_trains(tmp_path):
         path = tmp_path / f"{name}.json"
         path.write_text(json.dumps(records))
         words = "-p preset smoke -p steps 2 -p seq_len 64 -p data".split()
-        done = codex("run", "finetune", *words, path, home=home)
+        done = codex("run", "finetune", *words, path, home=home)  # the first trains a base as well
         assert done.returncode == 0, done.stdout + done.stderr

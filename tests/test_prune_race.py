@@ -25,7 +25,7 @@ def test_no_open_ends_in_a_confusing_error(small_model, tmp_path):
     assert process.stdout.readline() == "ready\n"
     opened = meanwhile = 0
     try:
-        for _ in range(counts(200, 2000)):
+        for _ in range(counts(100, 2000)):
             checkpoint = require_checkpoint(tmp_path / "run")
             try:
                 judging.open_trained(checkpoint)

@@ -538,6 +538,23 @@ def _seal(notebook: Path, folder: Path, text: str, code: int, error: str | None)
 _KERNEL_PACKAGES = ("jupyter_client", "nbclient", "nbformat", "papermill", "tornado", "zmq")
 
 
+def _import_papermill() -> Any:
+    """Import papermill as where there is no parser of addresses.
+
+    JupyterLab brings one. Checking a notebook does not use it, and it takes a second to build.
+    """
+    parser = "rfc3987_syntax"
+    absent = sys.modules.get(parser)
+    if absent is None:
+        sys.modules[parser] = None  # type: ignore[assignment]  # an import of it then fails
+    try:
+        import papermill
+    finally:
+        if absent is None:
+            del sys.modules[parser]
+    return papermill
+
+
 def _execute(
     notebook: Path,
     parameters: dict[str, Any],
@@ -547,7 +564,7 @@ def _execute(
     cwd: Path | str | None,
     isolated: bool,
 ) -> tuple[str | None, str | None]:  # Type and message of what stopped it; None, None at the end
-    import papermill
+    papermill = _import_papermill()
     from papermill.exceptions import PapermillExecutionError
     from papermill.iorw import load_notebook_node, papermill_io
 
