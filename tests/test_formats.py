@@ -3,6 +3,7 @@
 import gzip
 import json
 
+import msgspec
 import pytest
 from helpers import codex
 
@@ -370,3 +371,63 @@ def test_a_fine_tuning_on_texts_or_completions_trains(tmp_path):
         words = "-p preset smoke -p steps 2 -p seq_len 64 -p data".split()
         done = codex("run", "finetune", *words, path, home=home)  # the first trains a base as well
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def places(value, path=()):
+    "All places inside a record."
+    inner = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, v in inner:
+        yield (*path, key)
+        if isinstance(v, (dict, list)):
+            yield from places(v, (*path, key))
+
+
+def with_value(record, path, value):
+    made = json.loads(json.dumps(record))
+    at = made
+    for key in path[:-1]:
+        at = at[key]
+    at[path[-1]] = value
+    return made
+
+
+ODD = [None, 5, -1.5, True, "", "x", "{", "[1]", '{"a": 1}', [], [5], [[]], [None], {}, {"a": []}]
+TOOLS = {
+    "messages": [USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]},
+                 {"role": "tool", "content": "4", "tool_call_id": "1"}, ASSISTANT],
+    "tools": [{"type": "function", "function": {"name": "f"}}],
+    "system": "Be brief.",
+}  # fmt: skip
+HISTORY = TALKS["alpaca"] | {"history": [["a", "b"]], "id": "1", "group": "g", "meta": {"a": 1}}
+
+
+def test_a_record_with_a_wrong_type_anywhere_is_a_document_or_a_bad_line():
+    from codex_nb.data.documents import BadLine, parse_line
+
+    records = [*TALKS.values(), *(r for r, _ in OTHERS.values()), TOOLS, HISTORY]
+    read = refused = 0
+    for record in records:
+        RecordReader()(record)
+        for path in places(record):
+            for odd in ODD:
+                try:
+                    doc = RecordReader()(with_value(record, path, odd))
+                except BadLine:
+                    refused += 1
+                    continue
+                read += 1
+                assert parse_line(msgspec.json.encode(doc)) == doc
+    assert read > 500 and refused > 500
+
+
+def test_numbers_and_texts_that_a_store_cannot_hold_are_refused_wherever_they_hide():
+    from codex_nb.data.documents import BadLine
+
+    for hidden in ('{"a": 1e999}', '{"a": NaN}', '{"a": "\\ud800"}'):
+        record = with_value(
+            TOOLS, ("messages", 1, "tool_calls", 0, "function", "arguments"), hidden
+        )
+        with pytest.raises(BadLine, match="is not JSON"):
+            RecordReader()(record)
+    deep = "[" * 100_000
+    assert RecordReader()({"text": "a", "meta": deep}).meta == {"meta": deep}

@@ -553,11 +553,12 @@ def _reader_of_text(path: Path) -> Callable[..., Iterator[Document]]:
     if kind_of(path) not in _MAY_HOLD_RECORDS:
         return _read_text
     with suppress(ReadError, BadLine, UnicodeDecodeError, OSError, *_DAMAGE), open_bytes(path) as f:
-        start = f.peek(1)[:1] and f.read(MAX_LINE)
+        if f.peek(512).lstrip()[:1] not in (b"{", b"["):
+            return _read_text
+        start = f.read(MAX_LINE)
         if len(start) == MAX_LINE:
             start = start[: _character_boundary(start)]
-        if start.lstrip()[:1] in (b"{", b"["):
-            return _reader_of_json(start.decode())
+        return _reader_of_json(start.decode())
     return _read_text
 
 

@@ -69,8 +69,8 @@ def _call(call: Any, n: int) -> dict[str, Any]:
     arguments = function.get("arguments", function.get("parameters"))
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments or "{}")
-        except ValueError:
+            arguments = msgspec.json.decode(arguments or "{}")
+        except (ValueError, RecursionError):
             raise BadLine(
                 f"message {n}: `arguments` of {function['name']} is not JSON: {arguments!r:.80}"
             ) from None
@@ -107,7 +107,7 @@ def _message(m: Any, n: int, left_out: Counter[str]) -> dict[str, Any]:
 def _json(text: Any) -> Any:
     "What a text holds as JSON; the text itself when it holds none."
     try:
-        return json.loads(text) if isinstance(text, str) else text
+        return msgspec.json.decode(text) if isinstance(text, str) else text
     except (ValueError, RecursionError):
         return text
 
@@ -419,6 +419,19 @@ def unknown_format(
     given = ", ".join(map(repr, names))
     return f"the {what} {given} are of no known format; {hint}known are: {shapes}"
 
+
+def _document(record: Mapping[str, Any], form: RecordFormat, left_out: Counter[str]) -> Document:
+    "A record of a format as a document, with what the format does not read in `meta`."
+    try:
+        fields = form.read(record, left_out)
+    except (TypeError, AttributeError, KeyError) as e:
+        raise BadLine(f"a field has the wrong type to be read as {form.title}: {e}") from None
+    fields |= {k: record[k] for k in ("id", "group") if k in record}
+    meta = record.get("meta") or {}
+    meta = meta if isinstance(meta, dict) else {"meta": meta}
+    meta |= {k: v for k, v in record.items() if k not in form.fields and k not in _OWN}
+    return document_of(fields | ({"meta": meta} if meta else {}))
+
 # %% ../../nbs/data/10_record_formats.ipynb #1a2055da
 class RecordReader:
     "Turns records into documents, and remembers which formats they had."
@@ -457,14 +470,8 @@ class RecordReader:
         for name in get_close_matches("group", record.keys() - {"group"}, 1, 0.85):
             raise BadLine(f"unknown field {name!r}; did you mean group?")
         name = _choose(record, self.formats)
-        form, left_out = FORMATS[name], Counter[str]()
-        fields = form.read(record, left_out) | {
-            k: record[k] for k in ("id", "group") if k in record
-        }
-        others = {k: v for k, v in record.items() if k not in form.fields and k not in _OWN}
-        meta = record.get("meta") or {}
-        meta = (meta if _is_object(meta) else {"meta": meta}) | others
-        doc = document_of(fields | ({"meta": meta} if meta else {}))
+        left_out = Counter[str]()
+        doc = _document(record, FORMATS[name], left_out)
         if name == "text":
             return doc
         self.counts[name] += 1
