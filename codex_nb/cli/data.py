@@ -181,7 +181,8 @@ def data_convert(
         read_path(source, rejects=rejects, records=records), target, to == "messages"
     )
     print(f"{count:,} documents in {target}")
-    print(*(f"note: {note}" for note in records.notes()), sep="\n")
+    for note in records.notes():
+        print(f"note: {note}")
     for reject in rejects.first[:5]:
         print(f"rejected: {reject}")
     if rejects.count > 5:

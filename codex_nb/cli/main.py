@@ -169,7 +169,8 @@ def preflight(
     from codex_nb.run.preflight import learned_texts, preflight, preflight_lines
 
     cfg = check_parameters(training_class(notebook), parse_parameters(parameter)).resolve_auto()
-    report, texts = preflight(cfg), learned_texts(cfg, show)
+    report = preflight(cfg)
+    texts = learned_texts(report, show) if show else []
     if as_json:
         print(json.dumps(report | ({"shown": [t.pieces for t in texts]} if show else {})))
         return

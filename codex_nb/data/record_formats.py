@@ -30,7 +30,7 @@ ROLE_NAMES = {
 
 # %% ../../nbs/data/10_record_formats.ipynb #a64c7c07
 _ROLE_OF = {name: role for role, names in ROLE_NAMES.items() for name in names}
-# What a message may also have and a model does not see; it is left out, and said
+# The fields of a message that are read; others are left out, and a note names them
 _SEEN = {"role", "content", "tool_calls", "weight", "function_call"}
 _TOOL_FIELDS = ("tool_call_id", "name")  # Of what a tool answers
 
@@ -315,7 +315,7 @@ FORMATS = {
         "ShareGPT conversations",
         "`conversations` of `from` and `value`",
         frozenset(_LISTS) | _BESIDE,
-        lambda r: _is_sharegpt(r),
+        _is_sharegpt,
         _read_messages,
     ),
     "completion": RecordFormat(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ..core.store import find_stored
 from ..core.types import Batch
 from ..data.batches import BatchSampler, order_digest, to_batch
 from ..data.corpus import SPLITS, Corpus
@@ -309,9 +310,11 @@ class LearnedText:
 
 
 def learned_texts(
-    cfg: RunConfig,  # The settings of the planned run
+    out: dict[str, Any],  # From `preflight`, which has put corpus and tokenizer into the store
     n: int,  # How many
 ) -> list[LearnedText]:
     "The first documents of a run's training split."
-    corpus, tokenizer, _ = prepare_data(cfg)
-    return [LearnedText(tokenizer, doc) for doc in islice(corpus.split("train"), n)]
+    corpus, made = (find_stored(kind, out[kind]) for kind in ("corpus", "tokenizer"))
+    assert corpus and made, "nobody removes what was used a moment ago"
+    tokenizer, documents = Tokenizer(made.path, made.digest), Corpus(corpus).split("train")
+    return [LearnedText(tokenizer, doc) for doc in islice(documents, n)]

@@ -90,8 +90,10 @@ def start_run(
     if isinstance(cfg, RunConfig) and cfg.has_base:
         run.add_parent("base", model_digest(find_base(cfg.model.base, folder)))
     print(f"{'resuming' if run.resumed else 'writing to'} {display_path(run.folder)}")
-    if isinstance(data := parents.get("corpus"), Corpus) and not run.resumed:
-        print(*(f"note: {note}" for note in data.notes), sep="\n", end="\n" if data.notes else "")
+    data = parents.get("corpus")
+    if isinstance(data, Corpus) and not run.resumed:
+        for note in data.notes:
+            print(f"note: {note}")
     return run
 
 
