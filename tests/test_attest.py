@@ -23,6 +23,7 @@ from codex_nb.experiments.attest import (
     run_subject,
     sign,
     signatures,
+    weakest,
     write_verdict,
 )
 from codex_nb.experiments.verify import verify_run
@@ -565,6 +566,10 @@ def test_runs_below_a_required_level_are_named():
         RunError, match=r"below L3: b \(L4\), c \(not proven\); .*replay b; .*replay c"
     ):
         require_level({"a": "L3", "b": "L4", "c": NOT_PROVEN}, "L3")
+    given = weakest(["L3, given base a", "L4, given base b", "L3"])
+    assert given == "L4, given base a, given base b"
+    require_level({"a": given}, "L4")
+    assert weakest([given, "L1"]) == "L1"  # the order of the samples needs no model
     for level in ("l3", "L5", NOT_PROVEN, ""):
         with pytest.raises(RunError, match="there is no such level"):
             require_level({}, level)

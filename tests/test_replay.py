@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -270,6 +271,7 @@ def test_lineage_finds_a_forged_base(tmp_path, monkeypatch):
     "A fine-tuning of forged weights replays to the last bit: it is proven given that base."
     from forger import FORGERIES, checkpoints
 
+    from codex_nb.experiments.attest import known_level
     from codex_nb.run.judging import train_and_judge
     from codex_nb.run.settings import RunConfig
 
@@ -290,3 +292,6 @@ def test_lineage_finds_a_forged_base(tmp_path, monkeypatch):
     assert down.returncode == 1, down.stdout
     assert "base: L3 does not hold" in down.stdout
     assert "proven: L3, given base" in down.stdout and "for which L2 holds" in down.stdout
+    assert known_level(tuned) == "L2"
+    base.rename(tmp_path / "elsewhere")
+    assert re.fullmatch("L3, given base [0-9a-f]{12}", known_level(tuned))

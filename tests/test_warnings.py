@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import logging
+import os
 import warnings
 from functools import lru_cache
 from pathlib import Path
@@ -163,6 +164,16 @@ def without_gradients(folder):
     checkpoint(lambda x: x * 2, torch.ones(2), use_reentrant=True)
 
 
+def compiler_without_gpu(folder):
+    from unittest import mock
+
+    from torch.utils import cpp_extension
+
+    with mock.patch.dict(os.environ, CUDA_HOME=str(folder)):
+        with mock.patch("torch.cuda.is_available", lambda: False):
+            cpp_extension._find_cuda_home()
+
+
 def one_process(folder):
     import torch
     from safetensors.torch import save_file
@@ -216,6 +227,7 @@ HAPPENS = {
     "Could not find a config": elsewhere,
     "`is_gradient": adding(),
     "None of the inputs": without_gradients,
+    "No CUDA runtime": compiler_without_gpu,
     "torch.distributed is": one_process,
     "* is truncated": long_value,
 }

@@ -332,6 +332,12 @@ OTHER_WARNINGS = (
         "products in fp32 are meant to be that exact; dtype=bf16 is the faster setting",
     ),
     KnownWarning(
+        "torch.utils.cpp_extension",
+        "No CUDA runtime is found, using CUDA_HOME=",
+        "nothing",
+        "a machine with CUDA's compiler and no GPU; a device that is asked for is looked for",
+    ),
+    KnownWarning(
         "torch.distributed.checkpoint.state_dict_loader",
         "torch.distributed is disabled, unavailable or uninitialized, assuming the intent is",
         "nothing",

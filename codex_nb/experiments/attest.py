@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ATTESTATIONS', 'STATEMENT_TYPE', 'PREDICATE_TYPE', 'ROLES', 'NAMESPACES', 'VERDICT',
-           'AUDIT', 'MAX_TOLERANCE', 'NOT_PROVEN', 'LEVELS', 'run_subject', 'statement',
-           'read_signature', 'ssh_keygen', 'sign', 'write_verdict', 'Attestation', 'printable',
-           'signatures', 'run_hashes', 'known_level', 'weakest', 'require_level']
+           'AUDIT', 'MAX_TOLERANCE', 'NOT_PROVEN', 'LEVELS', 'DEPEND_ON_MODELS', 'GIVEN',
+           'run_subject', 'statement', 'read_signature', 'ssh_keygen', 'sign', 'write_verdict',
+           'Attestation', 'printable', 'signatures', 'run_hashes', 'known_level', 'weakest',
+           'require_level']
 
 # %% ../../nbs/experiments/72_attest.ipynb #806c4fe2
 import base64
@@ -338,6 +339,8 @@ def _attach_signature(folder: Path, texts: Mapping[str, str]) -> None:
 # %% ../../nbs/experiments/72_attest.ipynb #d9cac882
 NOT_PROVEN = "not proven"
 LEVELS = (NOT_PROVEN, "L0", "L1", "L2", "L4", "L3")  # the weakest first
+DEPEND_ON_MODELS = ("L2", "L4", "L3")  # these say something only given the model at the start
+GIVEN = ", given "
 
 # %% ../../nbs/experiments/72_attest.ipynb #d4fdf36a
 @dataclass(frozen=True)
@@ -473,7 +476,7 @@ def _statement_problems(
 def known_level(
     folder: Path | str,  # A run folder
     signers: Path | str | None = None,  # Allowed signers; default: `$CODEX_NB_SIGNERS`
-) -> str:  # One of `LEVELS`
+) -> str:  # One of `LEVELS`, with the models that it is given: `L3, given base 5c4c1e4a2b61`
     "The highest level at which a run is proven, as far as it is known here."
     return _known_level(Path(folder).absolute(), signers, ())
 
@@ -494,8 +497,13 @@ def _known_level(folder: Path, signers: Path | str | None, above: tuple[Path, ..
         levels += [a.level for a in found if a.role == "auditor" and not a.problem]
     level = max((level for level in levels if level in LEVELS), key=LEVELS.index)
     # A run proves nothing about a model that it starts from: that run needs proof of its own.
-    runs = [path.absolute() for _, path in trained_parents(folder).values() if path]
-    return weakest([level, *(_known_level(path, signers, (*above, folder)) for path in runs)])
+    levels = []
+    for role, (digest, path) in trained_parents(folder).items():
+        if path:
+            levels.append(_known_level(path.absolute(), signers, (*above, folder)))
+        elif level in DEPEND_ON_MODELS:
+            level += f"{GIVEN}{role} {digest[:12]}"
+    return weakest([level, *levels])
 
 
 def _level_of_verdict(verdict: dict[str, Any], subject: str) -> str:
@@ -511,21 +519,25 @@ def _subject_or_none(folder: Path | str) -> str | None:
 
 
 def weakest(
-    levels: Iterable[str],  # Each one of `LEVELS`
-) -> str:  # The one that proves least; `not proven` for none
+    levels: Iterable[str],  # Each from `known_level`
+) -> str:  # The one that proves least, given what any of them is given; `not proven` for none
     "The level of what depends on several runs."
-    return min(levels, key=LEVELS.index, default=NOT_PROVEN)
+    parts = [level.split(GIVEN) for level in levels]
+    least = min((level for level, *_ in parts), key=LEVELS.index, default=NOT_PROVEN)
+    models = dict.fromkeys(model for _, *given in parts for model in given)
+    return GIVEN.join([least, *models]) if least in DEPEND_ON_MODELS else least
 
 
 def require_level(
-    levels: Mapping[str, str],  # Run -> its level
+    levels: Mapping[str, str],  # Run -> its level, from `known_level`
     required: str,  # One of `LEVELS`
 ) -> None:
     "Raise `RunError` with the runs that are proven at a lower level."
     if required not in LEVELS[1:]:
         raise RunError(f"{required}: there is no such level; {suggest(required, LEVELS[1:])}")
     least = LEVELS.index(required)
-    if below := {run: level for run, level in levels.items() if LEVELS.index(level) < least}:
+    ranks = {run: LEVELS.index(level.partition(GIVEN)[0]) for run, level in levels.items()}
+    if below := {run: levels[run] for run, rank in ranks.items() if rank < least}:
         named = ", ".join(f"{run} ({level})" for run, level in below.items())
         remedy = "; ".join(f"codex-nb replay {run}" for run in below)
         raise RunError(f"below {required}: {named}; prove it here: {remedy}")

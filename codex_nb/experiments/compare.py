@@ -400,7 +400,9 @@ def metrics_table(
             "accuracy": _format_metric(m.summary["metrics"].get("accuracy")),
             "documents": m.summary["documents"],
             **level,
-            "tokens/s": "" if m.tokens_per_second is None else f"{m.tokens_per_second:,.0f}",
+            "tokens/s (not proven)": ""
+            if m.tokens_per_second is None
+            else f"{m.tokens_per_second:,.0f}",
         }
         for m, level in zip(models, shown)
     ]
@@ -416,7 +418,7 @@ def _format_metric(metric: dict | None) -> str:
 def figure_levels(
     model: EvaluatedModel,  # From `open_evaluated`
     signers: Path | str | None = None,  # Allowed signers; default: `$CODEX_NB_SIGNERS`
-) -> dict[str, str]:  # Name of a run -> one of `attest.LEVELS`
+) -> dict[str, str]:  # Name of a run -> its level, from `attest.known_level`
     "The level of each run that the scores of a model come from."
     evaluation = model.evaluation.path.absolute()
     run = evaluation.parent.parent
@@ -504,6 +506,6 @@ def plot_speed(
     fig, ax = plt.subplots(figsize=(7, 0.8 + 0.35 * max(1, len(speeds))), layout="constrained")
     ax.barh(list(speeds.keys()), list(speeds.values()))
     ax.invert_yaxis()
-    ax.set_xlabel("training speed, tokens per second (median)")
+    ax.set_xlabel("training speed, tokens per second (median, not proven)")
     ax.tick_params(axis="y", labelsize=7)
     return fig
