@@ -22,7 +22,7 @@ from codex_nb.core.artifacts import (
     write_file,
 )
 from codex_nb.core.config import digest_of
-from codex_nb.core.store import Lock
+from codex_nb.core.store import Lock, find_stored, store_by_content
 
 
 def publish_seconds(folder):
@@ -77,6 +77,25 @@ def test_limit_of_file_size_leaves_the_old_artifact(tmp_path):
     assert f"cannot write {tmp_path / 'a'}" in out and "too large" in out and "bytes free" in out
     assert (open_artifact(tmp_path / "a").path / "x").read_text() == "old"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_store_that_cannot_be_written_is_read(number, tmp_path, monkeypatch):
+    monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
+    made = store_by_content("number", {}, lambda draft: (draft.path / "n.txt").write_text("42"))
+
+    def refuse(*args, **more):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("codex_nb.core.store.FileLock.acquire", refuse)
+    assert find_stored("number", made.digest).digest == made.digest
+    monkeypatch.undo()
+    monkeypatch.setattr("codex_nb.core.artifacts.os.fsync", refuse)
+    with pytest.raises(OSError, match="one"):
+        write_file(tmp_path / "one", "text")
+    if number == errno.ENOSPC:
+        with Lock(tmp_path / "lock"), pytest.raises(ArtifactError, match="an unknown process"):
+            Lock(tmp_path / "lock", timeout=0).acquire()
 
 
 def on_small_disk(size):

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import test_forgery
-from helpers import codex, wait_until
+from helpers import BIN, PROVE, codex, environment, wait_until
 
 from codex_nb.core.artifacts import ArtifactError, json_text, read_manifest, seal
 from codex_nb.experiments.attest import (
@@ -592,3 +592,30 @@ def test_compare_shows_levels(run, twin, home):
     replay_of(b, home)
     done = codex("compare", "one", "two", "--require", "L3", "--json", home=home)
     assert [row["level"] for row in json.loads(done.stdout)["figures"]] == ["L3", "L3"]
+
+
+READERS = ["verify twin", "compare twin claimed", "card twin --out -", "report twin --out -"]
+
+
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode != 0,
+    reason="no mount namespace allowed here",
+)
+@pytest.mark.parametrize("words", READERS if PROVE else READERS[:1])
+@pytest.mark.parametrize("mount", ["read-only", "full"] if PROVE else ["full"])
+def test_a_run_is_read_where_nothing_can_be_written(mount, words, two_executions):
+    commands = 'mount --bind "$1" "$1" && mount -o remount,ro,bind "$1"'
+    if mount == "full":
+        commands = 'mount -t tmpfs -o size=40m tmpfs /mnt && cp -a "$1"/. /mnt'
+        commands += " && ! dd if=/dev/zero of=/mnt/filled bs=1k status=none 2>/dev/null"
+    home = "/mnt" if mount == "full" else two_executions
+    shell = ["unshare", "--mount", "sh", "-c", f'{commands}; shift; exec "$@"', "sh"]
+    done = subprocess.run(
+        [*shell, two_executions, BIN / "codex-nb", *words.split()],
+        env=environment(home),
+        cwd="/",
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 from forger import MANIFEST, copy, derive, edit_lines, read, reseal, rows_of, write_rows
-from helpers import PROVE, codex, counts, trained_runs
+from helpers import PROVE, codex, counts, files_below, trained_runs
 
 SMALL = dict(width=16, heads=2, layers=1, seq_len=32, batch_size=4, steps=24, save_every=2)
 SMALL |= dict(keep_last=99, eval_every=8, eval_documents=2, max_documents=12, resamples=100)
@@ -411,6 +411,28 @@ def test_the_command_executes_segments_in_their_own_process(honest, runs):
     assert report["ok"] and len(report["findings"]) == 2
     assert report["escape_probability"]["training"]["6"] == 0.5
     assert [p.name for p in (runs / "audit").iterdir()] == ["audit.json"]
+
+
+@pytest.mark.parametrize("done", [0, 1])
+def test_full_disk_leaves_the_findings_that_there_are(done, honest, tmp_path):
+    from codex_nb.core.artifacts import DiskError
+    from codex_nb.experiments.segments import audit_run
+
+    seen = []
+
+    def fill(run, segment, folder, parameters):
+        folder.mkdir()
+        (folder / "half").touch()
+        seen.append(segment)
+        if len(seen) > done:
+            raise DiskError(28, "cannot write half: no space left on device")
+        return True, ""
+
+    folder = tmp_path / "audit"
+    with pytest.raises(DiskError):
+        audit_run(honest, 3, 1, folder=folder, run_segment=fill)
+    assert files_below(tmp_path) == ["audit/audit.json"] * done
+    assert folder.exists() == bool(done)
 
 
 def test_scoring_that_was_interrupted_has_the_same_records(honest, tmp_path, monkeypatch):

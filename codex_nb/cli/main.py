@@ -899,8 +899,8 @@ def _report(error: BaseException, words: list[str]) -> int:  # Exit code
     missing = None
     if isinstance(error, ImportError):
         missing = _missing_package((error.name or "").partition(".")[0], str(error))
-    if isinstance(error, OSError) and (full := disk_error(error, error.filename or ".")):
-        error = full
+    if isinstance(error, OSError) and not isinstance(error, DiskError):
+        error = disk_error(error, error.filename or ".") or error
     if isinstance(error, DiskError):  # its text begins with a number, which says nothing
         print_error(describe_error(error))
         return 74

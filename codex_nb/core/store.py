@@ -7,6 +7,7 @@ __all__ = ['Lock', 'is_locked', 'workspace', 'store_folder', 'TemporaryWorkspace
            'store_by_content', 'find_stored', 'stored_artifacts', 'remove_unused']
 
 # %% ../../nbs/core/05_store.ipynb #2ab41678
+import errno
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +28,7 @@ from codex_nb.core.artifacts import (
     MANIFEST,
     Artifact,
     ArtifactError,
+    DiskError,
     Draft,
     clear_leftovers,
     code_digest,
@@ -63,7 +66,8 @@ class Lock:
                 f"{self.path.parent}: in use by {owner}; wait for it or stop it"
             ) from None
         now = datetime.now().isoformat(timespec="seconds")
-        write_file(self._owner, f"process {os.getpid()} on {socket.gethostname()} since {now}")
+        with suppress(DiskError):  # a lock without a name is a lock, and needs no space
+            write_file(self._owner, f"process {os.getpid()} on {socket.gethostname()} since {now}")
         return self
 
     def release(self) -> None:
@@ -219,13 +223,20 @@ def find_stored(
 ) -> Artifact | None:  # Verified; None when the store does not have it
     "Look up an artifact in the store by its digest; raises `ArtifactError` if it is damaged."
     for path in store_folder(kind).glob(f"*/{MANIFEST}"):
-        if _digest_in(path) != digest:
-            continue
-        with Lock(_lock_of(path.parent), timeout=600):
-            is_there = _mark_used(path.parent)
-        if is_there:
+        if _digest_in(path) == digest and _is_there(path.parent):
             return open_artifact(path.parent, kind)
     return None
+
+
+def _is_there(artifact: Path) -> bool:
+    try:
+        with Lock(_lock_of(artifact), timeout=600):
+            return _mark_used(artifact)
+    except OSError as e:
+        # Reading needs no right to write, and no space: only the day of the last use is lost.
+        if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
+            return artifact.exists()
+        raise
 
 
 def _digest_in(manifest: Path) -> str | None:  # None when it was removed meanwhile, or is damaged

@@ -497,13 +497,13 @@ def _known_level(folder: Path, signers: Path | str | None, above: tuple[Path, ..
         levels += [a.level for a in found if a.role == "auditor" and not a.problem]
     level = max((level for level in levels if level in LEVELS), key=LEVELS.index)
     # A run proves nothing about a model that it starts from: that run needs proof of its own.
-    levels = []
-    for role, (digest, path) in trained_parents(folder).items():
-        if path:
-            levels.append(_known_level(path.absolute(), signers, (*above, folder)))
-        elif level in DEPEND_ON_MODELS:
-            level += f"{GIVEN}{role} {digest[:12]}"
-    return weakest([level, *levels])
+    levels, depends = [level], level in DEPEND_ON_MODELS
+    for role, (digest, run) in trained_parents(folder).items():
+        if run:
+            levels.append(_known_level(run.absolute(), signers, (*above, folder)))
+        elif depends:
+            levels.append(f"{level}{GIVEN}{role} {digest[:12]}")
+    return weakest(levels)
 
 
 def _level_of_verdict(verdict: dict[str, Any], subject: str) -> str:

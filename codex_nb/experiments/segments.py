@@ -15,7 +15,8 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -496,13 +497,24 @@ def audit_run(
     folder = Path(folder).absolute() if folder else workspace() / "replays" / name
     folder.mkdir(parents=True, exist_ok=True)
     audit = Audit(str(run), subject, number, "", _totals(found), tuple(drawn), (), gaps, left_out)
-    for i, segment in list(enumerate(drawn))[index - 1 :: parts]:
-        made = folder / f"segment-{i + 1}"
-        finding = _finding(run_segment, contents, segment, made, parameters or {})
-        audit = replace(audit, findings=(*audit.findings, finding))
-        write_file(folder / "audit.json", json_text(audit.to_dict()))
-        shutil.rmtree(made, ignore_errors=True)
+    try:
+        for i, segment in list(enumerate(drawn))[index - 1 :: parts]:
+            with _scratch(folder / f"segment-{i + 1}") as made:
+                finding = _finding(run_segment, contents, segment, made, parameters or {})
+            audit = replace(audit, findings=(*audit.findings, finding))
+            write_file(folder / "audit.json", json_text(audit.to_dict()))
+    finally:
+        with suppress(OSError):  # it stays with the findings that there are
+            folder.rmdir()
     return audit
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _finding(
