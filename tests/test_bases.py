@@ -1,6 +1,7 @@
 """Models from elsewhere: what they are given begins and ends as they were trained."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -64,6 +65,96 @@ END_AT_THE_LAST = (
     "{% else %}{{ 'Question: ' + m.content + '\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Answer: ' }}{% endif %}"
 )
+# More shapes of public templates: name -> template and special tokens. What is learned is tested.
+SHAPES = {
+    "header in the markers": (
+        "{% for m in messages %}{% if m.role == 'assistant' %}"
+        "⟦{{ '<|im_start|>assistant\n' + m.content + '<|im_end|>\n' }}⟧"
+        "{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+    ),
+    "system in the first question": (
+        "{{ bos_token }}{% set s, rest = '', messages %}{% if messages[0].role == 'system' %}"
+        "{% set s, rest = messages[0].content + '\n', messages[1:] %}{% endif %}"
+        "{% for m in rest %}{% if m.role == 'user' %}"
+        "{{ '[INST] ' + (s if loop.first else '') + m.content + ' [/INST]' }}"
+        "{% else %}⟦{{ ' ' + m.content + ' ' + eos_token }}⟧{% endif %}{% endfor %}",
+        ["</s>", "<s>"],
+    ),
+    "no separators": (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' }}{% if m.role == 'assistant' %}"
+        "⟦{{ m.content + '<|end|>' }}⟧{% else %}{{ m.content + '<|end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
+        ["<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"],
+    ),
+    "end and next role in one": (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|bot|>' }}⟦{{ m.content }}⟧"
+        "{% else %}{{ '<|human|>' + m.content }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|bot|>' }}{% endif %}",
+        ["<|endoftext|>", "<|human|>", "<|bot|>"],
+    ),
+    "instruction and response": (
+        "{{ 'Below is a task.\n\n' }}{% for m in messages %}{% if m.role == 'assistant' %}"
+        "{{ '### Response:\n' }}⟦{{ m.content + '\n' + eos_token }}⟧{{ '\n' }}"
+        "{% else %}{{ '### Instruction:\n' + m.content + '\n\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}",
+        ["<|endoftext|>"],
+    ),
+    "turn numbers": (
+        "{% for m in messages %}{% if m.role == 'user' %}"
+        "{{ '[Round ' ~ (loop.index0 // 2 + 1) ~ ']\n\nQ: ' + m.content + '\n\n' }}"
+        "{% else %}{{ 'A:' }}⟦{{ ' ' + m.content + '\n\n' }}⟧{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'A:' }}{% endif %}",
+        ["</s>"],
+    ),
+    "empty thoughts before the last answer": (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+        "⟦{% if loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+        "{{ m.content + '<|im_end|>' }}⟧"
+        "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+    ),
+    "channels": (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|start|>assistant' }}"
+        "⟦{{ '<|channel|>final<|message|>' + m.content }}"
+        "{{ '<|return|>' if loop.last else '<|end|>' }}⟧"
+        "{% else %}{{ '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}",
+        ["<|endoftext|>", "<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>"],
+    ),
+    "spaces stripped": (
+        "{%- for m in messages -%}\n{%- if m.role == 'assistant' -%}\n  {{- 'GPT4: ' -}}"
+        "⟦{{- m.content | trim -}}{{- '<|end_of_turn|>' -}}⟧\n{%- else -%}\n  "
+        "{{- 'User: ' + m.content | trim + '<|end_of_turn|>' -}}\n{%- endif -%}\n{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- 'GPT4: ' -}}{%- endif -%}",
+        ["</s>", "<|end_of_turn|>"],
+    ),
+    "date in front": (
+        "{{ bos_token + '<|sys|>Today is 1 May 2025.<|end|>' }}{% for m in messages %}"
+        "{{ '<|' + m.role + '|>' }}{% if m.role == 'assistant' %}⟦{{ m.content + '<|end|>' }}⟧"
+        "{% else %}{{ m.content + '<|end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
+        ["</s>", "<s>", "<|sys|>", "<|user|>", "<|assistant|>", "<|end|>"],
+    ),
+    "a loop for each role": (
+        "{% for m in messages %}{% if m.role == 'user' %}"
+        "{{ '<extra_1>User\n' + m.content + '\n' }}{% endif %}"
+        "{% if m.role == 'assistant' %}{{ '<extra_1>Assistant\n' }}⟦{{ m.content }}⟧{{ '\n' }}"
+        "{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<extra_1>Assistant\n' }}{% endif %}",
+        ["</s>", "<extra_1>"],
+    ),
+    "a list of parts": (
+        "{% macro said(m) %}{% if m.content is string %}{{ m.content }}{% else %}"
+        "{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}{% endmacro %}"
+        "{% for m in messages %}{{ '<|' + m.role + '|>\n' }}{% if m.role == 'assistant' %}"
+        "⟦{{ said(m) + eos_token }}⟧{{ '\n' }}{% else %}{{ said(m) + eos_token + '\n' }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
+        ["</s>", "<s>"],
+    ),
+}
 # Name -> template, special tokens, token that begins a text and whether one is added
 BASES = {
     "chatml": (CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], None, False),
@@ -101,11 +192,10 @@ TALK = (
 )
 
 
-def make_base(folder, template, special, bos, added):
-    "A byte-level tokenizer that was trained on little, and a small model of random weights."
+def write_tokenizer(folder, template, special, bos, added):
+    "A byte-level tokenizer that was trained on little; its number of ids."
     from tokenizers import Tokenizer as Fast
     from tokenizers import decoders, models, pre_tokenizers, processors, trainers
-    from transformers import AutoModelForCausalLM, LlamaConfig
 
     level = pre_tokenizers.ByteLevel
     fast = Fast(models.BPE())
@@ -120,16 +210,29 @@ def make_base(folder, template, special, bos, added):
     if added:
         ids = [(bos, fast.token_to_id(bos))]
         fast.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=ids)
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     fast.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": special[0]}
     config |= {"bos_token": bos} if bos else {}
     config["chat_template"] = template.replace("⟦", "").replace("⟧", "")
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return fast.get_vocab_size()
+
+
+def set_template(folder, template):
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+
+
+def make_base(folder, template, special, bos, added):
+    "Such a tokenizer and a small model of random weights."
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    size = write_tokenizer(folder, template, special, bos, added)
     torch.manual_seed(0)
     shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
     model = AutoModelForCausalLM.from_config(
-        LlamaConfig(vocab_size=fast.get_vocab_size(), max_position_embeddings=128, **shape)
+        LlamaConfig(vocab_size=size, max_position_embeddings=128, **shape)
     )
     model.save_pretrained(folder)
 
@@ -232,6 +335,48 @@ def test_the_same_is_learned_with_and_without_generation_markers(base, tmp_path)
     spelled = {tokenizer.fast.id_to_token(int(i)) for i in unmarked.ids[extra]}
     # the one that ends the whole conversation is outside of the markers of that template
     assert spelled <= ({"</s>", "Ċ"} if tokenizer.digest == "end at the last" else set())
+
+
+@pytest.mark.parametrize("marks", [("", ""), ("{% generation %}", "{% endgeneration %}")])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_exactly_the_answers_are_learned(shape, marks, tmp_path):
+    template, special = SHAPES[shape]
+    write_tokenizer(tmp_path, template, special, "<s>" if "<s>" in special else None, False)
+    set_template(tmp_path, template.replace("⟦", marks[0]).replace("⟧", marks[1]))
+    tokenizer = Tokenizer(tmp_path, shape)
+    if shape == "empty thoughts before the last answer" and not marks[0]:
+        with pytest.raises(TokenizerError, match="message 2 in another way when more follows"):
+            encode_document(tokenizer, Document("talk", messages=TALK))
+        return
+    encoded = encode_document(tokenizer, Document("talk", messages=TALK))
+    whole = tokenizer.in_transformers().apply_chat_template(dicts(TALK), return_dict=True)
+    assert encoded.ids.tolist() == whole["input_ids"]
+    runs = np.flatnonzero(np.diff(np.r_[False, encoded.mask, False])).reshape(-1, 2)
+    learned = [tokenizer.decode(encoded.ids[a:b].tolist()) for a, b in runs]
+    answers = [m.content for m in TALK if m.role == "assistant"]
+    around = (
+        r"(<think>\s*</think>|(<\|im_start\|>)?assistant\n|(<\|channel\|>)?final(<\|message\|>)?)?"
+    )
+    ends = f"({'|'.join(map(re.escape, special))})?"
+    assert len(learned) == len(answers), learned
+    for text, answer in zip(learned, answers):
+        assert re.fullmatch(rf"\s*{around}\s*{re.escape(answer)}\s*{ends}\s*", text), text
+
+
+@pytest.mark.parametrize("wrong", ["all", "the question"])
+def test_markers_around_more_than_the_answers_are_refused(wrong, tmp_path):
+    begin, end = "{% generation %}", "{% endgeneration %}"
+    if wrong == "all":
+        line = begin + "{{ m.role + ': ' + m.content + eos_token }}" + end
+    else:
+        said = "{{ m.role + ': ' }}" + begin + "{{ m.content }}" + end + "{{ eos_token }}"
+        line = "{% if m.role == 'user' %}" + said + "{% else %}{{ m.content }}{% endif %}"
+    write_tokenizer(tmp_path, "", ["</s>"], None, False)
+    set_template(tmp_path, "{% for m in messages %}" + line + "{% endfor %}")
+    with pytest.raises(
+        TokenizerError, match="^talk: .* enclose what the user says: .*river called"
+    ):
+        encode_document(Tokenizer(tmp_path, wrong), Document("talk", messages=TALK))
 
 
 def test_what_a_message_spells_is_text(base):

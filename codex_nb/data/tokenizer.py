@@ -681,6 +681,7 @@ def _encode_with_template(
     template = str(_hf_tokenizer(tokenizer).chat_template)
     if re.search(r"{%[-+]?\s*generation\b", template):  # `add_generation_prompt` is no marker
         text, spans = _render(tokenizer, messages, tools, return_assistant_tokens_mask=True)
+        _check_markers(tokenizer, text, spans, messages)
     else:
         text, _ = _render(tokenizer, messages, tools)
         answers = [messages[: k + 1] for k, m in enumerate(messages) if m.role == "assistant"]
@@ -688,6 +689,24 @@ def _encode_with_template(
     _check_tools(tokenizer, text, messages, tools)
     ids, places = _encode_rendered(tokenizer, text, messages)
     return ids, _inside(places, spans)
+
+
+def _check_markers(
+    tokenizer: Tokenizer, text: str, marked: _Spans, messages: Sequence[Message]
+) -> None:
+    "Raise `TokenizerError` where generation markers enclose what another than the assistant says."
+    learned = [text[start:end] for start, end in marked]
+    answers = [m.content for m in messages if m.role == "assistant"]
+    for m in messages:
+        said = m.content.strip()
+        if m.role == "assistant" or len(said) < 8:  # which could be found in a header by chance
+            continue
+        if any(said in part for part in learned) and not any(said in a for a in answers):
+            raise TokenizerError(
+                f"{tokenizer.path}: the generation markers of its chat template enclose what the "
+                f"{m.role} says: {said[:60]!r}; put them around the assistant's content in "
+                "chat_template.jinja"
+            )
 
 
 def _inside(places: np.ndarray, spans: _Spans) -> np.ndarray:  # bool, shape (tokens,)
@@ -725,14 +744,20 @@ def _answer_span(
     through, _ = _render(tokenizer, messages, tools)
     start, end = len(before), len(os.path.commonprefix([through, text]))
     answer = messages[-1].content
-    if not through.startswith(before) or answer.strip() not in text[start:end]:
+    said = text.find(answer.strip(), start, end)
+    if not through.startswith(before) or said < 0:
         raise TokenizerError(
             f"{tokenizer.path}: its chat template writes message {len(messages)} in another way "
             f"when more follows, so what the assistant says cannot be found: {answer[:60]!r}; put "
             "{% generation %} markers around the assistant's content in chat_template.jinja"
         )
-    ends = [m.end() for m in tokenizer.special_pattern.finditer(text, start, end)]
-    return start, max(ends, default=end)
+    special, last = tokenizer.special_pattern, end
+    for m in special.finditer(text, said + len(answer.strip())):
+        # The last turn may end with another token: `<|return|>` and `<|end|>` begin alike.
+        if m.start() > end or m.start() == end and not special.match(through, end):
+            break
+        last = m.end()
+    return start, last
 
 
 def _find_answer_end(tokenizer: Tokenizer) -> str:  # Empty where no special token ends it
