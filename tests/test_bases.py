@@ -523,3 +523,53 @@ def test_a_bare_base_is_judged_and_compared_with_what_was_made_from_it(tmp_path)
         assert done.returncode == 0, (words, done.stdout + done.stderr)
     done = codex("run", "evaluate", "-p", "checkpoint", tmp_path, *judging, home=home)
     assert done.returncode == 1 and "no model" in done.stderr and len(done.stderr) < 600
+
+
+def word_tokenizer(folder, kind):
+    "A tokenizer that does not know every character."
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import models, pre_tokenizers, trainers
+
+    unknown = {"unk_token": "<unk>"}
+    model, trainer = {
+        "words": (models.WordLevel(**unknown), trainers.WordLevelTrainer),
+        "unigram": (models.Unigram(), trainers.UnigramTrainer),
+        "dropped": (models.BPE(), trainers.BpeTrainer),
+    }[kind]
+    fast = Fast(model)
+    if kind == "words":
+        fast.pre_tokenizer = pre_tokenizers.Whitespace()
+    more = unknown if kind == "unigram" else {}
+    special = ["</s>"] if kind == "dropped" else ["</s>", "<unk>"]
+    trained = trainer(vocab_size=60, special_tokens=special, show_progress=False, **more)
+    fast.train_from_iterator(TEXTS * 20, trained)
+    fast.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    config |= unknown if "<unk>" in special else {}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return Tokenizer(folder, kind)
+
+
+@pytest.mark.parametrize("kind", ["words", "unigram", "dropped"])
+def test_bytes_that_a_tokenizer_does_not_know_are_counted_and_cost_bits(kind, tmp_path):
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from codex_nb.eval.evaluate import evaluate
+
+    tokenizer = word_tokenizer(tmp_path, kind)
+    torch.manual_seed(0)
+    shape = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    config = LlamaConfig(vocab_size=tokenizer.vocab_size, max_position_embeddings=64, **shape)
+    model = AutoModelForCausalLM.from_config(config)
+    known, lost = TEXTS[0], "水🜂 " + TEXTS[0]
+    assert tokenizer.unknown_bytes(known) == 0 and tokenizer.unknown_bytes(lost) == 3 + 4
+    records, summary = evaluate(model, tokenizer, [known, lost], resamples=100)
+    assert [r.unknown for r in records] == [0, 7]
+    assert "unknown" not in records[0].to_dict()
+    assert any("no token for 7 of " in note for note in summary["notes"])
+    log2 = [(r.nll - r.special_nll) / np.log(2) for r in records]
+    assert records[0].bits == pytest.approx(log2[0])
+    assert records[1].bits == pytest.approx(log2[1] + 8 * 7)
+    if kind != "dropped":  # the model's own surprise at an unknown token counts as well
+        end, tokens = records[1].special_nll, records[1].tokens
+        assert end < 2 * records[1].nll / tokens

@@ -335,6 +335,13 @@ def _explain(place: str, remedy: str = "bring another tokenizer") -> Iterator[No
         raise TokenizerError(f"{place}: {describe_error(e)}; {remedy}") from None
 
 # %% ../../nbs/data/15_tokenizer.ipynb #401d2be6
+def _unknown_id(model: dict[str, Any]) -> int | None:
+    if isinstance(model.get("unk_id"), int):  # of SentencePiece's unigram
+        return model["unk_id"]
+    vocab = model.get("vocab")
+    return vocab.get(model.get("unk_token")) if isinstance(vocab, dict) else None
+
+
 class Tokenizer:
     "Text to ids and back, exactly."
 
@@ -369,6 +376,9 @@ class Tokenizer:
         self.eot: int = eot
         added = self.fast.get_added_tokens_decoder()
         self.special = {eot, *(i for i, token in added.items() if token.special)}  # Ids
+        self.unknown = _unknown_id(spec["model"])  # Stands for what has no token; None without one
+        self._byte_fallback = bool(spec["model"].get("byte_fallback"))
+        self._byte_level = '"ByteLevel"' in json.dumps(spec.get("pre_tokenizer"))
         self._answer_end: str | None = None  # What its chat template puts after an answer
         self._hf: PreTrainedTokenizerBase | None = None
         self._render: LimitedProcess | None = None
@@ -395,6 +405,32 @@ class Tokenizer:
         "Matches any special token where a text spells it, the longest first."
         tokens = {str(self.fast.id_to_token(i)) for i in self.special}
         return re.compile("|".join(re.escape(t) for t in sorted(tokens, key=len, reverse=True)))
+
+    def unknown_bytes(
+        self,
+        text: str,  # Any text
+    ) -> int:  # 0 for a tokenizer that was made here: it knows all bytes
+        "How many bytes of a text are lost in its ids: in unknown tokens, or in none at all."
+        if all(self.fast.token_to_id(token) is not None for token in SPECIALS):
+            return 0
+        if self.unknown is None:
+            return self._dropped_bytes(text)
+        encoded = self.fast.encode(text, add_special_tokens=False)
+        lost = np.array([not c.isspace() for c in text], bool)  # spaces may belong to no token
+        for i, (start, end) in zip(encoded.ids, encoded.offsets):
+            if i != self.unknown:
+                lost[start:end] = False
+        return sum(len(text[i].encode()) for i in np.flatnonzero(lost))
+
+    def _dropped_bytes(self, text: str) -> int:
+        if self._byte_fallback:
+            return 0
+        norm, split = self.fast.normalizer, self.fast.pre_tokenizer
+        text = norm.normalize_str(text) if norm else text
+        pieces = [piece for piece, _ in split.pre_tokenize_str(text)] if split else [text]
+        lost = [c for c in "".join(pieces) if self.fast.token_to_id(c) is None and not c.isspace()]
+        # In a byte-level alphabet a character is a byte.
+        return len(lost) if self._byte_level else len("".join(lost).encode())
 
     def in_transformers(self) -> "PreTrainedTokenizerBase":  # `TokenizerError` where it cannot
         "The tokenizer as transformers opens it."

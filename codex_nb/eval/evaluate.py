@@ -99,6 +99,11 @@ def _counts(records: Sequence[Record]) -> dict[str, int]:
 
 def _metrics_and_counts(records: Sequence[Record], resamples: int, seed: int) -> dict[str, Any]:
     metrics, notes = compute_metrics(records, resamples, seed)
+    if unknown := sum(r.unknown for r in records):
+        notes.append(
+            f"the tokenizer has no token for {unknown:,} of {sum(r.bytes for r in records):,} "
+            "bytes: each counts 8 bits"
+        )
     return _counts(records) | {"metrics": metrics, "notes": notes}
 
 
@@ -364,7 +369,7 @@ def publish_evaluation(
     "Write an evaluation; `DiskError` without space."
     rows = []
     for i, r in enumerate(records):
-        row = redact_json(asdict(r))
+        row = redact_json(r.to_dict() if isinstance(r, Record) else asdict(r))
         if overlaps is not None:
             row["overlap"] = asdict(overlaps[i])
         rows.append(row)
@@ -395,10 +400,11 @@ def read_evaluation(
         lines = (a.path / "records.ndjson").read_text("utf-8").rstrip("\n").split("\n")
         rows = [json.loads(line) for line in lines]
         names = {f.name for f in fields(of)}
+        optional = {"unknown"} & names
         records = []
         for row in rows:
             row.pop("overlap", None)
-            if row.keys() != names:
+            if not names - optional <= row.keys() <= names:
                 raise ArtifactError(
                     f"{a.path}: its records hold {', '.join(row)}, which is no {of.__name__}"
                 )

@@ -94,11 +94,16 @@ class Record:
     bins: list[list[Any]] | None = None
     group: str | None = None  # The document's group
     meta: dict[str, Any] = field(default_factory=dict)  # The document's metadata, for slices
+    unknown: int = 0  # Bytes of the target that the tokenizer has no token for
 
     @property
     def bits(self) -> float:  # Divide by `bytes` for bits per byte
-        "Bits for the text itself, without special tokens."
-        return bits_per_byte(self.nll - self.special_nll, 1)
+        "Bits for the text itself, without special tokens; an unknown byte costs 8 more."
+        return bits_per_byte(self.nll - self.special_nll, 1) + 8 * self.unknown
+
+    def to_dict(self) -> dict[str, Any]:  # JSON types
+        "What is stored; `unknown` only where it is not 0."
+        return {k: v for k, v in asdict(self).items() if k != "unknown" or v}
 
     @property
     def calibration(self) -> Calibration:  # Empty without details
@@ -287,6 +292,7 @@ def _record(
     d: Document,
     stats: np.ndarray,  # Of the scored positions
     special: np.ndarray,  # bool: whose target is a special token
+    unknown: int,
     detail: bool,
 ) -> Record:
     bins = None
@@ -313,6 +319,7 @@ def _record(
         bins=bins,
         group=d.group,
         meta=dict(d.meta),
+        unknown=unknown,
     )
 
 # %% ../../nbs/eval/54_scoring.ipynb #bcd878da
@@ -342,11 +349,12 @@ def score(
         closing=closing,
         encoded=encoded,
     )
-    special = [*tokenizer.special]
+    special = [*(tokenizer.special - {tokenizer.unknown})]
     records = []
     for d, doc_ids, scored, doc_stats in zip(documents, ids, is_target, stats):
         is_special = np.isin(doc_ids[1:][scored], special)
-        records.append(_record(d, doc_stats[scored], is_special, detail))
+        unknown = tokenizer.unknown_bytes(target_text(d))
+        records.append(_record(d, doc_stats[scored], is_special, unknown, detail))
     bad = [r.id for r in records if not math.isfinite(r.nll)]
     if bad:
         raise ValueError(
@@ -439,7 +447,7 @@ def score_shard(
                 for i, record in zip(group, scored):
                     if i in done:
                         continue
-                    line = json.dumps([i, redact_json(asdict(record))], ensure_ascii=False)
+                    line = json.dumps([i, redact_json(record.to_dict())], ensure_ascii=False)
                     payload = line.encode()
                     f.write(b"%08x %b\n" % (zlib.crc32(payload), payload))
                 f.flush()

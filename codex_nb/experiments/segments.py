@@ -17,7 +17,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -255,7 +255,7 @@ def execute_scoring(
     e = cfg.evaluate
     chosen = [documents[i] for i in segment.span]
     scored = score(model, tokenizer, chosen, e.stride, e.eval_batch, dtype, detail=True)
-    made = [json.loads(json.dumps(redact_json(asdict(r)))) for r in scored]
+    made = [json.loads(json.dumps(redact_json(r.to_dict()))) for r in scored]
     for i, record in zip(segment.span, made):
         if differing := diff_dicts(claimed[i], record):
             name, (a, b) = next(iter(differing.items()))
