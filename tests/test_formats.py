@@ -431,3 +431,17 @@ def test_numbers_and_texts_that_a_store_cannot_hold_are_refused_wherever_they_hi
             RecordReader()(record)
     deep = "[" * 100_000
     assert RecordReader()({"text": "a", "meta": deep}).meta == {"meta": deep}
+
+
+def test_long_windows_of_public_dumps_are_read(tmp_path):
+    "As `zstd --long=31` writes a stream of unknown size."
+    from backports import zstd
+
+    from codex_nb.data.readers import read_path
+
+    options = {zstd.CompressionParameter.window_log: 31}
+    packed = zstd.ZstdCompressor(options=options)
+    lines = b"".join(b'{"text": "line %d"}\n' % i for i in range(100))
+    path = tmp_path / "dump.jsonl.zst"
+    path.write_bytes(packed.compress(lines) + packed.flush())
+    assert [d.text for d in read_path(path)] == [f"line {i}" for i in range(100)]

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -87,7 +88,12 @@ class Rejects:
 # %% ../../nbs/data/11_readers.ipynb #4b4de813
 MAX_EXPANSION = 200  # times the compressed size
 _ALLOWANCE = 64 << 20  # Bytes that may always be decompressed
-_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".zst": zstd.open}
+# Public dumps are written with `--long=31`: a window of 2 GB, in memory as far as it is filled
+_LONG = {zstd.DecompressionParameter.window_log_max: 31}
+_OPENERS: dict[str, Callable[..., Any]] = {
+    ".gz": gzip.open,
+    ".zst": partial(zstd.open, options=_LONG),
+}
 _DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, zstd.ZstdError)
 
 
@@ -233,7 +239,9 @@ def _reading(path: Path, rejects: Rejects, name: str, records: RecordReader) -> 
             raise
         rejects(path, None, str(e).removeprefix(f"{path}: "), name)
     except _DAMAGE as e:
-        source.reject(f"the compressed data is damaged or cut off ({e})")
+        lacking = "memory" in str(e)  # for the window of a long range
+        what = "needs more memory than there is" if lacking else "is damaged or cut off"
+        source.reject(f"the compressed data {what} ({e})")
     except OSError as e:
         source.reject(f"cannot be read: {e.strerror or e}")
 
