@@ -5,7 +5,7 @@ import json
 
 import msgspec
 import pytest
-from helpers import codex
+from helpers import codex, counts
 
 from codex_nb.core.config import ConfigError
 from codex_nb.data.corpus import SPLITS, CorpusConfig, build_corpus, open_corpus
@@ -362,10 +362,11 @@ def test_preflight_says_whether_the_end_of_a_turn_is_learned(inside, tmp_path, m
 
 def test_a_fine_tuning_on_texts_or_completions_trains(tmp_path):
     home = tmp_path / "home"
-    for name, records in {
-        "texts": [{"text": f"The number {i} is {'even' if i % 2 else 'odd'}."} for i in range(40)],
+    kinds = {
         "completions": [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}"} for i in range(40)],
-    }.items():
+        "texts": [{"text": f"The number {i} is {'even' if i % 2 else 'odd'}."} for i in range(40)],
+    }
+    for name, records in list(kinds.items())[: counts(1, 2)]:
         path = tmp_path / f"{name}.json"
         path.write_text(json.dumps(records))
         words = "-p preset smoke -p steps 2 -p seq_len 64 -p data".split()

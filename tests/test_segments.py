@@ -251,7 +251,7 @@ def test_planted_forgeries_are_found_as_often_as_predicted(runs, honest, tmp_pat
     monkeypatch.setattr(segments, "sealed_level", level)
     other, execute, forged = runs / "runs" / "other", Remembered(tmp_path / "made"), {}
     found, expected = {kind: [] for kind in KINDS}, {kind: [] for kind in KINDS}
-    for i in range(counts(14, 1008)):
+    for i in range(counts(7, 1008)):
         kind = list(KINDS)[i % len(KINDS)]
         forge, ends = KINDS[kind]
         step = 2 * random.Random(i).randrange(1, SEGMENTS)
