@@ -98,6 +98,30 @@ def test_store_that_cannot_be_written_is_read(number, tmp_path, monkeypatch):
             Lock(tmp_path / "lock", timeout=0).acquire()
 
 
+def test_a_name_that_no_disk_takes_is_a_short_line(tmp_path, capsys):
+    from codex_nb.cli.main import main
+
+    for words in (["verify", "x" * 5000], ["verify", "a\nb"], ["export", "x", "--to", ""]):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        err = capsys.readouterr().err
+        assert ended.value.code == 1 and err.count("\n") == 1, err
+        assert "Traceback" not in err and len(err) < 2000
+
+
+def test_a_deleted_working_folder_is_named(tmp_path, monkeypatch, capsys):
+    from codex_nb.cli.main import main
+
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(SystemExit):
+        main(["runs"])
+    assert capsys.readouterr().err == (
+        "codex-nb: the current folder is not there any more; cd to another\n"
+    )
+
+
 def on_small_disk(size):
     "The beginning of a command that has a tmpfs of `size` on /mnt."
     mount = f'mount -t tmpfs -o size={size} tmpfs /mnt && exec "$@"'

@@ -5,6 +5,7 @@ Each is refused by one line, within seconds and within 8 GB of address space.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -458,3 +459,65 @@ def test_a_bundle_does_not_pack_what_links_lead_to(small_model, tmp_path):
     os.mkfifo(data / "pipe")
     refused("pipe: no plain file", data=[data])
     refused("pipe: no plain file", data=[data / "pipe"])
+
+
+POLICY = "schema: 1\nrules:\n- kind: mine\n  action: drop\n  "
+POLICIES = {
+    "exponential": ("pattern: '(a+)+$'\n  matches: [aaaa]\n  passes: [b]", "repetitions inside"),
+    "its own example": (
+        f"pattern: '(x+)+y'\n  matches: [xxy]\n  passes: [{'x' * 60}]",
+        "repetitions inside",
+    ),
+    "cubic": ("pattern: 'a*a*a*a*b'\n  matches: [ab]\n  passes: [c]", "repetitions inside"),
+    "ambiguous": ("pattern: '[[a]b'\n  matches: ['[b']\n  passes: [c]", "Possible nested set"),
+    "given twice": ("action: allow", "'action' is given twice"),
+    "an alias": ("matches: &a [x]\n  passes: *a", "an alias"),
+    "nowhere": ("where: []\n  pattern: a\n  matches: [a]\n  passes: [b]", "where"),
+    "too many": ("pattern: a\n" + "#" * (1 << 18), "more than 262,144 bytes"),
+}
+
+
+@pytest.mark.parametrize("fault", POLICIES)
+def test_a_policy_that_never_ends_or_says_something_else_is_refused(fault, tmp_path):
+    from codex_nb.core.config import ConfigError
+    from codex_nb.core.policy import load_policy
+
+    text, words = POLICIES[fault]
+    path = tmp_path / "policy.yaml"
+    path.write_text(POLICY + text)
+    with pytest.raises(ConfigError, match=re.escape(words)) as refused:
+        load_policy(path)
+    assert str(path) in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("schema", ["true", "1.0", "'1'"])
+def test_a_schema_is_a_number(schema, tmp_path):
+    from codex_nb.core.config import ConfigError
+    from codex_nb.core.policy import load_policy
+
+    path = tmp_path / "policy.yaml"
+    path.write_text(f"schema: {schema}\nrules:\n- {{kind: email, action: drop}}\n")
+    with pytest.raises(ConfigError, match="write `schema: 1`"):
+        load_policy(path)
+
+
+def test_a_pipe_is_neither_read_nor_replaced(tmp_path):
+    "To open one waits for ever."
+    from codex_nb.core.artifacts import write_file
+    from codex_nb.core.policy import load_policy
+    from codex_nb.data.readers import read_path
+    from codex_nb.deploy.audit import read_evidence
+    from codex_nb.experiments.segments import read_report
+    from codex_nb.run.run_record import require_plain
+
+    for suffix in ("parquet", "jsonl", "csv", "json", "txt", "zst"):
+        pipe = tmp_path / f"pipe.{suffix}"
+        os.mkfifo(pipe)
+        for read in (load_policy, read_report, read_evidence, lambda p: list(read_path(p))):
+            with pytest.raises(Exception, match="regular file|plain file"):
+                read(pipe)
+        with pytest.raises(Exception, match="is no plain file"):
+            write_file(pipe, "text")
+        assert pipe.is_fifo()
+    with pytest.raises(Exception, match="pipe.csv: no plain file; codex-nb verify"):
+        require_plain(tmp_path)

@@ -293,10 +293,11 @@ def export(
     from codex_nb.core.store import workspace
     from codex_nb.run.callbacks import export_run
     from codex_nb.run.run_folder import find_run
-    from codex_nb.run.run_record import readable
+    from codex_nb.run.run_record import readable, require_plain
 
     folder = find_run(run)
     with readable(folder):
+        require_plain(folder)
         failed = export_run(folder, to)
     if failed:
         raise typer.Exit(1)
@@ -698,12 +699,13 @@ def card(
     from codex_nb.deploy.card import model_card
     from codex_nb.experiments.attest import known_level
     from codex_nb.run.run_folder import find_run
-    from codex_nb.run.run_record import readable
+    from codex_nb.run.run_record import readable, require_plain
 
     folder = find_run(run)
     target = _target_file(folder, out, ".md", force)
     later = [find_run(name) for name in evaluation]
     with readable(folder):
+        require_plain(folder)
         text = model_card(folder, known_level(folder), [(f, known_level(f)) for f in later])
     _write_text(target, text)
 
@@ -714,11 +716,12 @@ def report(run: RunArgument, out: OutOption = None) -> None:
     from codex_nb.deploy.report import report_page
     from codex_nb.experiments.attest import known_level
     from codex_nb.run.run_folder import find_run
-    from codex_nb.run.run_record import readable
+    from codex_nb.run.run_record import readable, require_plain
 
     folder = find_run(run)
     target = _target_file(folder, out, ".html", force=True)
     with readable(folder):
+        require_plain(folder)
         text = report_page(folder, known_level(folder))
     _write_text(target, text)
 
@@ -860,6 +863,7 @@ def main(
             stream.reconfigure(errors="backslashreplace")
     words = sys.argv[1:] if argv is None else argv
     try:
+        _require_working_folder()
         for word in words:
             _require_text(word)
         app(join_parameters(words))
@@ -870,6 +874,16 @@ def main(
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _require_working_folder() -> None:
+    "`ConfigError` where the current folder was deleted; libraries end without a word there."
+    try:
+        os.getcwd()
+    except OSError:
+        from codex_nb.core.config import ConfigError
+
+        raise ConfigError("the current folder is not there any more; cd to another") from None
 
 
 def _require_text(word: str) -> None:
@@ -905,7 +919,7 @@ def _report(error: BaseException, words: list[str]) -> int:  # Exit code
         print_error(describe_error(error))
         return 74
     if is_own_error(error):
-        print_error(str(error))
+        print_error(_on_one_line(str(error), words))
     elif missing:
         print_error(missing)
     elif isinstance(error, OSError):
@@ -916,6 +930,15 @@ def _report(error: BaseException, words: list[str]) -> int:  # Exit code
     else:
         print_fault("".join(traceback.format_exception(error)), words)
     return 1
+
+
+def _on_one_line(text: str, words: list[str]) -> str:
+    "An error without the line breaks of an argument that it names."
+    for word in words:
+        for given in (word, word.partition("=")[2]):
+            if given and not given.isprintable():
+                text = text.replace(given, given.encode("unicode_escape").decode("ascii"))
+    return text
 
 
 def _explain_missing_package(error: str) -> str:  # an error of the notebook's process

@@ -47,7 +47,7 @@ def disk_error(
 ) -> DiskError | None:  # None when the disk is not the cause
     "Recognise a disk failure behind an error."
     path = Path(path)
-    folder = next((p for p in (path, *path.absolute().parents) if p.is_dir()), Path("/"))
+    folder = next((p for p in (path, *path.absolute().parents) if _is_folder(p)), Path("/"))
     free = shutil.disk_usage(folder).free
     number = _disk_errno(error, free)
     if number is None:
@@ -59,6 +59,13 @@ def disk_error(
     return DiskError(
         number, f"cannot write {path}: {os.strerror(number).lower()}; {left}; {remedy}"
     )
+
+
+def _is_folder(path: Path) -> bool:  # False also where the system refuses the name
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
 
 
 def _full_inode_table(folder: Path) -> int:  # Its size; 0 where files are left, or not counted
@@ -113,6 +120,8 @@ def write_file(
     path = Path(path)
     if not path.name:
         raise ArtifactError(f"{path}: is a folder; give the name of a file in it")
+    if path.exists() and not path.is_file():  # the new file would take its place
+        raise ArtifactError(f"{path}: exists and is no plain file; give the name of another")
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(tmp, "wb") as f:

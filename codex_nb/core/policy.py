@@ -7,11 +7,16 @@ __all__ = ['IBAN_LENGTHS', 'PERSONAL', 'RULES_BY_KIND', 'FAMILIES', 'Place', 'De
            'has_luhn_digit', 'is_iban', 'PolicyRule', 'Verdict', 'Policy', 'load_policy']
 
 # %% ../../nbs/core/07_policy.ipynb #6e5dd541
+import json
 import re
+import subprocess
+import sys
+import warnings
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
@@ -122,7 +127,7 @@ class PolicyRule(Config):
     # For `pattern`
     ignore_case: bool = False
     # Where the rule applies
-    where: list[Place] = ["data", "prompt", "output"]
+    where: list[Place] = Field(["data", "prompt", "output"], min_length=1)
     # Texts in which it must find something; required with `pattern`
     matches: list[str] = []
     # Texts in which it must find nothing; required with `pattern`
@@ -130,6 +135,8 @@ class PolicyRule(Config):
 
     def rules(self) -> list[Rule]:  # One, or a family
         "What it looks for; raises `ConfigError` for an unknown kind or an unusable pattern."
+        if not self.kind.isprintable():
+            raise ConfigError(f"kind: {self.kind!r} cannot be printed on a line; give another name")
         if self.pattern is not None:
             return [self._own_rule(self.pattern)]
         if self.kind in FAMILIES:
@@ -146,8 +153,9 @@ class PolicyRule(Config):
                 f"{self.kind} is a known kind: omit the pattern, or give it another name"
             )
         try:
-            compiled = re.compile(pattern, re.I if self.ignore_case else 0)
-        except (re.error, OverflowError, RecursionError) as e:
+            with warnings.catch_warnings(action="error"):  # of a set that may mean something else
+                compiled = re.compile(pattern, re.I if self.ignore_case else 0)
+        except (re.error, OverflowError, RecursionError, Warning) as e:
             raise ConfigError(f"the pattern does not compile: {e}; mend it") from None
         if compiled.search("") is not None:
             raise ConfigError("the pattern matches the empty string, and so every text")
@@ -190,6 +198,13 @@ class Policy:
                 self._compiled.append(rule.rules())
             except ConfigError as e:
                 raise ConfigError(f"{place}: {e}") from None
+            if rule.pattern is not None:
+                flags, examples = self._compiled[-1][0].pattern.flags, rule.matches + rule.passes
+                if not _is_quick(rule.pattern, flags, tuple(examples)):
+                    raise ConfigError(
+                        f"{place}: the pattern needs more than {_SECONDS} s for a text of a "
+                        "thousand characters; write it without repetitions inside of repetitions"
+                    )
             _try_examples(rule, self._compiled[-1], place)
 
     def apply(
@@ -239,6 +254,28 @@ def _inside_any(others: list[Finding]) -> Callable[[Finding], bool]:
     return is_inside
 
 
+_SECONDS = 5  # For a pattern, of all texts together
+_SEARCH = (
+    "import json, re, sys\n"
+    "pattern, flags, texts = json.load(sys.stdin)\n"
+    "[re.search(pattern, text, flags) for text in texts]"
+)
+
+
+@lru_cache
+def _is_quick(pattern: str, flags: int, examples: tuple[str, ...]) -> bool:
+    "Whether a pattern ends on texts of one character, which make a bad one take for ever."
+    letters = sorted({*"a0 -", *pattern[:100], *"".join(examples)[:100]})
+    texts = [c * n + "\0" for c in letters for n in (40, 1000)]
+    words = [sys.executable, "-I", "-S", "-c", _SEARCH]
+    given = json.dumps([pattern, flags, [*examples, *texts]])
+    try:
+        subprocess.run(words, input=given, text=True, capture_output=True, timeout=_SECONDS)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
 def _try_examples(rule: PolicyRule, compiled: list[Rule], place: str) -> None:
     for text in rule.matches:
         if not find(text, compiled):
@@ -249,18 +286,45 @@ def _try_examples(rule: PolicyRule, compiled: list[Rule], place: str) -> None:
             raise ConfigError(f"{place} finds {match!r} in {text!r}, where it should find nothing")
 
 # %% ../../nbs/core/07_policy.ipynb #b17d05ff
+_MAX_BYTES = 1 << 18
+
+
+class _PolicyLoader(yaml.SafeLoader):
+    "Refuses what could make a policy another one than it looks: double keys, and aliases."
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias (*name); write the value itself")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        names = Counter(str(self.construct_object(key, deep=True)) for key, _ in node.value)
+        for name, n in names.most_common(1):
+            if n > 1:
+                raise yaml.YAMLError(f"{name!r} is given twice; remove one")
+        return super().construct_mapping(node, deep)
+
+
 def load_policy(
     path: Path | str,  # A YAML file
 ) -> Policy:  # Its examples have been tried
     "Read a policy; raises `ConfigError` with the file and the rule that is wrong."
     path = Path(path).expanduser()
     place = f"policy: {path}"
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{place}: no plain file; give the name of a YAML file")
     try:
-        content = yaml.safe_load(path.read_text("utf-8"))
+        if path.stat().st_size > _MAX_BYTES:
+            raise ConfigError(f"{place}: more than {_MAX_BYTES:,} bytes; write fewer rules")
+        content = yaml.load(path.read_text("utf-8"), _PolicyLoader)  # noqa: S506
+    except ConfigError:
+        raise
     except OSError as e:
         raise ConfigError(f"{place}: {e.strerror or e}") from None
     except Exception as e:  # YAML has several, for nesting and numbers too
-        raise ConfigError(f"{place}: not YAML: {' '.join(str(e).split())[:200]}") from None
+        raise ConfigError(
+            f"{place}: not a policy in YAML and UTF-8: {' '.join(str(e).split())[:200]}; mend it"
+        ) from None
     rules = []
     for number, values in enumerate(_rules_of(content, place), 1):
         if not isinstance(values, dict):
@@ -276,7 +340,8 @@ def _rules_of(content: Any, place: str) -> list[Any]:
     "The list of rules in a policy's YAML."
     if isinstance(content, dict) and set(content) == {"schema", "rules"}:
         rules = content["rules"]
-        if content["schema"] == 1 and isinstance(rules, list) and rules:
+        schema = content["schema"]
+        if type(schema) is int and schema == 1 and isinstance(rules, list) and rules:
             return rules
     raise ConfigError(
         f"{place}: write `schema: 1` and `rules:` with at least one rule, and nothing else at the "

@@ -293,6 +293,9 @@ def remove_unused(
             "nothing selected: give days (not used for so long), max_bytes (size of what stays), "
             "or both"
         )
+    for name, value in (("days", days), ("max_bytes", max_bytes)):
+        if value is not None and not value >= 0:
+            raise ArtifactError(f"{name}: must be at least 0, got {value}")
     rows, removed = stored_artifacts(), []
     fixed = () if callable(keep) else tuple(keep)
 

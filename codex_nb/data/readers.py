@@ -649,6 +649,8 @@ def read_file(
 ) -> Iterator[Document]:  # In the order of the file
     "Stream the documents of a file by its suffix; `ReadError` has file, line and reason."
     path, records = Path(path), records or RecordReader()
+    if path.exists() and not path.is_file():  # to open a pipe would wait for ever
+        raise ReadError(f"{path}: not a regular file; give a file or a folder")
     read = _READERS.get(kind_of(path)) or _reader_of_text(path)
     return read(path, rejects or Rejects(), name or _printable(path.name), records)
 

@@ -22,6 +22,7 @@ import yaml
 import codex_nb
 from ..core.artifacts import code_files
 from ..core.config import digest_of
+from ..core.untrusted import MAX_JSON_BYTES, require_file
 from .doctor import healthy, probe
 from ..tracking.pages import html_page, html_table
 
@@ -59,8 +60,9 @@ def read_evidence(
 ) -> Evidence:  # Empty if there is no file
     "Read test results; `ValueError` if the file cannot be read."
     path = Path(path or evidence_file())
-    if not path.is_file():
+    if not path.exists():
         return Evidence()
+    require_file(path, MAX_JSON_BYTES)
     try:
         content = json.loads(path.read_bytes())
     except ValueError as e:

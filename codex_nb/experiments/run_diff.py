@@ -319,11 +319,16 @@ def compare_outputs(
 def _compare_evaluations(name: str, a: Path, b: Path) -> dict[str, tuple]:
     out: dict[str, tuple] = {}
     records_a, records_b = _evaluation_records(a), _evaluation_records(b)
-    documents = dict.fromkeys([*records_a, *records_b])
-    differing = [d for d in documents if records_a.get(d) != records_b.get(d)]
-    if differing:
-        count = f"{len(differing)} of {len(documents)} differ"
-        out[f"{name}: records"] = (count, f"the first is {differing[0][0]}")
+    common = [d for d in records_a if d in records_b]
+    if alone := (len(records_a) - len(common), len(records_b) - len(common)):
+        if any(alone):
+            out[f"{name}: documents that the other has not"] = alone
+    if differing := [d for d in common if records_a[d] != records_b[d]]:
+        field, values = next(
+            iter(diff_dicts(records_a[differing[0]], records_b[differing[0]]).items())
+        )
+        count = f"the first of {len(differing):,} that differ, of {len(common):,}"
+        out[f"{name}: {field} of {differing[0][0]}, {count}"] = values
     for metric, values in diff_dicts(_evaluation_metrics(a), _evaluation_metrics(b)).items():
         out[f"{name}: {metric}"] = values
     return out

@@ -36,6 +36,7 @@ from ..core.config import ConfigError, diff_dicts
 from ..core.repro import numeric_identity
 from ..core.safety import redact_json
 from ..core.store import workspace
+from ..core.untrusted import MAX_JSON_BYTES, require_file
 from ..data.corpus import open_corpus
 from ..data.documents import Document, ReadError
 from ..data.tokenizer import Tokenizer
@@ -549,7 +550,7 @@ def read_report(
 ) -> dict[str, Any]:  # As `Audit.to_dict`; `RunError` when it is none
     "Read the report of one part."
     try:
-        report = json.loads(Path(path).read_bytes())
+        report = json.loads(require_file(path, MAX_JSON_BYTES).read_bytes())
         findings = [(f["segment"], f["holds"], f["detail"]) for f in report["findings"]]
         for stored in [*report["drawn"], *(segment for segment, _, _ in findings)]:
             hash(_segment_of(stored))
@@ -559,7 +560,7 @@ def read_report(
             for _, holds, detail in findings
         ):
             raise ValueError("a value has another type")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+    except (ArtifactError, OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise RunError(f"{path}: is no report of an audit ({e}); give its audit.json") from None
     return report
 

@@ -66,6 +66,8 @@ def export_run(
     "Feed a run's whole record to sinks, however long that takes."
     status = run_status(folder)
     folder = Path(folder)
+    if not sink_names(names):
+        raise ConfigError(f"no sink is named in {names!r}; codex-nb plugins lists them")
     if status not in ("finished", "failed") and not any(folder.glob("*.ndjson")):
         raise ConfigError(f"{folder}: nothing has been recorded yet, so there is nothing to export")
     state = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}.get(status)
