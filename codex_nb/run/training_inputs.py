@@ -26,7 +26,7 @@ from ..data.tokenizer_training import import_tokenizer, train_tokenizer
 from ..data.tokens import PackedDataset, build_tokens
 from ..eval.evaluate import slice_values
 from ..eval.scoring import sample_documents
-from ..model.adapters import add_adapter
+from ..model.adapters import add_adapter, freeze_in_bf16
 from ..model.causal_lm import build_model
 from ..model.compute import apply_compute
 from ..model.cuda_graphs import CUDAGraphs
@@ -137,7 +137,10 @@ def model_for(
         apply_compute(model, cfg.compute)
         return _to_device(model, cfg)
     base = find_base(cfg.model.base)
-    model = load_model(base).train()
+    base_dtype = cfg.adapter.base_dtype if cfg.adapter.adapter != "none" else "fp32"
+    model = load_model(base, dtype=base_dtype).train()
+    if base_dtype == "bf16":
+        freeze_in_bf16(model)
     vocab_size = model.get_input_embeddings().num_embeddings
     context = model.config.max_position_embeddings
     if tokenizer.vocab_size > vocab_size:
