@@ -31,7 +31,7 @@ class ModelConfig(Config):
     dropout: float = Field(0.0, ge=0, lt=1)
     tie_embeddings: bool = True  # One matrix for input and output embeddings
     device: str = "auto"  # `auto`, `cpu`, `cuda`, `cuda:1`, `mps`
-    # Dtype of matrix products; weights are always fp32
+    # Dtype of matrix products; weights that are trained are always fp32
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
 
     @field_validator("arch")
