@@ -260,6 +260,7 @@ _SPARE_BYTES = 1 << 30  # For tensors that are computed
 
 def check_sizes(
     folder: Path | str,  # A model folder whose weights were checked
+    dtype: torch.dtype = torch.float32,  # In which it is to be opened
 ) -> None:  # `ArtifactError` for a configuration that describes another model than the weights
     "Compare the sizes in `config.json` with the headers of the weights, allocating nothing."
     folder = Path(folder)
@@ -283,10 +284,11 @@ def check_sizes(
             f"besides), but the weights have {stored:,} bytes; bring the config.json that belongs "
             "to them"
         )
-    memory = psutil.virtual_memory().total
-    if 4 * parameters > memory:
+    memory, needed = psutil.virtual_memory().total, dtype.itemsize * parameters
+    if needed > memory:
+        name = "fp32" if dtype == torch.float32 else "bf16"
         raise ArtifactError(
-            f"{folder}: {parameters:,} parameters need {4 * parameters:,} bytes in fp32, and this "
+            f"{folder}: {parameters:,} parameters need {needed:,} bytes in {name}, and this "
             f"machine has {memory:,}; use a larger machine or a smaller model"
         )
 
@@ -336,21 +338,22 @@ def hide_progress_bars() -> Iterator[None]:
 def open_model(
     folder: Path | str,  # A Hugging Face model folder with safetensors weights
     device: str = "cpu",  # Where the model goes
-) -> PreTrainedModel:  # fp32, in evaluation mode
+    dtype: torch.dtype = torch.float32,  # Of all weights
+) -> PreTrainedModel:  # In evaluation mode
     "Load a model from a local folder; `ArtifactError` when it cannot be opened."
     fix_cublas_workspace()
     # transformers would look for a folder that does not exist on the internet
     if not (Path(folder) / "config.json").is_file():
         raise ArtifactError(f"{folder}: there is no config.json here, so this is no model")
     check_weights(folder)
-    check_sizes(folder)
+    check_sizes(folder, dtype)
     with library_warnings(str(folder)), _explain(Path(folder)), hide_progress_bars():
         opened: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
-            dtype=torch.float32,
+            dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below
         )

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ..core.config import NOT_IN_DIGEST, Config
+from ..core.config import NOT_IN_DIGEST, Config, not_in_digest_at
 from ..core.plugins import known
 
 # %% ../../nbs/model/20_model_config.ipynb #f6873d7c
@@ -31,7 +31,7 @@ class ModelConfig(Config):
     dropout: float = Field(0.0, ge=0, lt=1)
     tie_embeddings: bool = True  # One matrix for input and output embeddings
     device: str = "auto"  # `auto`, `cpu`, `cuda`, `cuda:1`, `mps`
-    # Dtype of matrix products; weights are always fp32
+    # Dtype of matrix products; weights that are trained are always fp32
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
 
     @field_validator("arch")
@@ -95,7 +95,7 @@ class AdapterConfig(Config):
     "Which adapter is trained, if any."
 
     ignored_when = dict.fromkeys(
-        ("rank", "alpha", "adapter_dropout", "targets"),
+        ("rank", "alpha", "adapter_dropout", "targets", "base_dtype"),
         (lambda c: c.adapter == "none", "there is no adapter; give adapter=lora as well"),
     )
     adapter: Literal["none", "lora", "rslora", "dora"] = "none"  # `none` trains all weights
@@ -105,3 +105,16 @@ class AdapterConfig(Config):
     adapter_dropout: float = Field(0.0, ge=0, lt=1)  # On the input of A
     # Layers, by full name or its last parts; empty: all linear layers except the output
     targets: list[str] = []
+    # Dtype of the frozen base; `auto`: bf16 where products are in bf16, except for `dora`
+    base_dtype: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", json_schema_extra=not_in_digest_at("auto", "fp32")
+    )
+
+    @model_validator(mode="after")
+    def _check_base_dtype(self) -> "AdapterConfig":
+        if self.adapter == "dora" and self.base_dtype == "bf16":
+            raise ValueError(
+                "base_dtype: dora divides by the norms of the base's matrices, which bf16 rounds; "
+                "give base_dtype=fp32 or adapter=lora"
+            )
+        return self

@@ -30,6 +30,7 @@ from ..core.tensors import tensor_table, weight_files
 from ..core.untrusted import check_plain_files, read_json_object, require_inside
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 # %% ../../nbs/model/25_model_registry.ipynb #171b12fa
@@ -280,31 +281,50 @@ def check_adapter(
 def load_model(
     folder: Path | str,  # A folder with a model or an adapter
     device: str = "cpu",  # Where the model goes
-) -> "PreTrainedModel":  # fp32, in evaluation mode
+    dtype: str = "fp32",  # Or `bf16`, for a model to be frozen; a merged one is in fp32 always
+) -> "PreTrainedModel":  # In evaluation mode
     "Open a model, or an adapter merged into its base; `ArtifactError` for a different base."
     from codex_nb.model.causal_lm import open_model  # imports torch and transformers
 
     folder = Path(folder)
     if not (folder / "adapter_config.json").is_file():
-        return open_model(folder, device)
+        return open_model(folder, device, _torch_dtype(dtype))
     settings = check_adapter(folder)
     base = find_model(settings.get("base_model_name_or_path") or "")
-    trained_on = None
+    trained_on, base_dtype = None, "fp32"
     if (folder / MANIFEST).is_file():
-        trained_on = read_manifest(folder).parents.get("base")
+        manifest = read_manifest(folder)
+        trained_on = manifest.parents.get("base")
+        base_dtype = _base_dtype_in(manifest.config)
     if trained_on and (found := model_digest(base)) != trained_on:
         raise ArtifactError(
             f"{folder}: the adapter belongs to a base {trained_on[:12]}, "
             f"but {base} holds {found[:12]}"
         )
-    return _load_merged(base, folder, device)
+    return _load_merged(base, folder, device, base_dtype)
 
 
-def _load_merged(base: Path, adapter: Path, device: str) -> "PreTrainedModel":
+def _base_dtype_in(config: dict[str, Any]) -> str:  # of a checkpoint's manifest
+    for name in ("identity", "adapter"):
+        config = config.get(name, {}) if isinstance(config, dict) else {}
+    in_bf16 = isinstance(config, dict) and config.get("base_dtype") == "bf16"
+    return "bf16" if in_bf16 else "fp32"
+
+
+def _torch_dtype(name: str) -> "torch.dtype":
+    import torch
+
+    return torch.bfloat16 if name == "bf16" else torch.float32
+
+
+def _load_merged(base: Path, adapter: Path, device: str, base_dtype: str) -> "PreTrainedModel":
     from codex_nb.model.adapters import adapter_tensors, import_peft, merge_adapter
     from codex_nb.model.causal_lm import hide_progress_bars, open_model
 
-    peft, model = import_peft(), open_model(base, device)
+    # As the adapter was trained beside it: rounded, if it was.
+    peft, model = import_peft(), open_model(base, device, _torch_dtype(base_dtype))
+    if base_dtype == "bf16":
+        model.float()
     try:
         with library_warnings(str(adapter)), hide_progress_bars():
             adapted = peft.PeftModel.from_pretrained(model, adapter)

@@ -25,7 +25,7 @@ from ..data.documents import Document
 from ..data.tokenizer import Tokenizer, encode_document
 from ..data.tokens import PackedDataset
 from ..model.causal_lm import count_parameters, logits_of
-from .bases import resolve_compute_settings
+from .bases import memory_advice, memory_needed, resolve_compute_settings
 from .settings import RunConfig
 from codex_nb.run.training_inputs import (
     check_evaluation,
@@ -82,6 +82,7 @@ def preflight(
     corpus, tokenizer, dataset = prepare_data(cfg)
     check_evaluation(cfg, corpus, tokenizer)
     cfg = resolve_compute_settings(cfg, dataset.store)
+    advice = memory_advice(cfg)
     model = model_for(cfg, tokenizer)
     fit = cfg.fit
     batches = BatchSampler(
@@ -100,7 +101,9 @@ def preflight(
         "isolated": isolation(model, dataset),
         "parameters": parameters,
         "trained": trained,
-        "state_bytes": parameters * 4 + trained * 12,  # fp32 weights; gradients and two moments
+        # Weights; gradients and two moments in fp32
+        "state_bytes": sum(p.nbytes for p in model.parameters()) + trained * 12,
+        "memory": memory_needed(cfg),
         "first_row": tokenizer.decode(first_row)[:200],
     }
     seconds, activations, peak = _try_step(model, batches, cfg) if timed else (None, None, None)
@@ -118,7 +121,8 @@ def preflight(
             "seconds": None if seconds is None else round(seconds * steps, 1),
         }
     out["turn_ends_learned"] = _learns_turn_ends(corpus, tokenizer)
-    return out | {"warnings": [*corpus.notes, *_warnings(out, cfg)]}
+    found = _warnings(out, cfg) + ([advice] if advice else [])
+    return out | {"warnings": [*corpus.notes, *found]}
 
 
 def _learns_turn_ends(corpus: Corpus, tokenizer: Tokenizer, look: int = 20) -> bool | None:

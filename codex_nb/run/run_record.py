@@ -202,6 +202,7 @@ class RunRecord:
         missing = [k for k in ("kind", "config", "identity", "digest") if k not in stored]
         if missing:
             raise RunError(f"{path}: {', '.join(missing)} missing; this is no run's record")
+        _complete_settings(stored["config"])
         sources = dict(stored.get("sources", {}))
         _check_types(path, sources, dict.fromkeys(sources, str))
         return cls(
@@ -252,6 +253,13 @@ class RunRecord:
             return None
         path = (Path(folder).resolve() / self.launch_dir).resolve()
         return path if os.path.isdir(path) and path.is_relative_to(workspace().resolve()) else None
+
+
+def _complete_settings(config: dict[str, Any]) -> None:
+    "Add what a record does not say that was made before there was a choice."
+    adapter = config.get("adapter")
+    if isinstance(adapter, dict) and adapter.get("adapter", "none") != "none":
+        adapter.setdefault("base_dtype", "fp32")
 
 
 def _launch_dir(folder: Path) -> str | None:

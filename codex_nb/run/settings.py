@@ -81,6 +81,7 @@ ALSO_CALLED = {
     **dict.fromkeys(["lora_r", "lora_rank", "r"], "rank"),
     "lora_alpha": "alpha",
     "lora_dropout": "adapter_dropout",
+    **dict.fromkeys(["bnb_4bit_compute_dtype", "model_dtype", "base_model_dtype"], "base_dtype"),
     **dict.fromkeys(["lora_target_modules", "target_modules", "lora_target"], "targets"),
     **dict.fromkeys(["use_peft", "use_lora", "lora", "peft_type", "finetuning_type"], "adapter"),
     **dict.fromkeys(
@@ -315,14 +316,20 @@ class RunConfig(Settings):
         return self
 
     def resolve_auto(self) -> Self:
-        "Choose device, dtype and threads. `compute` is resolved when the run starts."
+        "Choose device, dtypes and threads. `compute` is resolved when the run starts."
         import torch
 
         from codex_nb.model.causal_lm import resolve_device, resolve_dtype
 
         device = resolve_device(self.model.device)
         dtype = resolve_dtype(self.model.dtype, device)
+        adapter = self.adapter
+        if adapter.base_dtype == "auto" and adapter.adapter != "none":
+            in_bf16 = dtype == "bf16" and adapter.adapter != "dora"
+            resolved = "bf16" if in_bf16 else "fp32"
+            adapter = adapter.model_copy(update={"base_dtype": resolved})
         return self.updated(
+            adapter=adapter,
             model=self.model.model_copy(update={"device": device, "dtype": dtype}),
             threads=self.threads or torch.get_num_threads(),
         )

@@ -26,14 +26,14 @@ from ..data.tokenizer_training import import_tokenizer, train_tokenizer
 from ..data.tokens import PackedDataset, build_tokens
 from ..eval.evaluate import slice_values
 from ..eval.scoring import sample_documents
-from ..model.adapters import add_adapter
+from ..model.adapters import add_adapter, freeze_in_bf16
 from ..model.causal_lm import build_model
 from ..model.compute import apply_compute
 from ..model.cuda_graphs import CUDAGraphs
 from ..model.loss import LMLoss, compiled_problem
 from ..model.model_config import ComputeConfig
 from ..model.model_registry import load_model, model_digest
-from .bases import find_base, resolve_compute_settings
+from .bases import find_base, memory_advice, resolve_compute_settings
 from .run_folder import Run
 from .settings import RunConfig, Settings
 from ..train.distributed import World
@@ -76,11 +76,13 @@ def start_run(
     **parents: HasDigest,  # Role -> what the run is made from
 ) -> Run[S]:  # Its folder exists and is locked; `run.cfg` has no `auto` left
     "Set seeds and determinism, and start or resume a run."
+    advice = None
     if isinstance(cfg, RunConfig):
         tokens, corpus, tokenizer = map(parents.get, ("tokens", "corpus", "tokenizer"))
         if isinstance(corpus, Corpus) and isinstance(tokenizer, Tokenizer):
             check_evaluation(cfg, corpus, tokenizer)
         cfg = resolve_compute_settings(cfg, tokens)  # type: ignore[arg-type,assignment]
+        advice = memory_advice(cfg)  # type: ignore[arg-type]
     setup_process(cfg)
     if env_setting("CODEX_NB_RUN") and "ipykernel" in sys.modules:
         die_with_parent()
@@ -90,6 +92,8 @@ def start_run(
     if isinstance(cfg, RunConfig) and cfg.has_base:
         run.add_parent("base", model_digest(find_base(cfg.model.base, folder)))
     print(f"{'resuming' if run.resumed else 'writing to'} {display_path(run.folder)}")
+    if advice and not run.resumed:
+        print(f"note: {advice}")
     data = parents.get("corpus")
     if isinstance(data, Corpus) and not run.resumed:
         for note in data.notes:
@@ -137,7 +141,10 @@ def model_for(
         apply_compute(model, cfg.compute)
         return _to_device(model, cfg)
     base = find_base(cfg.model.base)
-    model = load_model(base).train()
+    base_dtype = cfg.adapter.base_dtype if cfg.adapter.adapter != "none" else "fp32"
+    model = load_model(base, dtype=base_dtype).train()
+    if base_dtype == "bf16":
+        freeze_in_bf16(model)
     vocab_size = model.get_input_embeddings().num_embeddings
     context = model.config.max_position_embeddings
     if tokenizer.vocab_size > vocab_size:

@@ -1,0 +1,203 @@
+"""A frozen base in bf16: what it changes, what it does not, and what it needs."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import train_losses
+
+SETTINGS = dict(
+    data="chat",
+    device="cpu",
+    dtype="bf16",
+    seq_len=48,
+    steps=3,
+    batch_size=4,
+    lr=2e-2,
+    rank=4,
+    eval_every=3,
+    eval_documents=2,
+    save_every=3,
+    max_new_tokens=2,
+)
+
+
+def finetuned(base, folder, base_dtype):
+    from codex_nb.run.judging import train_and_judge
+    from codex_nb.run.settings import FinetuneConfig
+
+    cfg = FinetuneConfig.from_preset("smoke", base=str(base), base_dtype=base_dtype, **SETTINGS)
+    return train_and_judge(cfg, folder, judged=False)
+
+
+@pytest.fixture(scope="module")
+def in_bf16(small_model, tmp_path_factory):
+    "The small model as most public ones are: its file is in bf16."
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("bf16") / "base"
+    AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.bfloat16).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((Path(small_model) / name).read_bytes())
+    return folder
+
+
+def test_a_bf16_file_is_trained_on_as_if_it_were_opened_in_fp32(in_bf16, tmp_path, monkeypatch):
+    monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
+    runs = [finetuned(in_bf16, tmp_path / dtype, dtype) for dtype in ("fp32", "bf16")]
+    losses, weights = zip(
+        *(
+            (
+                train_losses(run.folder),
+                (run.folder / "checkpoints/step-00000003/adapter_model.safetensors").read_bytes(),
+            )
+            for run in runs
+        )
+    )
+    assert losses[0] == losses[1] and weights[0] == weights[1]
+    fp32, bf16 = (json.loads((run.folder / "config.json").read_text()) for run in runs)
+    assert "base_dtype" not in fp32["identity"]["adapter"]  # the digest of earlier versions
+    assert bf16["identity"]["adapter"]["base_dtype"] == "bf16"
+
+
+def test_what_was_trained_beside_a_rounded_base_is_judged_and_merged_beside_it(
+    small_model, tmp_path, monkeypatch
+):
+    "The file is in fp32 here, so bf16 rounds it."
+    from codex_nb.data.tokenizer import Tokenizer
+    from codex_nb.eval.scoring import score
+    from codex_nb.model.model_registry import load_model
+    from codex_nb.run.recipe import export_merged
+    from codex_nb.run.training_inputs import prepare_training
+    from codex_nb.train.checkpoint import read_weights, set_weights
+
+    monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
+    run = finetuned(small_model, tmp_path / "run", "bf16")
+    checkpoint = run.folder / "checkpoints" / "step-00000003"
+    inputs = prepare_training(run.cfg)
+    trained, tokenizer = inputs.model, Tokenizer(checkpoint, "")
+    set_weights(trained, read_weights(checkpoint))
+    documents = list(inputs.corpus.split("validation"))[:4]
+
+    def bits_per_byte(model):
+        records = score(model, tokenizer, documents)
+        return sum(r.bits for r in records) / sum(r.bytes for r in records)
+
+    as_trained = bits_per_byte(trained)
+    assert bits_per_byte(load_model(checkpoint)) == pytest.approx(as_trained, rel=1e-6)
+    exported = export_merged(run, trained, tokenizer)
+    assert bits_per_byte(load_model(exported.path)) == pytest.approx(as_trained, rel=1e-6)
+    config = json.loads((exported.path / "config.json").read_text())
+    assert config["dtype"] == "float32"  # as its weights are
+
+
+@pytest.mark.parametrize(
+    "adapter, dtype, expected",
+    [("lora", "bf16", "bf16"), ("dora", "bf16", "fp32"), ("rslora", "fp32", "fp32")],
+)
+def test_the_base_has_the_dtype_of_the_products(adapter, dtype, expected):
+    from codex_nb.run.settings import FinetuneConfig
+
+    given = dict(adapter=adapter, dtype=dtype, device="cpu")
+    assert FinetuneConfig.from_preset("smoke", **given).adapter.base_dtype == expected
+
+
+def test_a_record_from_before_there_was_a_choice_means_fp32(tmp_path):
+    from codex_nb.run.run_record import RunRecord
+    from codex_nb.run.settings import FinetuneConfig
+
+    cfg = FinetuneConfig.from_preset("smoke", dtype="bf16", device="cpu", base_dtype="fp32")
+    RunRecord.of("finetune", cfg, tmp_path).save(tmp_path)
+    record = json.loads((tmp_path / "config.json").read_text())
+    del record["config"]["adapter"]["base_dtype"]
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    settings = RunRecord.load(tmp_path).settings()
+    assert settings.adapter.base_dtype == "fp32" and settings.digest() == record["digest"]
+
+
+def memory(field):
+    "A figure of this process, in bytes."
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_a_bf16_file_needs_its_own_size_while_it_is_opened(tmp_path):
+    import gc
+
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from codex_nb.model.adapters import freeze_in_bf16
+    from codex_nb.model.model_registry import load_model
+
+    shape = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=3)
+    config = LlamaConfig(vocab_size=8192, num_attention_heads=8, **shape)
+    with torch.device("meta"):
+        names = {n: p.shape for n, p in AutoModelForCausalLM.from_config(config).named_parameters()}
+    tensors = {n: torch.ones(s, dtype=torch.bfloat16) for n, s in names.items()}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    size = sum(t.nbytes for t in tensors.values())
+    del tensors
+    config.architectures, config.dtype = ["LlamaForCausalLM"], torch.bfloat16
+    config.save_pretrained(tmp_path)
+    load_model(tmp_path, dtype="bf16")  # what is made once is there
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = memory("VmRSS")
+    model = load_model(tmp_path, dtype="bf16")
+    assert freeze_in_bf16(model) < 1.01 * size
+    assert all(bool((p == 1).all()) for p in model.parameters())  # every page was needed
+    assert memory("VmHWM") - before < 1.1 * size
+
+
+@pytest.fixture
+def memory_is(monkeypatch):
+    "A function that says how much memory there is, in MiB."
+    from codex_nb.tracking.system_monitor import Memory
+
+    def set_to(limit, available):
+        there = Memory(int(limit * 2**20), int(available * 2**20))
+        monkeypatch.setattr("codex_nb.run.bases.memory_here", lambda: there)
+
+    return set_to
+
+
+@pytest.mark.parametrize("adapter, dtype", [("none", "fp32"), ("lora", "bf16")])
+def test_the_estimate_is_near_what_a_step_takes(
+    adapter, dtype, small_model, tmp_path, monkeypatch, memory_is
+):
+    from codex_nb.run.preflight import preflight, preflight_lines
+    from codex_nb.run.settings import FinetuneConfig
+
+    monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
+    given = {k: v for k, v in SETTINGS.items() if k != "rank"} | dict(adapter=adapter, dtype=dtype)
+    given["rank"] = None if adapter == "none" else 4
+    cfg = FinetuneConfig.from_preset("smoke", base=str(small_model), **given)
+    memory_is(limit=1000, available=0.1)
+    report = preflight(cfg)
+    estimated = report["memory"]
+    held = sum(estimated.get(k, 0) for k in ("weights", "adapter", "gradients", "moments"))
+    assert held == pytest.approx(report["state_bytes"], rel=0.01)
+    assert estimated["moments"] == 8 * report["trained"]
+    assert 0.5 < estimated["activations"] / report["activation_bytes"] < 2
+    (line,) = (line for line in preflight_lines(report) if "memory: training needs" in line)
+    assert "the least is micro_batch=1" in line
+    assert ("adapter=lora" in line) == (adapter == "none")
+
+
+def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(
+    small_model, tmp_path, monkeypatch, memory_is
+):
+    from codex_nb.core.config import ConfigError
+    from codex_nb.run.judging import train_and_judge
+    from codex_nb.run.settings import FinetuneConfig
+
+    monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
+    full = {k: v for k, v in SETTINGS.items() if k != "rank"} | dict(adapter="none", dtype="fp32")
+    cfg = FinetuneConfig.from_preset("smoke", base=str(small_model), **full, rank=None)
+    memory_is(limit=0.3, available=0.3)
+    with pytest.raises(ConfigError, match=r"^memory: training needs .* take a smaller model"):
+        train_and_judge(cfg, tmp_path / "run", judged=False)
+    assert not (tmp_path / "run").exists()
