@@ -102,7 +102,9 @@ def _find_evaluation(run: Path, split: str) -> Path:
     if split in splits:
         return run / "evaluations" / split
     command = f"codex-nb run evaluate -p checkpoint {run.name} -p split {split}"
-    remedy = f"it has {', '.join(splits)}" if splits else f"evaluate it with: {command}"
+    remedy = f"evaluate it with: {command}"
+    if splits:
+        remedy = f"it has {', '.join(splits)}: compare those with --split, or {remedy}"
     raise CompareError(f"{run.name}: was not evaluated on {split!r}; {remedy}")
 
 
