@@ -4,8 +4,17 @@ import json
 
 import pytest
 import torch
-from architectures import MORE, SHAPES, examine, make_base, tensor_names, train_on, write_data
-from helpers import codex, counts
+from architectures import (
+    MORE,
+    SETTINGS,
+    SHAPES,
+    examine,
+    make_base,
+    tensor_names,
+    train_on,
+    write_data,
+)
+from helpers import codex, counts, train_losses
 
 from codex_nb.core.config import ConfigError
 
@@ -102,3 +111,22 @@ def test_adapter_passes_layers_by_that_it_cannot_train(home):
     experts = lora.model_copy(update={"targets": ["gate_proj"]})
     with pytest.raises(ConfigError, match="targets: gate_proj: no such linear layer"):
         add_adapter(open_model(home / "deepseek_v3"), experts, 0)
+
+
+@pytest.mark.parametrize("preset", ["qwen3-1.7b", "moe-small"])
+def test_preset_trains_from_scratch(preset, home):
+    from codex_nb.core.tensors import tensor_table
+    from codex_nb.run.judging import require_checkpoint, train_and_judge
+    from codex_nb.run.settings import RunConfig
+
+    size = dict(data="sample", vocab_size=300, width=32, layers=2, heads=4, seq_len=32, steps=12)
+    size |= dict(kv_heads=2, ffn=64) if preset == "qwen3-1.7b" else {}
+    given = (
+        {k: v for k, v in SETTINGS.items() if k not in {*size, "packing"}} | size | dict(lr=0.01)
+    )
+    cfg = RunConfig.from_preset(preset, **given | dict(micro_batch=4, eval_every=12, save_every=12))
+    run = train_and_judge(cfg, home / "runs" / "scratch")
+    losses = [*train_losses(run.folder).values()]
+    assert losses[-1] < losses[0] - 0.3, losses
+    names = tensor_table(require_checkpoint(run.folder).path / "model.safetensors").keys()
+    assert any("experts.7.up_proj" in n for n in names) == (preset == "moe-small")
