@@ -107,7 +107,10 @@ def in_transformers(folder):
     "Model and tokenizer, without this package."
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    from codex_nb.model.causal_lm import hide_progress_bars
+
+    with hide_progress_bars():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
