@@ -53,9 +53,9 @@ def linear_layers(
         parent, _, part = name.rpartition(".")
         if not isinstance(m, (nn.Linear, Conv1D)) or m is head:
             return False
-        # kernels of recurrences read this layer's weight, and pass an adapter by
-        in_recurrence = part == "out_proj" and hasattr(modules[parent], "conv1d")
-        return not in_recurrence and not (fused and part in EXPERT_LAYERS)
+        # kernels of recurrences read these layers' weights, and pass an adapter by
+        read = part in ("out_proj", "x_proj", "dt_proj") and hasattr(modules[parent], "conv1d")
+        return not read and not (fused and part in EXPERT_LAYERS)
 
     return [name for name, m in modules.items() if adaptable(name, m)]
 
