@@ -42,13 +42,13 @@ def pytest(name, *words):
 # What the small form leaves out: benchmarks, which say little when they run small; tutorials, which
 # show with larger runs what nbs/index, train and finetune, test_bases and test_formats, test_sweep,
 # test_replay, test_segments and test_attest, test_distributed and test_judging, test_plugins,
-# test_signals and test_launch test; and the table of forgeries, whose rows test_forgery tests and
-# compares with the page.
+# test_signals and test_launch test; and the tables of forgeries and of architectures, whose rows
+# test_forgery tests and compares with the page, and test_architectures tests.
 LEFT_OUT = ["nbs/tutorials"]
 if PROVE:  # nbval executes everything but the lessons about compiled modules
     LEFT_OUT += [f"nbs/{p.name}" for p in (ROOT / "nbs").glob("*.ipynb")]
 else:
-    LEFT_OUT.append("nbs/reference/threat_model.ipynb")
+    LEFT_OUT += [f"nbs/reference/{name}.ipynb" for name in ("threat_model", "architectures")]
 IGNORED = [f"--ignore={path}" for path in ["nbs/benchmarks", *LEFT_OUT]]
 TESTS = pytest("tests", "nbs", "tests", "--warm", *NBVAL, *IGNORED)
 PARTS = {"pip check": [[*PYTHON, "pip", "check"]], "tests": [[BIN / "python", *TESTS]]}

@@ -8,6 +8,7 @@ __all__ = ['Prompt', 'FinishReason', 'process_logits', 'sample_tokens', 'Generat
 
 # %% ../../nbs/eval/53_generate.ipynb #c5fd5f4f
 import inspect
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from ..core.repro import generator
 from ..data.documents import Message
 from ..data.tokenizer import Tokenizer, chat_ids, prompt_ids
 from .eval_config import GenerateConfig
+from ..model.causal_lm import context_length, takes_positions
 from ..model.compute import InferenceKernels
 
 # %% ../../nbs/eval/53_generate.ipynb #1eca22f1
@@ -141,13 +143,17 @@ class _BatchDecoder:
 
     def __init__(self, model: PreTrainedModel, texts: list[list[int]]):
         self.model, self.texts = model, texts
-        self.limit = model.config.max_position_embeddings
+        self.limit = _limit(model)
+        self.takes_positions = takes_positions(model)
         self.cache: Any = None  # None: all texts are to be read from the start
         self.mask: torch.Tensor | None = None  # None: no padding
         self.kernels = InferenceKernels(model)
         self.device = next(model.parameters()).device
-        self.options: dict[str, Any] = {"use_cache": True}
-        if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        arguments = inspect.signature(model.forward).parameters
+        # What is not kept as keys and values, such as the state of a recurrence, is not kept.
+        self.caches = _takes_cache(model)
+        self.options: dict[str, Any] = {"use_cache": self.caches}
+        if "logits_to_keep" in arguments:
             self.options["logits_to_keep"] = 1  # only the last position is used
 
     def next_logits(self) -> torch.Tensor:  # (B, V)
@@ -158,19 +164,18 @@ class _BatchDecoder:
             self.cache = None
         if self.cache is None:
             ids, positions = self._all_tokens()
-            cache = _new_cache(self.model)
+            cache = _new_cache(self.model) if self.caches else None
         else:
             ids, positions = self._last_tokens()
             cache = self.cache
+        options = dict(self.options)
+        if self.takes_positions:
+            options["position_ids"] = positions
+        if self.caches:
+            options["past_key_values"] = cache
         with self.kernels:
-            out = self.model(
-                input_ids=ids,
-                attention_mask=self.mask,
-                position_ids=positions,
-                past_key_values=cache,
-                **self.options,
-            )
-        self.cache = out.past_key_values
+            out = self.model(input_ids=ids, attention_mask=self.mask, **options)
+        self.cache = getattr(out, "past_key_values", None)
         return out.logits[:, -1]
 
     def _all_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:  # ids and positions, (B, T)
@@ -198,6 +203,28 @@ class _BatchDecoder:
             self.cache.batch_select_indices(index)
         else:
             self.cache = None  # cannot be cut: read the texts again
+
+# %% ../../nbs/eval/53_generate.ipynb #37960ca7
+def _limit(model: PreTrainedModel) -> int:  # Tokens
+    "The longest text that a model can read."
+    return context_length(model.config) or sys.maxsize
+
+
+def _takes_cache(model: PreTrainedModel) -> bool:
+    is_known = isinstance(model, PreTrainedModel)
+    return not is_known or "past_key_values" in inspect.signature(model.forward).parameters
+
+
+def _reads_padding(model: PreTrainedModel) -> bool:
+    "Whether texts of several lengths can share a batch; tried on a short one."
+    if not isinstance(model, PreTrainedModel):
+        return True
+    if not _takes_cache(model):
+        return False
+    text = [2, 3, 4]
+    alone, padded = (_BatchDecoder(model, texts) for texts in ([text], [text, text * 3]))
+    a, b = alone.next_logits()[0].float(), padded.next_logits()[0].float()
+    return torch.allclose(a, b, atol=0.02 * a.abs().max().item())
 
 # %% ../../nbs/eval/53_generate.ipynb #9a4c5545
 def _decode(
@@ -268,7 +295,7 @@ def _prepare(
 ) -> tuple[list[list[int]], list[torch.Tensor], set[int]]:  # ids, random numbers, end tokens
     if any(not s for s in cfg.stop_strings):
         raise ValueError("stop_strings: an empty one would end every text at once; remove it")
-    limit = model.config.max_position_embeddings
+    limit = _limit(model)
     ids = [_encode_prompt(tokenizer, p, limit) for p in prompts]
     n = cfg.max_new_tokens
     generators = [generator(seed, "generate", name) for name in names]
@@ -328,6 +355,8 @@ def generate_batch(
     was_training = model.training
     model.eval()
     try:
+        if batch_size > 1 and len({*map(len, ids)}) > 1 and not _reads_padding(model):
+            batch_size = 1
         for at in range(0, len(by_length), batch_size):
             batch = by_length[at : at + batch_size]
             batch_ids, batch_draws = [ids[i] for i in batch], [draws[i] for i in batch]
@@ -421,7 +450,7 @@ def reply(
 ) -> tuple[Iterator[str], int]:  # The answer, piece by piece; number of turns dropped
     "Answer in a conversation; `TokenizerError` without a chat template."
     kept = list(messages)
-    limit = model.config.max_position_embeddings
+    limit = _limit(model)
     answer_length = min(cfg.max_new_tokens, (limit - 1) // 4)  # room for the answer
     while True:
         ids, stop = chat_ids(tokenizer, kept)

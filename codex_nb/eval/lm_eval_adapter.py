@@ -20,6 +20,7 @@ from .eval_config import GenerateConfig
 from .generate import generate_batch
 from .scoring import score
 from .tasks import encode_continuation
+from ..model.causal_lm import window_length
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -78,7 +79,7 @@ def lm_eval_model(
             return [-r.nll for r in records]
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-            limit = model.config.max_position_embeddings - 2
+            limit = window_length(model.config) - 2
             texts = []
             # one by one, because each request may have other settings
             for request in requests:

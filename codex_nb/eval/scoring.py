@@ -34,7 +34,7 @@ from ..core.untrusted import explain_errors
 from ..data.documents import Document
 from ..data.tokenizer import Encoded, Tokenizer, encode_document, in_threads
 from .metrics import Calibration, bits_per_byte
-from ..model.causal_lm import autocast
+from ..model.causal_lm import autocast, takes_positions, window_length
 from ..model.compute import InferenceKernels
 from ..model.loss import has_linear_head
 
@@ -250,7 +250,8 @@ def _run_model(
         raise ValueError("no documents to evaluate on")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    device, seq_len = next(model.parameters()).device, model.config.max_position_embeddings
+    device, seq_len = next(model.parameters()).device, window_length(model.config)
+    told_positions = takes_positions(model)
     body, head = _body_and_head(model)
     kernels, vocab_size = InferenceKernels(model), model.config.vocab_size
     encoded = encoded or in_threads(partial(encode_document, tokenizer), documents)
@@ -263,13 +264,14 @@ def _run_model(
         for at in range(0, len(plan), batch_size):
             batch = plan[at : at + batch_size]
             inputs_BT, targets_BT = _pad_batch(batch, ids, is_target, tokenizer.eot)
-            positions_BT = torch.arange(inputs_BT.shape[1], device=device).expand_as(inputs_BT)
+            options = {}
+            if told_positions:
+                positions = torch.arange(inputs_BT.shape[1], device=device)
+                options["position_ids"] = positions.expand_as(inputs_BT)
             targets = targets_BT.flatten()
             places = (targets != IGNORE).nonzero()[:, 0]
             with autocast(device.type, dtype), kernels:
-                hidden = body(
-                    input_ids=inputs_BT.to(device), position_ids=positions_BT, use_cache=False
-                )
+                hidden = body(input_ids=inputs_BT.to(device), use_cache=False, **options)
                 hidden_ND = hidden.flatten(0, 1)[places.to(device)]
                 targets_N = targets[places].to(device)
                 found = _score_positions(head, hidden_ND, targets_N, vocab_size, detail)

@@ -8,6 +8,7 @@ __all__ = ['Question', 'read_questions', 'few_shot_examples', 'build_prompt', 'A
 
 # %% ../../nbs/eval/56_tasks.ipynb #f23b9c03
 import random
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from .generate import generate_batch
 from .metrics import f1, text_scores
 from .scoring import score
 from .statistics import bootstrap_ratio
+from ..model.causal_lm import context_length
 
 # %% ../../nbs/eval/56_tasks.ipynb #34dd20a5
 class Question(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen=True):
@@ -225,7 +227,7 @@ def _write_texts(
     batch_size: int,
 ) -> list[str]:  # Greedy answers, in order
     "Prompts and conversations end differently, so they are generated in separate batches."
-    limit = model.config.max_position_embeddings - 1  # room for one token
+    limit = (context_length(model.config) or sys.maxsize) - 1  # room for one token
     texts: dict[int, str] = {}
     for is_chat in (False, True):
         group = [i for i, p in enumerate(prompts) if isinstance(p, list) == is_chat]

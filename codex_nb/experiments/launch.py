@@ -697,7 +697,7 @@ def prepare_run(
     folder: Path | str,  # The run folder to make
 ) -> Path:  # Its `config.json`; `ConfigError`, and `RunError` when the folder is not empty
     "Write a run's settings without running it."
-    from codex_nb.run.bases import resolve_compute_settings
+    from codex_nb.run.bases import resolve_compute_settings, resolve_packing
     from codex_nb.run.settings import RunConfig
 
     path, folder = find_notebook(notebook), Path(folder).absolute()
@@ -706,7 +706,7 @@ def prepare_run(
         raise ConfigError(f"notebook: {notebook} trains nothing; give train or finetune")
     if folder.exists() and any(folder.iterdir()):
         raise RunError(f"{folder}: the folder is not empty; choose another")
-    cfg = resolve_compute_settings(cfg.resolve_auto())
+    cfg = resolve_packing(resolve_compute_settings(cfg.resolve_auto()))
     folder.mkdir(parents=True, exist_ok=True)
     RunRecord.of(path.stem, cfg, folder).save(folder)
     return folder / "config.json"

@@ -6,7 +6,7 @@
 __all__ = ['PLAIN_ATTENTION', 'WORTH_COMPILING', 'onednn_matmul', 'onednn_matmul_grad',
            'OneDnnLinear', 'OneDnnConv1D', 'set_linear_kernels', 'varlen_attention',
            'varlen_problem', 'has_varlen_kernel', 'compiler_problem', 'gpu_compiler_problem',
-           'resolve_compute', 'apply_compute', 'compiled_for', 'InferenceLinear',
+           'has_sdpa', 'resolve_compute', 'apply_compute', 'compiled_for', 'InferenceLinear',
            'InferenceKernels']
 
 # %% ../../nbs/model/22_compute.ipynb #6b5dd018
@@ -23,10 +23,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name that torch's own documentation uses)
+import transformers
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
 from ..core.config import ConfigError
@@ -261,6 +263,14 @@ def _mkl_is_limited(machine: str, capability: str, cpuinfo: str) -> bool:
     x86 = machine in ("x86_64", "AMD64")
     return x86 and "AVX512" in capability and bool(cpuinfo) and "GenuineIntel" not in cpuinfo
 
+# %% ../../nbs/model/22_compute.ipynb #41ff3a04
+def has_sdpa(
+    config: Mapping[str, Any],  # A model's settings, as in its `config.json`
+) -> bool:  # True for an architecture that transformers does not know
+    "Whether an architecture can use torch's fused attention."
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type")))
+    return getattr(transformers, name)._supports_sdpa if isinstance(name, str) else True
+
 # %% ../../nbs/model/22_compute.ipynb #d398f642
 WORTH_COMPILING = 2e13  # Floating-point operations of a run
 
@@ -281,9 +291,14 @@ def resolve_compute(
     problem = varlen_problem(model_config or {})
     if attention == "varlen" and problem:
         raise ConfigError(f"attention: varlen is not for this model: {problem}; give sdpa")
+    fused = has_sdpa(model_config or {})
+    if attention == "sdpa" and not fused:
+        kind = (model_config or {}).get("model_type")
+        raise ConfigError(f"attention: transformers has no sdpa for {kind}; give eager, or auto")
     if attention == "auto":
         short_bf16 = device.startswith("cpu") and dtype == "bf16" and seq_len <= 512
-        attention = "eager" if short_bf16 and compiled == "on" else "sdpa"
+        plain = not fused or (short_bf16 and compiled == "on")
+        attention = "eager" if plain else "sdpa"
         if not problem and dtype == "bf16" and has_varlen_kernel(device):
             attention = "varlen"
     graphs = _resolve_graphs(cfg, device, processes)

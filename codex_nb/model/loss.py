@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..core.repro import fork_rng
 from ..core.types import IGNORE, Batch
-from .causal_lm import autocast, document_mask, logits_of
+from .causal_lm import autocast, document_mask, logits_of, takes_positions
 from .compute import compiled_for, onednn_matmul, onednn_matmul_grad
 from .model_config import ComputeConfig
 
@@ -205,6 +205,7 @@ class LMLoss(nn.Module):
             if shape is None:
                 raise ValueError("shape: compiling needs one shape of batch; give (rows, length)")
             forward = compiled_for(forward, shape)
+        self.takes_positions = takes_positions(inner)
         # in a list, so that the inner model is not registered as a second submodule
         self._call = [forward, inner]
 
@@ -217,9 +218,11 @@ class LMLoss(nn.Module):
     ) -> torch.Tensor:  # Sum in nats, fp32, differentiable
         "Sum of the losses of all targets."
         forward, inner = self._call
-        mask = document_mask(inner, cu_seqlens)
+        options = document_mask(inner, cu_seqlens)
+        if self.takes_positions:
+            options["position_ids"] = positions_BT
         with autocast(ids_BT.device.type, self.dtype):
-            out = forward(input_ids=ids_BT, position_ids=positions_BT, use_cache=False, **mask)
+            out = forward(input_ids=ids_BT, use_cache=False, **options)
         if not self.chunked:
             return F.cross_entropy(
                 out.logits.flatten(0, 1).float(),

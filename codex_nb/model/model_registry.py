@@ -204,6 +204,7 @@ def import_model(
     shared = env_setting("CODEX_NB_MODELS")
     root = Path(shared) if shared else Path.cwd() / "models"
     check_plain_files(source)
+    _require_tokenizer(source)
     files = _files_to_import(source)
     with publish(root / (name or source.absolute().name), "model", {"imported": True}) as draft:
         for path in files:
@@ -215,6 +216,16 @@ def import_model(
             raise ArtifactError(str(e).replace(str(draft.path), str(source))) from None
         draft.meta.update({k: summary[k] for k in ("kind", "parameters", "dtype")})
     return draft.artifact
+
+
+def _require_tokenizer(folder: Path) -> None:  # an adapter is used with that of its base
+    one_of = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    is_adapter = (folder / "adapter_config.json").is_file()
+    if not is_adapter and not any((folder / name).is_file() for name in one_of):
+        raise ArtifactError(
+            f"{folder}: a model without a tokenizer, so no text can be given to it; put the "
+            "tokenizer.json (or tokenizer.model) that it was trained with into this folder"
+        )
 
 
 def _check_usable(folder: Path, errors: list[str]) -> None:

@@ -25,7 +25,12 @@ from ..data.documents import Document
 from ..data.tokenizer import Tokenizer, encode_document
 from ..data.tokens import PackedDataset
 from ..model.causal_lm import count_parameters, logits_of
-from .bases import memory_advice, memory_needed, resolve_compute_settings
+from codex_nb.run.bases import (
+    memory_advice,
+    memory_needed,
+    resolve_compute_settings,
+    resolve_packing,
+)
 from .settings import RunConfig
 from codex_nb.run.training_inputs import (
     check_evaluation,
@@ -33,6 +38,7 @@ from codex_nb.run.training_inputs import (
     model_for,
     objective_for,
     prepare_data,
+    repacked,
 )
 from ..tracking.timers import synchronize
 from ..train.engine import total_samples, train_step
@@ -60,7 +66,10 @@ def isolation(
         ids = batch.ids_BT.clone()
         ids[0, first] = (ids[0, first] + 1) % model.config.vocab_size
         before, after = _logits(model, batch), _logits(model, batch._replace(ids_BT=ids))
-        return torch.equal(before[second], after[second])
+        difference = (before[second] - after[second]).abs().max()
+        # Other tokens share an expert's product then, which rounds in another way.
+        rounding = 16 * torch.finfo(before.dtype).eps * before.abs().max()
+        return bool(difference <= rounding)
     return None
 
 
@@ -83,6 +92,8 @@ def preflight(
     check_evaluation(cfg, corpus, tokenizer)
     cfg = resolve_compute_settings(cfg, dataset.store)
     advice = memory_advice(cfg)
+    cfg = resolve_packing(cfg)
+    dataset = repacked(dataset, cfg)
     model = model_for(cfg, tokenizer)
     fit = cfg.fit
     batches = BatchSampler(

@@ -31,7 +31,7 @@ from .callbacks import CheckpointCallback, EarlyStopping, Evaluator, MetricsLogg
 from .run_folder import Run, replay_hints
 from .run_record import load_parents
 from .settings import RunConfig
-from .training_inputs import graphs_for, objective_for
+from .training_inputs import graphs_for, objective_for, repacked
 from ..tracking.system_monitor import SystemMonitor
 from ..tracking.timers import measure_peak_flops, mfu
 from ..train.checkpoint import ResumeMetadata, latest_checkpoint, load_checkpoint
@@ -110,6 +110,7 @@ class Trainer:
         on_second_signal: str | None = None,  # `raise`, `exit` or `ignore`; default: by launcher
     ):
         self.run, self.cfg, self.world, self.hooks = run, run.cfg, world, hooks
+        dataset = repacked(dataset, run.cfg)
         self.tokenizer, self.dataset, self.model = tokenizer, dataset, model
         self.on_second_signal = on_second_signal
         self.sharded = run.cfg.distributed.parallel == "fsdp" and world.size > 1

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['S', 'setup_process', 'HasDigest', 'start_run', 'display_path', 'tokenizer_for',
-           'dataset_for', 'model_for', 'documents_of', 'evaluation_documents', 'check_evaluation',
-           'objective_for', 'graphs_for', 'TrainingInputs', 'prepare_data', 'prepare_training']
+           'dataset_for', 'repacked', 'model_for', 'documents_of', 'evaluation_documents',
+           'check_evaluation', 'objective_for', 'graphs_for', 'TrainingInputs', 'prepare_data',
+           'prepare_training']
 
 # %% ../../nbs/run/64_training_inputs.ipynb #3c2bb332
 import math
@@ -27,13 +28,18 @@ from ..data.tokens import PackedDataset, build_tokens
 from ..eval.evaluate import slice_values
 from ..eval.scoring import sample_documents
 from ..model.adapters import add_adapter, freeze_in_bf16
-from ..model.causal_lm import build_model
+from ..model.causal_lm import build_model, context_length, window_length
 from ..model.compute import apply_compute
 from ..model.cuda_graphs import CUDAGraphs
 from ..model.loss import LMLoss, compiled_problem
 from ..model.model_config import ComputeConfig
 from ..model.model_registry import load_model, model_digest
-from .bases import find_base, memory_advice, resolve_compute_settings
+from codex_nb.run.bases import (
+    find_base,
+    memory_advice,
+    resolve_compute_settings,
+    resolve_packing,
+)
 from .run_folder import Run
 from .settings import RunConfig, Settings
 from ..train.distributed import World
@@ -83,6 +89,7 @@ def start_run(
             check_evaluation(cfg, corpus, tokenizer)
         cfg = resolve_compute_settings(cfg, tokens)  # type: ignore[arg-type,assignment]
         advice = memory_advice(cfg)  # type: ignore[arg-type]
+        cfg = resolve_packing(cfg)  # type: ignore[assignment]
     setup_process(cfg)
     if env_setting("CODEX_NB_RUN") and "ipykernel" in sys.modules:
         die_with_parent()
@@ -130,6 +137,16 @@ def dataset_for(
     return PackedDataset.from_config(build_tokens(corpus, tokenizer), cfg.model.seq_len, cfg.rows)
 
 
+def repacked(
+    dataset: PackedDataset,  # Packed as the settings said
+    cfg: RunConfig,  # The settings, resolved
+) -> PackedDataset:  # Another one where `resolve_packing` has changed them
+    "The dataset in the rows of resolved settings."
+    if dataset.packing == cfg.rows.packing:
+        return dataset
+    return PackedDataset.from_config(dataset.store, cfg.model.seq_len, cfg.rows)
+
+
 def model_for(
     cfg: RunConfig,  # The run's settings, without `auto`
     tokenizer: Tokenizer,  # The dataset's
@@ -146,15 +163,15 @@ def model_for(
     if base_dtype == "bf16":
         freeze_in_bf16(model)
     vocab_size = model.get_input_embeddings().num_embeddings
-    context = model.config.max_position_embeddings
+    context = context_length(model.config)
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(
             f"base: {base} has {vocab_size:,} ids, the tokenizer {tokenizer.vocab_size:,}; "
             "leave out tokenizer_path to use the base's own"
         )
-    if cfg.model.seq_len > context:
+    if context and cfg.model.seq_len > context:
         raise ConfigError(f"seq_len: {cfg.model.seq_len} is more than the base's context {context}")
-    _check_stride(cfg, context)
+    _check_stride(cfg, window_length(model.config))
     apply_compute(model, cfg.compute)
     if cfg.adapter.adapter == "none":
         return _to_device(model, cfg)
@@ -278,5 +295,6 @@ def prepare_training(
     "Open or build everything that a run trains with."
     setup_process(cfg)
     corpus, tokenizer, dataset = prepare_data(cfg)
-    cfg = resolve_compute_settings(cfg, dataset.store)
+    cfg = resolve_packing(resolve_compute_settings(cfg, dataset.store))
+    dataset = repacked(dataset, cfg)
     return TrainingInputs(corpus, tokenizer, dataset, model_for(cfg, tokenizer))

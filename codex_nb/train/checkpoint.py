@@ -13,8 +13,9 @@ __all__ = ['STATE_KEYS', 'NO_SCALER', 'Buffers', 'RENAMED_PROGRESS', 'RENAMED_RO
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack, suppress
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -138,6 +139,66 @@ def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
             own[name] = tensor
     return own
 
+# %% ../../nbs/train/43_checkpoint.ipynb #b506544a
+def _conversions(model: torch.nn.Module) -> list[Any]:
+    "How transformers makes the tensors of this model from those of its files."
+    if not hasattr(model, "config"):  # none of its models
+        return []
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
+
+    found = get_model_conversion_mapping(cast("PreTrainedModel", model), add_legacy=False)
+    return [c for c in found if not isinstance(c, PrefixChange)]
+
+
+def _to_stored(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    "Tensors of a model in the form of its files."
+    conversions = _conversions(model)
+    if not conversions or not tensors:
+        return tensors
+    from transformers.core_model_loading import revert_weight_conversion
+
+    # What a base was opened with may leave some out: those that its file did not need.
+    own: Any = model
+    before = getattr(own, "_weight_conversions", None)
+    own._weight_conversions = conversions
+    try:
+        return revert_weight_conversion(own, tensors)
+    finally:
+        own._weight_conversions = before
+
+
+def _from_stored(
+    model: torch.nn.Module, tensors: dict[str, torch.Tensor], names: Collection[str]
+) -> dict[str, torch.Tensor]:
+    "Tensors of a file under the names, and in the form, of a model."
+    conversions = _conversions(model)
+    if not conversions or tensors.keys() == {*names}:
+        return tensors
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    by_pattern = {p: c for c in converters for p in c.source_patterns}
+    collected: dict[str, Any] = {}
+    for stored in sorted(tensors, key=dot_natural_key):  # experts in their order
+        name, pattern = rename_source_key(stored, renamings, converters)
+        if name not in names and stored in names:  # as earlier versions have stored it
+            name, pattern = stored, None
+        made = deepcopy(by_pattern[pattern]) if pattern else WeightRenaming(stored, name)
+        conversion = collected.setdefault(name, made)
+        conversion.add_tensor(name, stored, pattern or stored, tensors[stored])
+    out: dict[str, torch.Tensor] = {}
+    for name, conversion in collected.items():
+        for target, made in conversion.convert(name, model=model, config=model.config).items():
+            out[target] = made[0] if isinstance(made, list) else made
+    return out
+
 # %% ../../nbs/train/43_checkpoint.ipynb #f5edca39
 def model_tensors(
     model: torch.nn.Module,  # A `transformers` or peft model
@@ -151,7 +212,7 @@ def model_tensors(
         full = full_tensor(tensor.detach())
         if keep:
             out[name] = copy(name, full) if copy else full
-    return out
+    return out if _with_adapter(model) is not None else _to_stored(model, out)
 
 # %% ../../nbs/train/43_checkpoint.ipynb #53d42925
 Buffers = dict[tuple[str, str], torch.Tensor]  # (file, name) -> memory of an earlier snapshot
@@ -482,6 +543,7 @@ def set_weights(
         shards = {n: shard_like(t, own[n]) if n in own else t for n, t in tensors.items()}
         load_adapter_tensors(adapted, shards)
         return
+    tensors = _from_stored(model, tensors, own)
     with torch.no_grad():
         for name, t in own.items():
             if name in tensors:
@@ -551,7 +613,10 @@ def load_checkpoint(
     allowed = _check_same_run(folder, state, metadata, allow)
     optimizer_state = _read_optimizer(folder, state, groups, world)
     weights = load_file(folder / _weights_file(adapted))
-    _check_weights(folder, weights, _weights(model))
+    own = _weights(model)
+    if not adapted:
+        weights = _from_stored(model, weights, own)
+    _check_weights(folder, weights, own)
     averages = _read_ema(folder, ema, world) if ema else {}
 
     # ... and only then replace, so that a refused checkpoint changes nothing.

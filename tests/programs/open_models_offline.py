@@ -2,8 +2,11 @@
 
 import socket
 import sys
+from pathlib import Path
 
 from codex_nb.core.config import ConfigError
+from codex_nb.data.tokenizer import SPECIALS, save_tokenizer
+from codex_nb.data.tokenizer_training import TokenizerConfig, byte_tokenizer
 from codex_nb.model.causal_lm import (
     ModelConfig,
     build_model,
@@ -18,9 +21,13 @@ except OSError:
     pass
 else:
     sys.exit("there is a network")
-model = build_model(ModelConfig(width=32, layers=1, heads=2, seq_len=16), 64, 0, 0)
+tokenizer = byte_tokenizer(iter(()), TokenizerConfig(), Path())
+tokenizer.add_special_tokens([*SPECIALS])
+shape = ModelConfig(width=32, layers=1, heads=2, seq_len=16)
+model = build_model(shape, tokenizer.get_vocab_size(), 0, 0)
 with hide_progress_bars():
     model.save_pretrained("made")
+save_tokenizer(tokenizer, "made")
 import_model("made", "small")
 assert verify_model(find_model("small")) == []
 assert count_parameters(load_model(find_model("small"))) == count_parameters(model)
