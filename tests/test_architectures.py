@@ -113,7 +113,7 @@ def test_adapter_passes_layers_by_that_it_cannot_train(home):
         add_adapter(open_model(home / "deepseek_v3"), experts, 0)
 
 
-@pytest.mark.parametrize("preset", ["qwen3-1.7b", "moe-small"])
+@pytest.mark.parametrize("preset", counts(["moe-small"], ["qwen3-1.7b", "moe-small"]))
 def test_preset_trains_from_scratch(preset, home):
     from codex_nb.core.tensors import tensor_table
     from codex_nb.run.judging import require_checkpoint, train_and_judge

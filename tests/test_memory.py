@@ -134,7 +134,7 @@ def test_a_bf16_file_needs_its_own_size_while_it_is_opened(tmp_path):
     done = program("open_in_bf16.py", tmp_path, home=tmp_path / "home")
     assert done.returncode == 0, done.stderr
     held, peak = map(int, done.stdout.split())
-    assert held < 1.01 * size and peak < 1.1 * size
+    assert held < 1.01 * size and peak < 1.25 * size  # in fp32 it would be twice as much
 
 
 @pytest.fixture
