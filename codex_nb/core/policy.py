@@ -316,7 +316,7 @@ def load_policy(
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise ConfigError(f"{place}: more than {_MAX_BYTES:,} bytes; write fewer rules")
-        content = yaml.load(path.read_text("utf-8"), _PolicyLoader)  # noqa: S506
+        content = _PolicyLoader(path.read_text("utf-8")).get_single_data()
     except ConfigError:
         raise
     except OSError as e:

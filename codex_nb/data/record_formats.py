@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
+from ..core.artifacts import disk_error
 from .documents import BadLine, Document, Message, ReadError, document_of
 
 # %% ../../nbs/data/10_record_formats.ipynb #db273c73
@@ -520,7 +521,9 @@ def write_documents(
     path: Path | str,  # The file of JSON lines; replaced when all are written
     as_conversations: bool = False,  # Turn prompts into conversations
 ) -> int:  # Number of documents
-    "Write documents as JSON lines; `ReadError` for one that cannot become a conversation."
+    """Write documents as JSON lines.
+
+    `ReadError` for one that cannot become a conversation, `DiskError` without space."""
     path, count = Path(path), 0
     encode = msgspec.json.Encoder().encode
     draft = path.with_name(f".{path.name}.{os.getpid()}")
@@ -535,6 +538,8 @@ def write_documents(
         if not count:
             raise ReadError(f"{path}: there was no document to write")
         os.replace(draft, path)
+    except OSError as e:
+        raise disk_error(e, path) or e
     finally:
         draft.unlink(missing_ok=True)
     return count

@@ -22,7 +22,7 @@ import yaml
 import codex_nb
 from ..core.artifacts import code_files
 from ..core.config import digest_of
-from ..core.untrusted import MAX_JSON_BYTES, require_file
+from ..core.untrusted import read_json_object
 from .doctor import healthy, probe
 from ..tracking.pages import html_page, html_table
 
@@ -58,15 +58,11 @@ def _resources() -> Path:
 def read_evidence(
     path: Path | str | None = None,  # Default: the file that ships with the package
 ) -> Evidence:  # Empty if there is no file
-    "Read test results; `ValueError` if the file cannot be read."
+    "Read test results; `ArtifactError` for a file that cannot be read."
     path = Path(path or evidence_file())
     if not path.exists():
         return Evidence()
-    require_file(path, MAX_JSON_BYTES)
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as e:
-        raise ValueError(f"{path}: not JSON: {e}; make prove writes it again") from None
+    content = read_json_object(path)
     schema = content.pop("schema", None)
     if schema != EVIDENCE_SCHEMA:
         raise ValueError(f"{path}: has schema {schema}, this version reads {EVIDENCE_SCHEMA}")

@@ -25,6 +25,7 @@ from ..core.config import diff_dicts
 from ..core.repro import numeric_identity
 from ..run.run_folder import last_values, run_parts
 from ..run.run_record import RunRecord, load_states, readable
+from ..run.settings import SET_BY_BASE
 from ..tracking.metrics_log import read_metrics
 from ..tracking.pages import html_page
 
@@ -92,15 +93,22 @@ def find_causes(
     # The digest of all files says no more than the files themselves.
     in_machine = {"threads", "determinism", "cpu", "gpus", "torch"}
     return Causes(
-        settings=diff_dicts(
-            {"kind": a.record.kind} | a.record.identity,
-            {"kind": b.record.kind} | b.record.identity,
-        ),
+        settings=diff_dicts(_settings(a.record), _settings(b.record)),
         inputs=diff_dicts(a.record.parents, b.record.parents),
         code=diff_dicts(_without(code_a, {"code"}), _without(code_b, {"code"})),
         machine=diff_dicts(machine_a, machine_b),
         environment=diff_dicts(_without(env_a, in_machine), _without(env_b, in_machine)),
     )
+
+
+def _settings(record: RunRecord) -> dict:
+    "What determines a run, without what its base does."
+    given = {"kind": record.kind} | record.identity
+    if "base" in record.parents:
+        for name, section in given.items():
+            if isinstance(section, dict):
+                given[name] = _without(section, {*SET_BY_BASE})
+    return given
 
 
 def _without(values: dict, names: set[str]) -> dict:

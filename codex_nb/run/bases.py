@@ -21,10 +21,15 @@ from ..core.store import workspace
 from ..core.tensors import tensor_table, weight_files
 from ..core.untrusted import explain_errors, read_json_object
 from ..data.tokens import TokenStore
-from ..model.causal_lm import build_model, isolates_documents
+from codex_nb.model.causal_lm import (
+    EXPERTS,
+    EXPERTS_PER_TOKEN,
+    build_model,
+    isolates_documents,
+)
 from ..model.compute import has_sdpa, resolve_compute
 from ..model.loss import default_chunk
-from ..model.model_config import ModelConfig, rough_flops
+from ..model.model_config import GATED, rough_flops
 from ..model.model_registry import check_adapter, find_model, load_model
 from codex_nb.run.run_folder import (
     find_in_runs,
@@ -160,9 +165,10 @@ def resolve_packing(
         return cfg
     if cfg.has_base:
         model = load_model(find_base(cfg.model.base))
+    elif cfg.model.arch in (*GATED, "gpt2"):  # which keep them apart; no need to try
+        return cfg
     else:
-        shape = ModelConfig(arch=cfg.model.arch, width=32, layers=2, heads=2, seq_len=16)
-        model = build_model(shape, 50, 0, cfg.seed)
+        model = build_model(cfg.model, 300, 0, cfg.seed)
     if isolates_documents(model):
         return cfg
     note(
@@ -189,7 +195,10 @@ def _sizes(cfg: RunConfig) -> _Sizes:
     if not cfg.has_base:
         m, ffn = cfg.model, cfg.model.ffn_width
         attention = 2 * width * width * (1 + (m.kv_heads or m.heads) / m.heads)
-        per_layer = round(attention) + (3 if m.arch == "llama" else 2) * width * ffn
+        in_ffn = 3 if m.arch in GATED else 2
+        if m.arch == "qwen3_moe":
+            in_ffn *= EXPERTS // EXPERTS_PER_TOKEN
+        per_layer = round(attention) + in_ffn * width * ffn
         parameters = layers * per_layer + vocab_size * width * (1 if m.tie_embeddings else 2)
         return _Sizes(parameters, [], layers, width, ffn, vocab_size)
     ffn = next((config[n] for n in ("intermediate_size", "n_inner") if config.get(n)), 4 * width)
