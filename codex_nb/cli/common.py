@@ -18,15 +18,12 @@ import traceback
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 import codex_nb
 from ..core.safety import looks_secret, redact
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # %% ../../nbs/cli/90_common.ipynb #d7ee07f9
 def join_parameters(
@@ -104,7 +101,7 @@ def read_input(
 
 
 def save_plot(
-    figure: "Figure",  # A matplotlib figure
+    figure: Any,  # A matplotlib figure
     path: Path,  # Its suffix decides the format
 ) -> None:
     "Save a plot, or end the command where its name or place cannot be used."
