@@ -8,9 +8,6 @@ __all__ = ['S', 'IDLE_SECONDS', 'OPEN_FILES', 'WRITES_OUTSIDE', 'package_noteboo
            'RedactingStdout', 'SignalForwarder', 'Outcome', 'loopback_error', 'allow_open_files',
            'format_error', 'launch', 'recorded_parameters', 'resume', 'prepare_run']
 
-# %% ../../nbs/experiments/70_launch.ipynb #5e77a9c1
-S = TypeVar("S", bound="Settings")
-
 # %% ../../nbs/experiments/70_launch.ipynb #a5606be0
 import errno
 import json
@@ -74,6 +71,9 @@ if TYPE_CHECKING:
     import psutil
 
     from codex_nb.run.settings import RunConfig, Settings
+
+# %% ../../nbs/experiments/70_launch.ipynb #5e77a9c1
+S = TypeVar("S", bound="Settings")
 
 # %% ../../nbs/experiments/70_launch.ipynb #57821caf
 def package_notebook(
