@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from helpers import codex, counts, shared_folder
+from helpers import PROVE, codex, counts, shared_folder
 
 from codex_nb.core.types import IGNORE
 from codex_nb.data.corpus import CorpusConfig, open_corpus
@@ -338,7 +338,7 @@ def test_the_same_is_learned_with_and_without_generation_markers(base, tmp_path)
 
 
 @pytest.mark.parametrize("marks", [("", ""), ("{% generation %}", "{% endgeneration %}")])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", counts(list(SHAPES)[::3], list(SHAPES)))
 def test_exactly_the_answers_are_learned(shape, marks, tmp_path):
     template, special = SHAPES[shape]
     write_tokenizer(tmp_path, template, special, "<s>" if "<s>" in special else None, False)
@@ -507,18 +507,16 @@ def test_a_bare_base_is_judged_and_compared_with_what_was_made_from_it(tmp_path)
         "--folder",
         "t",
     )
-    run("evaluate", "-p", "checkpoint", "t", *judging, "-p", "nproc", 2, "--folder", "tuned")
-    run("evaluate", "-p", "checkpoint", "base", *judging, "-p", "nproc", 2, "--folder", "again")
-    both = [
-        json.loads((tmp_path / name / "evaluations/all/summary.json").read_text())["metrics"]
-        for name in ("bare", "again")
-    ]
-    assert both[0] == both[1]
-    for words in (
-        ["verify", "bare"],
-        ["compare", "bare", "tuned", "--split", "all"],
-        ["replay", "bare"],
-    ):
+    run("evaluate", "-p", "checkpoint", "t", *judging, "--folder", "tuned")
+    if PROVE:
+        run("evaluate", "-p", "checkpoint", "base", *judging, "-p", "nproc", 2, "--folder", "again")
+        both = [
+            json.loads((tmp_path / name / "evaluations/all/summary.json").read_text())["metrics"]
+            for name in ("bare", "again")
+        ]
+        assert both[0] == both[1]
+    compared = ["compare", "bare", "tuned", "--split", "all"]
+    for words in counts([compared], [compared, ["verify", "bare"], ["replay", "bare"]]):
         done = codex(*words, home=home, cwd=tmp_path)
         assert done.returncode == 0, (words, done.stdout + done.stderr)
     done = codex("run", "evaluate", "-p", "checkpoint", tmp_path, *judging, home=home)

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 
 import pytest
 import warm
-from helpers import BIN, PROGRAMS, ROOT, environment, shared_folder
+from helpers import BIN, PROGRAMS, ROOT, counts, environment, shared_folder
 
 SECONDS = 30  # A hang takes longer; opening a model on a machine that is busy does not
 
@@ -478,10 +478,11 @@ POLICIES = {
 
 
 @pytest.mark.parametrize("fault", POLICIES)
-def test_a_policy_that_never_ends_or_says_something_else_is_refused(fault, tmp_path):
+def test_a_policy_that_never_ends_or_says_something_else_is_refused(fault, tmp_path, monkeypatch):
     from codex_nb.core.config import ConfigError
     from codex_nb.core.policy import load_policy
 
+    monkeypatch.setattr("codex_nb.core.policy._SECONDS", counts(1, 5))
     text, words = POLICIES[fault]
     path = tmp_path / "policy.yaml"
     path.write_text(POLICY + text)
