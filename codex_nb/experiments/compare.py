@@ -98,7 +98,7 @@ def open_evaluated(
 
 def _find_evaluation(run: Path, split: str) -> Path:
     folders = (run / "evaluations").glob("*")
-    splits = sorted(p.name for p in folders if (p / "summary.json").is_file())
+    splits = sorted(p.name for p in folders if (p / MANIFEST).is_file())
     if split in splits:
         return run / "evaluations" / split
     command = f"codex-nb run evaluate -p checkpoint {run.name} -p split {split}"

@@ -93,7 +93,9 @@ def order_level(
 
 def _order_level(run: RunContents, steps: int | None) -> Level:
     records = [r for r in run.metrics if r["split"] == "train"][:steps]
-    if run.record.kind not in TRAINING_KINDS or not records:
+    if run.record.kind in TRAINING_KINDS and not records:
+        return Level("L1", None, "there is no record of training steps")
+    if run.record.kind not in TRAINING_KINDS:
         return Level("L1", None, "this run trained nothing")
     without = [r["step"] for r in records if "fed" not in r["exact"]]
     if len(without) == len(records):
