@@ -308,8 +308,8 @@ def read_manifest(
         raise ArtifactError(f"{folder}: no {MANIFEST}: not an artifact, or never finished")
     try:
         body = json.loads(path.read_bytes())
-        schema = body["schema"] if isinstance(body, dict) else None
-        if type(schema) is not int or schema > SCHEMA:
+        schema = body["schema"]
+        if schema > SCHEMA:
             raise ArtifactError(
                 f"{path}: written in schema {schema}, this version reads up to {SCHEMA}; "
                 "use a newer codex_nb"
