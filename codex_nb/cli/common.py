@@ -57,7 +57,7 @@ def parse_parameters(
         if not equals:
             raise ConfigError(f"-p {pair}: give a name and a value, as in -p epochs 3")
         if name in parameters:
-            raise ConfigError(f"{name}: given twice")
+            raise ConfigError(f"{name}: given twice; give it once")
         parameters[name] = parse_value(value)
     return parameters
 

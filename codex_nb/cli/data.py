@@ -174,7 +174,9 @@ def data_convert(
 
     if to not in ("documents", "messages"):
         raise ConfigError(f"--to: given {to!r}; must be documents or messages")
-    if target.exists():
+    if on_error not in ("stop", "quarantine"):
+        raise ConfigError(f"--on-error: given {on_error!r}; must be stop or quarantine")
+    if target.exists() or target.is_symlink():
         raise ConfigError(f"{target}: exists; give the name of a new file")
     rejects, records = Rejects(on_error), RecordReader(record_format)
     count = write_documents(

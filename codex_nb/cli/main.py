@@ -300,7 +300,7 @@ def export(
         require_plain(folder)
         failed = export_run(folder, to)
     if failed:
-        raise typer.Exit(1)
+        fail(f"{folder.name}: not all of it is in {', '.join(failed)}, as said above; mend that")
     print(f"{folder.name} is in {to}, below {workspace()}")
 
 # %% ../../nbs/cli/93_main.ipynb #6c8bd48b
@@ -733,6 +733,8 @@ def _target_file(folder: Path, out: Path | None, suffix: str, force: bool) -> Pa
         return None
     run = folder.resolve()
     target = (out or Path(f"{run.name}{suffix}")).absolute()
+    if target.is_symlink() and not target.exists():
+        raise RunError(f"{target}: is a link that leads nowhere; give another --out")
     inside = target.resolve().is_relative_to(run)
     if inside:
         raise RunError(
