@@ -386,10 +386,14 @@ class Tokenizer:
         self._render: LimitedProcess | None = None
 
     @cached_property
+    def _made_here(self) -> bool:
+        return all(self.fast.token_to_id(token) is not None for token in SPECIALS)
+
+    @cached_property
     def opening(self) -> list[int]:  # One id, seldom more or none
         "What stands in front of a text."
-        if all(self.fast.token_to_id(token) is not None for token in SPECIALS):
-            return [self.eot]  # made here
+        if self._made_here:
+            return [self.eot]
         hf = self.in_transformers()
         whole, text = hf("a")["input_ids"], hf("a", add_special_tokens=False)["input_ids"]
         starts = (k for k in range(len(whole)) if text and whole[k : k + len(text)] == text)
@@ -413,7 +417,7 @@ class Tokenizer:
         text: str,  # Any text
     ) -> int:  # 0 for a tokenizer that was made here: it knows all bytes
         "How many bytes of a text are lost in its ids: in unknown tokens, or in none at all."
-        if all(self.fast.token_to_id(token) is not None for token in SPECIALS):
+        if self._made_here:
             return 0
         if self.unknown is None:
             return self._dropped_bytes(text)
