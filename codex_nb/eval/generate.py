@@ -24,6 +24,7 @@ from ..data.tokenizer import Tokenizer, chat_ids, prompt_ids
 from .eval_config import GenerateConfig
 from ..model.causal_lm import context_length, takes_positions
 from ..model.compute import InferenceKernels
+from ..model.portable_mode import arithmetic
 
 # %% ../../nbs/eval/53_generate.ipynb #1eca22f1
 def process_logits(
@@ -242,16 +243,18 @@ def _decode(
     active = list(range(len(prompts)))  # the text in each row of the batch
     seen: torch.Tensor | None = None
     for step in range(cfg.max_new_tokens):
-        logits = decoder.next_logits().float().cpu()
+        with arithmetic(model):
+            logits = decoder.next_logits().float().cpu()
         if cfg.repetition_penalty != 1:
             if seen is None:
                 shape = len(prompts), logits.shape[-1]
                 seen = torch.zeros(shape, dtype=torch.bool)
             for i, text in zip(active, decoder.texts):
                 seen[i, text] = True
-        logits = process_logits(logits, cfg, None if seen is None else seen[active])
         step_draws = torch.stack([draws[i][step] for i in active])
-        tokens = sample_tokens(logits, cfg, step_draws).tolist()
+        with arithmetic():
+            logits = process_logits(logits, cfg, None if seen is None else seen[active])
+            tokens = sample_tokens(logits, cfg, step_draws).tolist()
         yield dict(zip(active, tokens))
         for text, token in zip(decoder.texts, tokens):
             text.append(token)
@@ -299,7 +302,8 @@ def _prepare(
     ids = [_encode_prompt(tokenizer, p, limit) for p in prompts]
     n = cfg.max_new_tokens
     generators = [generator(seed, "generate", name) for name in names]
-    draws = [torch.rand(n, dtype=torch.float64, generator=g) for g in generators]
+    with arithmetic():
+        draws = [torch.rand(n, dtype=torch.float64, generator=g) for g in generators]
     end_ids = {tokenizer.eot, *_model_ends(model)}
     for token in stop:
         end = tokenizer.fast.token_to_id(token)

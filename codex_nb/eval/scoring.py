@@ -37,6 +37,7 @@ from .metrics import Calibration, bits_per_byte
 from ..model.causal_lm import autocast, takes_positions, window_length
 from ..model.compute import InferenceKernels
 from ..model.loss import has_linear_head
+from ..model.portable_mode import arithmetic
 
 # %% ../../nbs/eval/54_scoring.ipynb #e7fb4cae
 _Item = TypeVar("_Item")
@@ -270,7 +271,7 @@ def _run_model(
                 options["position_ids"] = positions.expand_as(inputs_BT)
             targets = targets_BT.flatten()
             places = (targets != IGNORE).nonzero()[:, 0]
-            with autocast(device.type, dtype), kernels:
+            with autocast(device.type, dtype), kernels, arithmetic(model):
                 hidden = body(input_ids=inputs_BT.to(device), use_cache=False, **options)
                 hidden_ND = hidden.flatten(0, 1)[places.to(device)]
                 targets_N = targets[places].to(device)

@@ -32,6 +32,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from ..core.config import ConfigError
+from ..core.repro import determinism
 from .model_config import ComputeConfig
 
 # %% ../../nbs/model/22_compute.ipynb #d2a875fb
@@ -428,7 +429,7 @@ class InferenceKernels:
         model: nn.Module,  # Restored whenever the context is left
     ):
         self.layers: list[tuple[nn.Module, type]] = []  # Layer, class outside of the context
-        if _onednn_is_faster():
+        if determinism() != "portable" and _onednn_is_faster():
             for m in model.modules():
                 if type(m) in (nn.Linear, OneDnnLinear) and m.weight.device.type == "cpu":
                     self.layers.append((m, type(m)))

@@ -21,6 +21,8 @@ from ..core.types import IGNORE, Batch
 from .causal_lm import autocast, document_mask, logits_of, takes_positions
 from .compute import compiled_for, onednn_matmul, onednn_matmul_grad
 from .model_config import ComputeConfig
+from .portable_layers import head_loss
+from .portable_mode import batch_of, is_portable
 
 # %% ../../nbs/model/23_loss.ipynb #89bf3646
 def token_losses(
@@ -221,8 +223,11 @@ class LMLoss(nn.Module):
         options = document_mask(inner, cu_seqlens)
         if self.takes_positions:
             options["position_ids"] = positions_BT
-        with autocast(ids_BT.device.type, self.dtype):
+        with autocast(ids_BT.device.type, self.dtype), batch_of(*ids_BT.shape):
             out = forward(input_ids=ids_BT, use_cache=False, **options)
+        if self.chunked and is_portable():
+            head = inner.get_output_embeddings()
+            return head_loss(out.last_hidden_state, head.weight, targets_BT)
         if not self.chunked:
             return F.cross_entropy(
                 out.logits.flatten(0, 1).float(),

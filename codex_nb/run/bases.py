@@ -109,9 +109,13 @@ def resolve_compute_settings(
     device, dtype = cfg.model.device, cfg.model.dtype
     processes = cfg.distributed.nproc
     place = "base: config.json" if cfg.has_base else "compute"
+    asked = cfg.compute
+    if cfg.determinism == "portable":  # which has kernels of its own
+        none = {"compile": "off", "products": "torch", "graphs": "off", "loss_chunk": None}
+        asked = asked.model_copy(update=none)
     with explain_errors(place, "bring an intact copy of the model", ConfigError):
         compute = resolve_compute(
-            cfg.compute, device, dtype, seq_len, flops, model_config, processes
+            asked, device, dtype, seq_len, flops, model_config, processes
         )
     if cfg.compute.attention == "auto" and not has_sdpa(model_config):
         kind = model_config.get("model_type")

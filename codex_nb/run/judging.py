@@ -37,6 +37,7 @@ from ..eval.evaluate import publish_evaluation, read_evaluation, summarize
 from ..eval.scoring import load_records, sample_documents, score_shard, target_text
 from ..eval.tasks import Answer, ask, read_questions, summarize_answers
 from ..model.model_registry import find_model, load_model, model_digest
+from ..model.portable_mode import arithmetic, in_portable_dtype
 from .recipe import finish, train_model
 from codex_nb.run.run_folder import (
     Run,
@@ -305,16 +306,21 @@ def _parent_of(checkpoint: Artifact, role: str) -> str:  # its digest
     return digest
 
 
+def _open_model(folder: Path, device: str) -> "PreTrainedModel":
+    with arithmetic():
+        return in_portable_dtype(load_model(folder, device))
+
+
 def open_trained(
     checkpoint: Artifact,  # From `find_checkpoint`
     device: str = "cpu",  # Where the model goes
 ) -> tuple["PreTrainedModel", Tokenizer]:  # The model in evaluation mode
     "Open a checkpoint's model and tokenizer; `ArtifactError` when it was pruned meanwhile."
     if checkpoint.manifest.kind == "model":
-        return load_model(checkpoint.path, device), import_tokenizer(checkpoint.path)
+        return _open_model(checkpoint.path, device), import_tokenizer(checkpoint.path)
     try:
         tokenizer = Tokenizer(checkpoint.path, _parent_of(checkpoint, "tokenizer"))
-        return load_model(checkpoint.path, device), tokenizer
+        return _open_model(checkpoint.path, device), tokenizer
     except (ArtifactError, OSError, ValueError):
         if checkpoint.path.exists():
             raise

@@ -20,6 +20,7 @@ from codex_nb.core.config import (
     notebook_parameters,
     resolve,
 )
+from ..core.repro import Determinism
 from ..data.corpus import CorpusConfig
 from ..data.tokenizer_training import TokenizerConfig
 from ..data.tokens import RowsConfig
@@ -262,7 +263,8 @@ class RunConfig(Settings):
 
     finds_base: ClassVar[bool] = False  # Whether a base is looked for when none is given
     seed: int = Field(0, ge=0)  # Of everything random
-    determinism: Literal["deterministic", "off"] = "deterministic"
+    # `portable`: the same bytes on every machine, several times slower; `off`: faster on a GPU
+    determinism: Determinism = "deterministic"
     threads: int | None = Field(None, ge=1, le=1024)  # Of torch on the CPU; default: torch's choice
     corpus: CorpusConfig = CorpusConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -313,7 +315,29 @@ class RunConfig(Settings):
                 f"batch_size: {self.fit.batch_size} rows cannot be divided equally among "
                 f"{self.distributed.nproc} processes"
             )
+        self._check_portable()
         return self
+
+    def _check_portable(self) -> None:
+        if self.determinism != "portable":
+            return
+        random = "its random numbers depend on how a batch is divided"
+        own = "portable arithmetic has kernels of its own"
+        for name, value, wanted, why in (
+            ("dropout", self.model.dropout, 0, random),
+            ("adapter_dropout", self.adapter.adapter_dropout, 0, random),
+            ("dtype", self.model.dtype, "fp32", "bf16 products differ between processors"),
+            ("compile", self.compute.compile, "off", own),
+            ("products", self.compute.products, "torch", own),
+            ("graphs", self.compute.graphs, "off", own),
+            ("attention", self.compute.attention, "sdpa", own),
+            ("parallel", self.distributed.parallel, "ddp", "shards are summed in another order"),
+        ):
+            if value not in ("auto", wanted):
+                raise ConfigError(
+                    f"{name}: {value} is not possible with determinism=portable, since {why}; "
+                    f"give {name}={wanted}"
+                )
 
     def resolve_auto(self) -> Self:
         "Choose device, dtypes and threads. `compute` is resolved when the run starts."
@@ -322,7 +346,8 @@ class RunConfig(Settings):
         from codex_nb.model.causal_lm import resolve_device, resolve_dtype
 
         device = resolve_device(self.model.device)
-        dtype = resolve_dtype(self.model.dtype, device)
+        asked = "fp32" if self.determinism == "portable" else self.model.dtype
+        dtype = resolve_dtype(asked, device)
         adapter = self.adapter
         if adapter.base_dtype == "auto" and adapter.adapter != "none":
             in_bf16 = dtype == "bf16" and adapter.adapter != "dora"
@@ -541,7 +566,7 @@ class JudgeConfig(Settings):
     # A path or a corpus's name; default: the training run's corpus. Identity: its content.
     data: str | None = Field(None, json_schema_extra=NOT_IN_DIGEST)
     seed: int = Field(0, ge=0)  # Of the choice of documents, the bootstrap and the samples
-    determinism: Literal["deterministic", "off"] = "deterministic"
+    determinism: Determinism = "deterministic"  # As for training
     threads: int | None = Field(None, ge=1, le=1024)
     device: str = "auto"
     dtype: Literal["auto", "fp32", "bf16"] = "fp32"
@@ -585,7 +610,7 @@ class CompareConfig(Settings):
     split: str = Field("validation", pattern="^(train|validation|test|all)$")
     seed: int = Field(0, ge=0)  # Of the bootstrap
     resamples: int = Field(10_000, ge=100)  # Of the bootstrap
-    determinism: Literal["deterministic", "off"] = "deterministic"
+    determinism: Determinism = "deterministic"
     threads: int | None = Field(None, ge=1, le=1024)
     presets: ClassVar[dict[str, dict[str, Any]]] = {"smoke": dict(resamples=1000), "full": {}}
 
@@ -605,7 +630,7 @@ class SweepConfig(Settings):
     # A search's database; default: SQLite in the run folder
     study: str | None = Field(None, json_schema_extra=NOT_IN_DIGEST)
     seed: int = Field(0, ge=0)  # Of the search
-    determinism: Literal["deterministic", "off"] = "deterministic"
+    determinism: Determinism = "deterministic"
     threads: int | None = Field(None, ge=1, le=1024)
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": dict(

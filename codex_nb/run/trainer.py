@@ -27,6 +27,7 @@ from ..data.tokens import PackedDataset
 from ..eval.scoring import sample_documents
 from ..model.causal_lm import flops_per_token
 from ..model.cuda_graphs import CUDAGraphs
+from ..model.portable_mode import arithmetic, suspended
 from .callbacks import CheckpointCallback, EarlyStopping, Evaluator, MetricsLogger
 from .run_folder import Run, replay_hints
 from .run_record import load_parents
@@ -62,6 +63,8 @@ def resume_metadata(
 ) -> ResumeMetadata:  # With empty progress
     "What a checkpoint of this run records to be compared when it is resumed."
     fit_cfg, compute = cfg.fit, cfg.compute
+    # Portable arithmetic gives the same bits however and wherever a batch is computed.
+    portable = cfg.determinism == "portable"
     # Device and dtype decide only the last bits; they are listed below.
     model = {k: v for k, v in identity(cfg.model).items() if k not in ("device", "dtype")}
     total_steps = math.ceil(samples / fit_cfg.batch_size)
@@ -89,7 +92,9 @@ def resume_metadata(
         identity={"seed": cfg.seed, "model": model, "adapter": identity(cfg.adapter), "base": base}
         | rules
         | stopping,
-        exact=exact
+        exact={}
+        if portable
+        else exact
         | {k: getattr(compute, k) for k in kernels}
         | ({"graphs": "on"} if compute.graphs == "on" else {}),
     )
@@ -136,6 +141,10 @@ class Trainer:
     @library_warnings("training")
     def fit(self) -> TrainState:  # Where training ended; `Interrupted` after a signal
         "Train until the limit, from the latest checkpoint if there is one."
+        with arithmetic(self.model):
+            return self._fit()
+
+    def _fit(self) -> TrainState:
         cfg, model, world = self.cfg, self.model, self.world
         batches = BatchSampler(
             self.dataset, cfg.fit.batch_size, cfg.seed, cfg.fit.micro_batch, world.rank, world.size
@@ -283,7 +292,10 @@ class Trainer:
             cfg = cfg.model_copy(update={"monitor": False})
         flops = flops_per_token(self.model, model_cfg.seq_len) / self.world.size
         size = 4096 if model_cfg.device.startswith("cuda") else 512
-        peak = measure_peak_flops(model_cfg.device, model_cfg.dtype, size) if cfg.monitor else 1
+        peak = 1.0
+        if cfg.monitor:
+            with suspended():  # what the processor can do, not what portable arithmetic makes of it
+                peak = measure_peak_flops(model_cfg.device, model_cfg.dtype, size)
 
         def readings() -> dict[str, float]:
             speed = state.throughput.mean

@@ -34,6 +34,7 @@ from ..model.cuda_graphs import CUDAGraphs
 from ..model.loss import LMLoss, compiled_problem
 from ..model.model_config import ComputeConfig
 from ..model.model_registry import load_model, model_digest
+from ..model.portable_mode import arithmetic, in_portable_dtype
 from codex_nb.run.bases import (
     find_base,
     memory_advice,
@@ -152,6 +153,12 @@ def model_for(
     tokenizer: Tokenizer,  # The dataset's
 ) -> "PreTrainedModel":  # In training mode, on its device, with an adapter if one is set
     "Build a new model, or load a base; `ConfigError` when base and data do not fit."
+    with arithmetic():
+        model = _model_for(cfg, tokenizer)
+    return in_portable_dtype(model)
+
+
+def _model_for(cfg: RunConfig, tokenizer: Tokenizer) -> "PreTrainedModel":
     if not cfg.has_base:
         _check_stride(cfg, cfg.model.seq_len)
         model = build_model(cfg.model, tokenizer.vocab_size, tokenizer.eot, cfg.seed)

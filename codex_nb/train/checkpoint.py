@@ -210,6 +210,8 @@ def model_tensors(
     for name, tensor in _weights(model).items():
         # One at a time, so that a rank that keeps nothing needs memory for one tensor only.
         full = full_tensor(tensor.detach())
+        if full.dtype == torch.float64:  # portable weights, which are numbers that float32 holds
+            full = full.float()
         if keep:
             out[name] = copy(name, full) if copy else full
     return out if _with_adapter(model) is not None else _to_stored(model, out)

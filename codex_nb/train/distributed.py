@@ -24,6 +24,7 @@ from torch import nn
 
 from ..core.library_warnings import library_warnings
 from ..core.repro import fork_rng
+from ..model.portable_mode import is_portable
 
 # %% ../../nbs/train/42_distributed.ipynb #7ccffabe
 _T = TypeVar("_T")
@@ -188,6 +189,8 @@ def parallelize(
     "Let several processes train one model."
     if world.size == 1:
         return objective
+    if is_portable():
+        return _SummedGradients(objective)
     if parallel == "ddp":
         wrapped = nn.parallel.DistributedDataParallel(objective, gradient_as_bucket_view=True)
         wrapped.register_comm_hook(None, _sum_hook)
@@ -203,6 +206,25 @@ def parallelize(
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     return objective
+
+
+class _SummedGradients(nn.Module):
+    "Adds up the gradients of all ranks after the last micro-batch of a step, in any order."
+
+    def __init__(self, objective: nn.Module):
+        super().__init__()
+        self.objective = objective
+
+    def forward(self, *args: Any) -> Any:
+        return self.objective(*args)
+
+    @contextmanager
+    def sync(self, last: bool) -> Iterator[None]:
+        yield
+        if last:
+            for p in self.objective.parameters():
+                if p.grad is not None:
+                    dist.all_reduce(p.grad)
 
 
 def settle_buckets(
@@ -223,6 +245,8 @@ def grad_sync_context(
     last: bool,  # Whether this is the step's last micro-batch
 ) -> AbstractContextManager[Any]:  # For forward and backward
     "Send gradients with the last micro-batch only."
+    if isinstance(wrapped, _SummedGradients):
+        return wrapped.sync(last)
     if isinstance(wrapped, nn.parallel.DistributedDataParallel):
         return nullcontext() if last else wrapped.no_sync()
     # FSDP2 keeps this as a setting of the module, and has no context manager for it.

@@ -26,6 +26,7 @@ from ..core.repro import fork_rng
 from ..core.types import IGNORE, Batch
 from ..data.batches import BatchSampler, batch_fingerprint
 from ..model.cuda_graphs import CUDAGraphs
+from ..model.portable_mode import is_portable
 from ..tracking.timers import StepClock, Throughput, synchronize
 from .distributed import World, full_tensor
 from .optim import EMA, Optimizer, guarded_step
@@ -95,7 +96,9 @@ def train_step(
         samples = describe_samples(micro_batches)
         raise ValueError(f"no token to predict in samples {samples}: nothing would be learned")
 
-    total = torch.zeros((), device=device)
+    # Portable losses are float64, on a grid where any order gives the same sum.
+    dtype = torch.float64 if is_portable() else torch.float32
+    total = torch.zeros((), device=device, dtype=dtype)
     replayed = graphs if graphs and graphs.ready(micro_batches) else None
     for i, batch in enumerate(micro_batches):
         if replayed:

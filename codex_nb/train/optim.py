@@ -18,6 +18,8 @@ import torch
 from torch import nn
 
 from ..core.plugins import get
+from ..model.portable_functions import cos
+from ..model.portable_mode import is_portable
 from .train_config import OptimConfig
 
 # %% ../../nbs/train/41_optim.ipynb #0c9a6dbd
@@ -145,9 +147,13 @@ class Muon(torch.optim.Muon):
             average_KMN, group["ns_coefficients"], group["ns_steps"], group["eps"]
         )
         lr = group["lr"]
-        rate = 0.2 * lr * max(matrices[0].shape) ** 0.5  # as `match_rms_adamw` has it
+        rate = 0.2 * lr * math.sqrt(max(matrices[0].shape))  # as `match_rms_adamw` has it
         torch._foreach_mul_(matrices, 1 - ok * (lr * group["weight_decay"]))
         torch._foreach_sub_(matrices, list((update_KMN * (ok * rate)).unbind()))
+        for p in matrices:
+            if p.dtype == torch.float64:  # portable weights are numbers that float32 holds
+                p.copy_(p.float())
+
 
 
 def _orthogonalize(
@@ -156,13 +162,15 @@ def _orthogonalize(
     "Newton-Schulz iterations on each matrix of a stack (Jordan et al. 2024), in bf16."
     a, b, c = coefficients
     is_tall = x_KMN.shape[1] > x_KMN.shape[2]
-    x = x_KMN.bfloat16()
+    portable = x_KMN.dtype == torch.float64
+    x = x_KMN if portable else x_KMN.bfloat16()
     x = x.mT if is_tall else x
     x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=eps)
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if is_tall else x).float()
+    x = x.mT if is_tall else x
+    return x if portable else x.float()
 
 # %% ../../nbs/train/41_optim.ipynb #6c5fb8b7
 def _select(
@@ -237,7 +245,8 @@ def linear(step: int, total: int, warmup_steps: int, cfg: OptimConfig) -> float:
 
 def cosine(step: int, total: int, warmup_steps: int, cfg: OptimConfig) -> float:
     "Falls along half a cosine (Loshchilov and Hutter 2017)."
-    return 0.5 * (1 + math.cos(math.pi * _decayed(step, total, warmup_steps)))
+    angle = torch.tensor(math.pi * _decayed(step, total, warmup_steps), dtype=torch.float64)
+    return 0.5 * (1 + float(cos(angle)))  # the same on every machine, unlike that of `math`
 
 
 def wsd(step: int, total: int, warmup_steps: int, cfg: OptimConfig) -> float:
@@ -340,6 +349,11 @@ def guarded_step(
 ) -> bool | None:  # Whether the step was applied; None when only the device knows
     "Update the weights unless something was wrong."
     parts = optimizer.parts if isinstance(optimizer, CombinedOptimizer) else (optimizer,)
+    if is_portable():
+        if ok:
+            for part in parts:
+                part.step_if(ok) if isinstance(part, Muon) else part.step()
+        return bool(ok)
     if ok.device.type != "cpu" and all(map(_decides_on_device, parts)):
         for part in parts:
             part.step_if(ok) if isinstance(part, Muon) else _on_device(part, ok)
