@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'OutOption', 'run', 'resume', 'preflight', 'prepare', 'runs', 'verify', 'export',
            'sign', 'verifier', 'replay', 'diff', 'sweep', 'leaderboard', 'prune', 'card', 'report',
-           'doctor', 'audit', 'bundle', 'main']
+           'doctor', 'prove_digest', 'audit', 'bundle', 'main']
 
 # %% ../../nbs/cli/93_main.ipynb #6a029ed7
 import errno
@@ -777,6 +777,33 @@ def doctor(
     else:
         print(*checks, sep="\n")
     if not works:
+        raise typer.Exit(1)
+
+
+@app.command()
+def prove_digest(as_json: JsonOption = False) -> None:
+    """Train a small model with portable arithmetic and compare its digests with the recorded ones.
+
+    They are equal on every machine: processor, threads and build of torch make no difference."""
+    from codex_nb.core.config import digest_of
+    from codex_nb.experiments.portable_digest import (
+        first_difference,
+        portable_digests,
+        recorded_digests,
+    )
+
+    expected = recorded_digests()
+    found = portable_digests()
+    difference = first_difference(found, expected)
+    if as_json:
+        result = {"equal": difference is None, "first_difference": difference, "digests": found}
+        print(json.dumps(result))
+    elif difference is None:
+        print(f"equal: {digest_of(found)}")
+    else:
+        print(f"{digest_of(found)}, recorded is {digest_of(expected)}")
+        print(f"the first difference is in: {difference}")
+    if difference is not None:
         raise typer.Exit(1)
 
 

@@ -602,7 +602,9 @@ def _identical_level(original: RunContents, folder: Path, diff: RunDiff) -> Leve
         return Level("L3", False, wrong[0])
     passed = checkpoints_passed(original, read_contents(folder))
     made = ", ".join(sorted([*diff.same_checkpoints, *passed, *diff.same_evaluations]))
-    detail = f"{made}, samples and log are what these settings and this data give on this machine"
+    portable = getattr(original.record.settings(), "determinism", "") == "portable"
+    place = "on any machine, since the arithmetic is portable" if portable else "on this machine"
+    detail = f"{made}, samples and log are what these settings and this data give {place}"
     if len(manifests) == 2 and manifests[0].digest == manifests[1].digest:
         detail += f"; the digest of the run is {manifests[0].digest[:12]}"
     return Level("L3", True, f"{detail}. Not proven: {UNPROVEN}")

@@ -10,7 +10,7 @@ __all__ = ['SHARED_FROM', 'Trial', 'GRADIENT_BITS', 'PROBABILITY_BITS', 'LOG2_E'
            'sigmoid', 'tanh', 'erf', 'sin', 'cos', 'sqrt', 'power', 'uniform_numbers',
            'normal_numbers']
 
-# %% ../../nbs/model/20_portable_functions.ipynb #9beceebc
+# %% ../../nbs/model/20_portable_functions.ipynb #7cd84074
 import ctypes
 import math
 import os
@@ -32,11 +32,11 @@ import torch
 
 from ..core.config import ConfigError
 
-# %% ../../nbs/model/20_portable_functions.ipynb #e2cfb3bf
+# %% ../../nbs/model/20_portable_functions.ipynb #c3bf35fb
 class PortableError(ConfigError):
     "What has no form whose bits are the same on every machine."
 
-# %% ../../nbs/model/20_portable_functions.ipynb #4b8616c2
+# %% ../../nbs/model/20_portable_functions.ipynb #70284c33
 _SIGNATURES = {  # p: pointer, n: integer, x: number; then where to begin, and how many
     "exp_n": "pp",
     "sigmoid_n": "pp",
@@ -108,7 +108,7 @@ class Kernels:
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count(), "portable")
 
-# %% ../../nbs/model/20_portable_functions.ipynb #1013e19e
+# %% ../../nbs/model/20_portable_functions.ipynb #9eddbdab
 _OPTIONS = "-O3 -march=native -ffp-contract=off -fno-math-errno -fopenmp-simd -shared -fPIC".split()
 
 
@@ -129,7 +129,7 @@ def compiled_kernels() -> Kernels | None:  # None without a C compiler
             return None
     return kernels
 
-# %% ../../nbs/model/20_portable_functions.ipynb #5f21c655
+# %% ../../nbs/model/20_portable_functions.ipynb #b3f9bc2d
 Trial = Callable[[], list[torch.Tensor]]
 _trials: list[Trial] = []
 _here = threading.local()
@@ -176,7 +176,7 @@ def kernels_for(
         return None
     return kernels
 
-# %% ../../nbs/model/20_portable_functions.ipynb #d0bedc67
+# %% ../../nbs/model/20_portable_functions.ipynb #8313b05f
 def tree_sum(
     x: torch.Tensor,  # float64
     dim: int = -1,  # What is summed over
@@ -206,7 +206,7 @@ def _tree_sum_rows(x: torch.Tensor) -> torch.Tensor:
         x, n = first + second, half
     return x.squeeze(-1).clone()
 
-# %% ../../nbs/model/20_portable_functions.ipynb #66c5db23
+# %% ../../nbs/model/20_portable_functions.ipynb #d3103440
 GRADIENT_BITS = 42  # Gradients are multiples of 2^-42; sums of less than 2^11 are exact
 PROBABILITY_BITS = 34  # Up to 2^19 numbers, none above 1
 
@@ -225,7 +225,7 @@ def on_grid_(
     "Round each number to a multiple of 2^-bits."
     return x.add_(grid_constant(bits)).sub_(grid_constant(bits))
 
-# %% ../../nbs/model/20_portable_functions.ipynb #110a7929
+# %% ../../nbs/model/20_portable_functions.ipynb #4767577b
 def power_of_two(
     exponents: torch.Tensor,  # int64, from -1022 to 1023
 ) -> torch.Tensor:  # float64
@@ -239,7 +239,7 @@ def exponents_of(
     "The smallest e with x < 2^e; -1022 for 0."
     return x.view(torch.int64).bitwise_right_shift(52) - 1022
 
-# %% ../../nbs/model/20_portable_functions.ipynb #c904895f
+# %% ../../nbs/model/20_portable_functions.ipynb #40ae7296
 LOG2_E = 1.4426950408889634
 LN2_HIGH = float.fromhex("0x1.62e42feep-1")  # Its last 20 bits are zero
 LN2_LOW = float.fromhex("0x1.a39ef35793c76p-33")
@@ -276,7 +276,7 @@ def log(
         p.mul_(z).add_(1 / k)
     return e * LN2_HIGH + (2 * s * p + e * LN2_LOW)
 
-# %% ../../nbs/model/20_portable_functions.ipynb #537ecfe1
+# %% ../../nbs/model/20_portable_functions.ipynb #02314cc5
 def sigmoid(
     x: torch.Tensor,  # float64
 ) -> torch.Tensor:  # float64
@@ -317,7 +317,7 @@ def erf(
     above = 1 - exp(-z) / (fraction * math.sqrt(math.pi))
     return torch.copysign(torch.where(a < 2.5, below, above), x)
 
-# %% ../../nbs/model/20_portable_functions.ipynb #85541675
+# %% ../../nbs/model/20_portable_functions.ipynb #a8f972aa
 # A right angle in three parts; the products of the first two with integers up to 2^20 are exact.
 RIGHT_ANGLE = tuple(
     map(float.fromhex, ("0x1.921fb544p+0", "0x1.0b4611a6p-34", "0x1.3198a2e037073p-69"))
@@ -358,7 +358,7 @@ def cos(
     "Cosines."
     return _sine_and_cosine(x)[1]
 
-# %% ../../nbs/model/20_portable_functions.ipynb #10677430
+# %% ../../nbs/model/20_portable_functions.ipynb #0ddf0c5d
 def sqrt(
     x: torch.Tensor,  # float64
 ) -> torch.Tensor:  # float64, correctly rounded
@@ -389,7 +389,7 @@ def power(
         return y
     return exp(exponent * log(x))
 
-# %% ../../nbs/model/20_portable_functions.ipynb #161a30be
+# %% ../../nbs/model/20_portable_functions.ipynb #f9a3ceea
 def uniform_numbers(
     key: int,  # Chooses the sequence, 0 to 2^63 - 1
     count: int,  # How many
@@ -487,7 +487,7 @@ _FAR_TAIL = (
     ),
 )
 
-# %% ../../nbs/model/20_portable_functions.ipynb #954786fe
+# %% ../../nbs/model/20_portable_functions.ipynb #c00b291e
 @kernels_agree
 def _try_functions() -> list[torch.Tensor]:
     x = torch.linspace(-800, 800, 4099, dtype=torch.float64)

@@ -6,7 +6,7 @@
 __all__ = ['product_bits', 'scaled_integers', 'linear', 'matmul', 'matmul_of_rows',
            'masked_softmax_', 'attention', 'head_loss']
 
-# %% ../../nbs/model/20_portable_layers.ipynb #53fa5be0
+# %% ../../nbs/model/20_portable_layers.ipynb #b70aaa09
 import torch
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _disable_current_modes
@@ -27,7 +27,7 @@ from codex_nb.model.portable_functions import (
     tree_sum,
 )
 
-# %% ../../nbs/model/20_portable_layers.ipynb #2ec8a912
+# %% ../../nbs/model/20_portable_layers.ipynb #013c9f7b
 def product_bits(
     k: int,  # Products that are added
 ) -> int:  # Bits of both factors together
@@ -71,7 +71,7 @@ def _integers_by_block(
     e = (exponents_of(x.abs().amax(1)) - bits).clamp_(min=-960)
     return (x * power_of_two(-e)[:, None]).round_(), power_of_two(e)[..., None]
 
-# %% ../../nbs/model/20_portable_layers.ipynb #0d0e3072
+# %% ../../nbs/model/20_portable_layers.ipynb #13d65718
 class _WeightIntegers:
     "The integers of weight matrices, made once after each step."
 
@@ -188,7 +188,7 @@ def linear(
     "A linear layer. Gradients of a float64 weight are multiples of 2^-42."
     return _Linear.apply(x, weight, bias, rows, transposed)
 
-# %% ../../nbs/model/20_portable_layers.ipynb #22051203
+# %% ../../nbs/model/20_portable_layers.ipynb #fcf91175
 def matmul(
     a: torch.Tensor,  # float64, shape (..., M, K)
     b: torch.Tensor,  # float64, shape (..., K, N)
@@ -276,7 +276,7 @@ def attention(
     "Attention."
     return _Attention.apply(query, key, value, mask, bias, scale, context)
 
-# %% ../../nbs/model/20_portable_layers.ipynb #618823a6
+# %% ../../nbs/model/20_portable_layers.ipynb #67ba20e6
 def _head_rows(
     logits: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # probabilities; (T, 1); losses
@@ -355,7 +355,7 @@ def head_loss(
     "Cross entropy of a linear output layer."
     return _HeadLoss.apply(hidden_BTD, weight_VD, targets_BT)
 
-# %% ../../nbs/model/20_portable_layers.ipynb #70500e19
+# %% ../../nbs/model/20_portable_layers.ipynb #c9b35d68
 @kernels_agree
 def _try_layers() -> list[torch.Tensor]:
     drawn = torch.Generator().manual_seed(0)

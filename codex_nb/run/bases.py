@@ -114,9 +114,7 @@ def resolve_compute_settings(
         none = {"compile": "off", "products": "torch", "graphs": "off", "loss_chunk": None}
         asked = asked.model_copy(update=none)
     with explain_errors(place, "bring an intact copy of the model", ConfigError):
-        compute = resolve_compute(
-            asked, device, dtype, seq_len, flops, model_config, processes
-        )
+        compute = resolve_compute(asked, device, dtype, seq_len, flops, model_config, processes)
     if cfg.compute.attention == "auto" and not has_sdpa(model_config):
         kind = model_config.get("model_type")
         note(f"attention: transformers has no fused attention for {kind}, so eager is used")

@@ -7,6 +7,7 @@ __all__ = ['run_info_of', 'sinks_of', 'export_run', 'MetricsLogger', 'Evaluator'
            'CheckpointCallback']
 
 # %% ../../nbs/run/65_callbacks.ipynb #9a06af0e
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -268,8 +269,9 @@ class Evaluator:
             cfg.model.dtype,
         )
         results = {
-            "loss": loss_of(sum(r.nll for r in records), sum(r.tokens for r in records)),
-            "bits_per_byte": sum(r.bits for r in records) / sum(r.bytes for r in records),
+            # `sum` adds floating-point numbers in another way since Python 3.12.
+            "loss": loss_of(math.fsum(r.nll for r in records), sum(r.tokens for r in records)),
+            "bits_per_byte": math.fsum(r.bits for r in records) / sum(r.bytes for r in records),
         }
         if sample_name is None:
             return results, ""

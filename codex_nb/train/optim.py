@@ -155,7 +155,6 @@ class Muon(torch.optim.Muon):
                 p.copy_(p.float())
 
 
-
 def _orthogonalize(
     x_KMN: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
 ) -> torch.Tensor:  # fp32
