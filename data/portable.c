@@ -91,13 +91,15 @@ void sum_rows(const double *x, double *y, i64 n, i64 first, i64 count) {
 
 /* --- Products: integers, and the powers of two that they are multiplied by */
 
+/* `column` has n factors for each `group` of rows */
 void integers_of_rows(const double *x, const double *column, double *q, double *scale, i64 n,
-                      i64 bits, i64 first, i64 count) {
+                      i64 bits, i64 group, i64 first, i64 count) {
     for (i64 r = first; r < first + count; r++) {
         const double *in = x + r * n;
         double *out = q + r * n, top = 0.0;
         if (column) {
-            for (i64 i = 0; i < n; i++) out[i] = in[i] * column[i];
+            const double *f = column + r / group * n;
+            for (i64 i = 0; i < n; i++) out[i] = in[i] * f[i];
             in = out;
         }
         #pragma omp simd reduction(max : top)

@@ -188,6 +188,24 @@ def test_resume_on_1_and_on_4_processes_after_2(tmp_path, alone):
     assert_close(train_losses(config.parent), train_losses(alone))
 
 
+def test_portable_training_is_bitwise_on_any_number_of_processes(tmp_path):
+    def tensors(folder):
+        files = checkpoint_files(folder, 12)
+        return {n: digest for n, digest in files.items() if n.endswith(".safetensors")}
+
+    files = []
+    for n, micro_batch in ((1, 4), (2, 1)) + (((4, 2),) if PROVE else ()):
+        change = dict(determinism="portable", micro_batch=micro_batch, optimizer="muon")
+        config = prepared(tmp_path, f"on-{n}", **change)
+        train_on(n, config, tmp_path)
+        files.append(tensors(config.parent))
+    assert files[0] and all(found == files[0] for found in files[1:])
+    # and a run that began on several processes goes on alone, without being allowed to
+    cut_back(config.parent, 6)
+    assert "resuming from step-00000006" in train_on(1, config, tmp_path)
+    assert tensors(config.parent) == files[0]
+
+
 @pytest.mark.parametrize("n", [3, 4] if PROVE else [4])
 def test_resume_is_bitwise_where_gradients_are_sent_in_several_parts(n, tmp_path):
     "DDP divides more than 1 MB anew after its first backward pass: sums have another order then."

@@ -10,7 +10,7 @@ __all__ = ['SHARED_FROM', 'Trial', 'GRADIENT_BITS', 'PROBABILITY_BITS', 'LOG2_E'
            'sigmoid', 'tanh', 'erf', 'sin', 'cos', 'sqrt', 'power', 'uniform_numbers',
            'normal_numbers']
 
-# %% ../../nbs/model/20_portable_functions.ipynb #7cd84074
+# %% ../../nbs/model/20_portable_functions.ipynb #6aa6f3e2
 import ctypes
 import math
 import os
@@ -32,11 +32,11 @@ import torch
 
 from ..core.config import ConfigError
 
-# %% ../../nbs/model/20_portable_functions.ipynb #c3bf35fb
+# %% ../../nbs/model/20_portable_functions.ipynb #874d4b16
 class PortableError(ConfigError):
     "What has no form whose bits are the same on every machine."
 
-# %% ../../nbs/model/20_portable_functions.ipynb #70284c33
+# %% ../../nbs/model/20_portable_functions.ipynb #7cf148ed
 _SIGNATURES = {  # p: pointer, n: integer, x: number; then where to begin, and how many
     "exp_n": "pp",
     "sigmoid_n": "pp",
@@ -44,7 +44,7 @@ _SIGNATURES = {  # p: pointer, n: integer, x: number; then where to begin, and h
     "silu_n": "pp",
     "silu_grad_n": "ppp",
     "sum_rows": "ppn",
-    "integers_of_rows": "ppppnn",
+    "integers_of_rows": "ppppnnn",
     "integers_of_columns": "ppppnnn",
     "scale_product": "ppppn",
     "add_on_grid": "pppxxn",
@@ -108,7 +108,7 @@ class Kernels:
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count(), "portable")
 
-# %% ../../nbs/model/20_portable_functions.ipynb #9eddbdab
+# %% ../../nbs/model/20_portable_functions.ipynb #36ba38c5
 _OPTIONS = "-O3 -march=native -ffp-contract=off -fno-math-errno -fopenmp-simd -shared -fPIC".split()
 
 
@@ -129,7 +129,7 @@ def compiled_kernels() -> Kernels | None:  # None without a C compiler
             return None
     return kernels
 
-# %% ../../nbs/model/20_portable_functions.ipynb #b3f9bc2d
+# %% ../../nbs/model/20_portable_functions.ipynb #d9ddfb4c
 Trial = Callable[[], list[torch.Tensor]]
 _trials: list[Trial] = []
 _here = threading.local()
@@ -155,6 +155,11 @@ def _passes(trial: Trial) -> bool:
         _here.trying = before
 
 
+@cache
+def _all_pass(number: int) -> bool:
+    return all(map(_passes, _trials[:number]))
+
+
 @contextmanager
 def without_kernels() -> Iterator[None]:
     "Use the plain functions, even where compiled ones are at hand."
@@ -172,11 +177,11 @@ def kernels_for(
     if x.device.type != "cpu" or x.dtype != torch.float64 or getattr(_here, "plain", False):
         return None
     kernels = compiled_kernels()
-    if kernels and not getattr(_here, "trying", False) and not all(map(_passes, _trials)):
+    if kernels and not getattr(_here, "trying", False) and not _all_pass(len(_trials)):
         return None
     return kernels
 
-# %% ../../nbs/model/20_portable_functions.ipynb #8313b05f
+# %% ../../nbs/model/20_portable_functions.ipynb #840a61d2
 def tree_sum(
     x: torch.Tensor,  # float64
     dim: int = -1,  # What is summed over
@@ -206,7 +211,7 @@ def _tree_sum_rows(x: torch.Tensor) -> torch.Tensor:
         x, n = first + second, half
     return x.squeeze(-1).clone()
 
-# %% ../../nbs/model/20_portable_functions.ipynb #d3103440
+# %% ../../nbs/model/20_portable_functions.ipynb #57176897
 GRADIENT_BITS = 42  # Gradients are multiples of 2^-42; sums of less than 2^11 are exact
 PROBABILITY_BITS = 34  # Up to 2^19 numbers, none above 1
 
@@ -225,7 +230,7 @@ def on_grid_(
     "Round each number to a multiple of 2^-bits."
     return x.add_(grid_constant(bits)).sub_(grid_constant(bits))
 
-# %% ../../nbs/model/20_portable_functions.ipynb #4767577b
+# %% ../../nbs/model/20_portable_functions.ipynb #5c6fc4e6
 def power_of_two(
     exponents: torch.Tensor,  # int64, from -1022 to 1023
 ) -> torch.Tensor:  # float64
@@ -239,7 +244,7 @@ def exponents_of(
     "The smallest e with x < 2^e; -1022 for 0."
     return x.view(torch.int64).bitwise_right_shift(52) - 1022
 
-# %% ../../nbs/model/20_portable_functions.ipynb #40ae7296
+# %% ../../nbs/model/20_portable_functions.ipynb #909a71c1
 LOG2_E = 1.4426950408889634
 LN2_HIGH = float.fromhex("0x1.62e42feep-1")  # Its last 20 bits are zero
 LN2_LOW = float.fromhex("0x1.a39ef35793c76p-33")
@@ -276,7 +281,7 @@ def log(
         p.mul_(z).add_(1 / k)
     return e * LN2_HIGH + (2 * s * p + e * LN2_LOW)
 
-# %% ../../nbs/model/20_portable_functions.ipynb #02314cc5
+# %% ../../nbs/model/20_portable_functions.ipynb #e61c0641
 def sigmoid(
     x: torch.Tensor,  # float64
 ) -> torch.Tensor:  # float64
@@ -317,7 +322,7 @@ def erf(
     above = 1 - exp(-z) / (fraction * math.sqrt(math.pi))
     return torch.copysign(torch.where(a < 2.5, below, above), x)
 
-# %% ../../nbs/model/20_portable_functions.ipynb #a8f972aa
+# %% ../../nbs/model/20_portable_functions.ipynb #a9b55b2a
 # A right angle in three parts; the products of the first two with integers up to 2^20 are exact.
 RIGHT_ANGLE = tuple(
     map(float.fromhex, ("0x1.921fb544p+0", "0x1.0b4611a6p-34", "0x1.3198a2e037073p-69"))
@@ -358,7 +363,7 @@ def cos(
     "Cosines."
     return _sine_and_cosine(x)[1]
 
-# %% ../../nbs/model/20_portable_functions.ipynb #0ddf0c5d
+# %% ../../nbs/model/20_portable_functions.ipynb #2982f668
 def sqrt(
     x: torch.Tensor,  # float64
 ) -> torch.Tensor:  # float64, correctly rounded
@@ -389,7 +394,7 @@ def power(
         return y
     return exp(exponent * log(x))
 
-# %% ../../nbs/model/20_portable_functions.ipynb #f9a3ceea
+# %% ../../nbs/model/20_portable_functions.ipynb #fab0d9eb
 def uniform_numbers(
     key: int,  # Chooses the sequence, 0 to 2^63 - 1
     count: int,  # How many
@@ -487,7 +492,7 @@ _FAR_TAIL = (
     ),
 )
 
-# %% ../../nbs/model/20_portable_functions.ipynb #c00b291e
+# %% ../../nbs/model/20_portable_functions.ipynb #75edbc59
 @kernels_agree
 def _try_functions() -> list[torch.Tensor]:
     x = torch.linspace(-800, 800, 4099, dtype=torch.float64)

@@ -6,7 +6,7 @@
 __all__ = ['aten', 'EXACT', 'adamw_step', 'portable', 'suspended', 'batch_of', 'is_portable',
            'in_portable_dtype', 'arithmetic', 'longest_text']
 
-# %% ../../nbs/model/20_portable_mode.ipynb #510366a3
+# %% ../../nbs/model/20_portable_mode.ipynb #4e5e4319
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -31,7 +31,7 @@ from codex_nb.model.portable_functions import (
 )
 from .portable_layers import attention, linear, matmul
 
-# %% ../../nbs/model/20_portable_mode.ipynb #c7c2605c
+# %% ../../nbs/model/20_portable_mode.ipynb #3a31f35a
 aten = torch.ops.aten
 
 # Operators that move numbers, make constants, compare, or look something up
@@ -54,7 +54,7 @@ remainder round sgn sign threshold_backward trunc
 """
 EXACT = frozenset((_MOVES + _ROUNDED_ONCE).split())
 
-# %% ../../nbs/model/20_portable_mode.ipynb #c46931b7
+# %% ../../nbs/model/20_portable_mode.ipynb #6b6a25c2
 _portable: dict[str, Callable[..., Any]] = {}
 
 
@@ -149,7 +149,7 @@ def _addcdiv(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, value: float = 1
 def _lerp(x: torch.Tensor, end: torch.Tensor, weight: Any) -> torch.Tensor:
     return x + (end - x) * weight
 
-# %% ../../nbs/model/20_portable_mode.ipynb #3d9a7662
+# %% ../../nbs/model/20_portable_mode.ipynb #34b94ca8
 @_form_of("silu")
 def _silu(x: torch.Tensor) -> torch.Tensor:
     y = x.double()
@@ -209,7 +209,7 @@ def _sigmoid_backward(grad: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 def _tanh_backward(grad: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return grad * (1 - y * y)
 
-# %% ../../nbs/model/20_portable_mode.ipynb #363cc116
+# %% ../../nbs/model/20_portable_mode.ipynb #45564f4d
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
@@ -281,7 +281,7 @@ def _embedding_backward(
     total = terms.new_zeros(size, terms.shape[-1]).index_add_(0, ids, terms)
     return total.to(grad.dtype)
 
-# %% ../../nbs/model/20_portable_mode.ipynb #b234872f
+# %% ../../nbs/model/20_portable_mode.ipynb #36adcfd6
 @_form_of("native_layer_norm")
 def _layer_norm(
     x: torch.Tensor, shape: Any, weight: Any, bias: Any, eps: float
@@ -378,7 +378,7 @@ def _nll_loss_backward(
     g = torch.where(targets != rest[2], -grad, 0.0)[:, None].to(logp.dtype)
     return torch.zeros_like(logp).scatter_(-1, targets.clamp_min(0)[:, None], g)
 
-# %% ../../nbs/model/20_portable_mode.ipynb #e4669692
+# %% ../../nbs/model/20_portable_mode.ipynb #baa173c9
 @_form_of("bmm")
 def _bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return matmul(a.double(), b.double(), _here().context).to(a.dtype)
@@ -403,7 +403,7 @@ def _addmm(x: Any, a: Any, b: Any, beta: float = 1, alpha: float = 1) -> torch.T
 def _baddbmm(x: Any, a: Any, b: Any, beta: float = 1, alpha: float = 1) -> torch.Tensor:
     return x * beta + _bmm(a, b) * alpha
 
-# %% ../../nbs/model/20_portable_mode.ipynb #42c9e038
+# %% ../../nbs/model/20_portable_mode.ipynb #ad24632d
 def _key_from(generator: torch.Generator | None) -> int:
     return int(torch.randint(0, 1 << 62, (), generator=generator))
 
@@ -423,7 +423,7 @@ def _uniform(
     drawn = exact.uniform_numbers(_key_from(generator), x.numel()).view(x.shape)
     return (drawn * (high - low) + low).to(x.device, x.dtype)
 
-# %% ../../nbs/model/20_portable_mode.ipynb #bb1459d8
+# %% ../../nbs/model/20_portable_mode.ipynb #b04402e9
 @_form_of("randn")
 def _randn(size: Any, *, generator: torch.Generator | None = None, **how: Any) -> torch.Tensor:
     return _normal(_zeros(size, how), generator=generator)
@@ -437,7 +437,7 @@ def _rand(size: Any, *, generator: torch.Generator | None = None, **how: Any) ->
 def _zeros(size: Any, how: dict[str, Any]) -> torch.Tensor:
     return torch.zeros(size, dtype=how.get("dtype"), device=how.get("device"))
 
-# %% ../../nbs/model/20_portable_mode.ipynb #7d4e87c1
+# %% ../../nbs/model/20_portable_mode.ipynb #68b78b1b
 def _each(name: str) -> Callable[..., Any]:
     "An operator on lists: its portable form for each tensor."
 
@@ -577,7 +577,7 @@ def _try_adamw() -> list[torch.Tensor]:
     adamw_step(w, g, m, v, 0.999, 0.9, 0.95, 1e-3, 1e-8)
     return [w, m, v]
 
-# %% ../../nbs/model/20_portable_mode.ipynb #0687ee31
+# %% ../../nbs/model/20_portable_mode.ipynb #35572642
 class _State(threading.local):
     "What the modes know about the model that runs under them."
 
@@ -695,7 +695,7 @@ _CALLS: dict[Any, Callable[..., Any]] = {
     F.scaled_dot_product_attention: _attention,
 }
 
-# %% ../../nbs/model/20_portable_mode.ipynb #1cd25b93
+# %% ../../nbs/model/20_portable_mode.ipynb #4ba93a5c
 @contextmanager
 def portable(
     context: int = 0,  # Longest text that the model can read

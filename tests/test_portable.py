@@ -1,0 +1,139 @@
+"""Portable arithmetic: the same bytes whatever computes them, however a batch is divided."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from helpers import codex, counts
+
+from codex_nb.core.config import ConfigError
+from codex_nb.core.repro import set_determinism
+from codex_nb.core.types import IGNORE, Batch
+from codex_nb.model.loss import LMLoss
+from codex_nb.model.model_config import AdapterConfig, ModelConfig
+from codex_nb.model.portable_functions import PortableError, without_kernels
+from codex_nb.model.portable_mode import arithmetic, in_portable_dtype
+from codex_nb.run.settings import RunConfig
+
+# Each hides instructions from torch, from MKL or from NumPy, or takes the compiler away.
+MACHINES = {
+    "default": dict(ATEN_CPU_CAPABILITY="default", MKL_CBWR="COMPATIBLE", OMP_NUM_THREADS="2"),
+    "avx2": dict(ATEN_CPU_CAPABILITY="avx2", MKL_CBWR="AVX2"),
+    "compiler": dict(CC="false", NPY_DISABLE_CPU_FEATURES="AVX512F AVX512CD AVX512_SKX"),
+}
+MACHINES["all"] = (
+    dict(itertools.chain(*(m.items() for m in MACHINES.values()))) | MACHINES["default"]
+)
+
+
+@pytest.mark.parametrize("machine", counts(["all"], MACHINES))
+def test_a_digest_is_the_same_on_another_machine(machine, tmp_path):
+    done = codex("prove-digest", home=tmp_path, fresh=True, **MACHINES[machine])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("equal: ")
+
+
+@pytest.fixture
+def portable():
+    set_determinism("portable")
+    yield
+    set_determinism("deterministic")
+
+
+def model_of(arch, adapter="none"):
+    from codex_nb.model.adapters import add_adapter
+    from codex_nb.model.causal_lm import build_model
+
+    cfg = ModelConfig(arch=arch, width=32, layers=2, heads=4, seq_len=24)
+    with arithmetic():
+        model = build_model(cfg, 60, 0, 3)
+        if adapter != "none":
+            model = add_adapter(model, AdapterConfig(adapter=adapter, rank=4), 3, "base")
+            for name, p in model.named_parameters():
+                if "lora_B" in name:  # which begins at 0, where A has no gradient
+                    p.data.copy_((torch.arange(p.numel()) % 7 - 3).view(p.shape) * 0.01)
+    return in_portable_dtype(model)
+
+
+def batch_of_documents():
+    drawn = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 60, (6, 25), generator=drawn)
+    targets = ids[:, 1:].clone()
+    targets[1, 7:] = IGNORE
+    positions = torch.arange(24).repeat(6, 1)
+    positions[:, 10:] -= 10  # two documents in each row
+    return Batch(ids[:, :-1], targets, positions, torch.arange(6))
+
+
+def gradients(model, batch, parts):
+    "Loss and gradients of a batch in parts of so many rows, the last one first."
+    total = 0.0
+    with arithmetic(model):
+        objective = LMLoss(model)
+        for at in reversed(range(0, 6, parts)):
+            part = Batch(*(x[at : at + parts] for x in batch[:4]))
+            loss = objective(part.ids_BT, part.targets_BT, part.positions_BT)
+            (loss / 120).backward()
+            total += loss.item()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return total, found
+
+
+@pytest.mark.parametrize(
+    "arch,adapter", [("llama", "none"), ("gpt2", "none"), ("qwen3", "none"), ("llama", "lora")]
+)
+def test_gradients_do_not_depend_on_how_a_batch_is_divided(arch, adapter, portable):
+    batch, expected = batch_of_documents(), None
+    model = model_of(arch, adapter)
+    for parts in (6, 2, 1):
+        found = gradients(model, batch, parts)
+        expected = expected or found
+        assert found[0] == expected[0]
+        assert found[1].keys() == expected[1].keys() and found[1]
+        for name, gradient in found[1].items():
+            assert torch.equal(gradient, expected[1][name]), (parts, name)
+    with without_kernels():
+        plain = gradients(model, batch, 3)
+    assert all(torch.equal(g, expected[1][n]) for n, g in plain[1].items())
+    # and they are the gradients: torch's own, in float64
+    set_determinism("deterministic")
+    total, ordinary = gradients(model, batch, 6)
+    assert abs(total - expected[0]) < 1e-4 * total
+    for name, gradient in ordinary.items():
+        error = float((gradient - expected[1][name]).norm() / gradient.norm())
+        assert error < 2e-5, (name, error)
+
+
+def test_experts_are_refused_when_they_are_trained(portable):
+    "Their tokens come from several rows, in numbers that depend on all of them."
+    with pytest.raises(PortableError):
+        gradients(model_of("qwen3_moe"), batch_of_documents(), 6)
+
+
+@pytest.mark.parametrize(
+    "settings,said",
+    [
+        (dict(dropout=0.1), "dropout: 0.1 is not possible with determinism=portable"),
+        (dict(dtype="bf16"), "dtype: bf16 is not possible with determinism=portable"),
+        (dict(compile="on"), "compile: on is not possible with determinism=portable"),
+        (dict(parallel="fsdp", nproc=2), "give parallel=ddp"),
+    ],
+)
+def test_settings_that_are_not_portable_are_refused(settings, said):
+    with pytest.raises(ConfigError, match=said):
+        RunConfig.from_preset("smoke", determinism="portable", **settings)
+
+
+def test_a_portable_run_is_replayed_bit_for_bit_elsewhere(tmp_path):
+    given = ["-p", "determinism=portable", "-p", "steps=4", "-p", "monitor=false"]
+    fast = ["-p", "eval_documents=2", "-p", "max_documents=4", "-p", "resamples=100"]
+    folder = tmp_path / "runs" / "a"
+    done = codex("run", "train", *given, *fast, "--folder", folder, home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    env = MACHINES["default"] if counts(False, True) else {}
+    done = codex("replay", folder, "--json", home=tmp_path, **env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    levels = {level["name"]: level for level in json.loads(done.stdout)["levels"]}
+    assert levels["L3"]["holds"] and "on any machine" in levels["L3"]["detail"]
