@@ -18,7 +18,13 @@ from transformers import PreTrainedModel
 
 from ..core.repro import fork_rng
 from ..core.types import IGNORE, Batch
-from .causal_lm import autocast, document_mask, logits_of, takes_positions
+from codex_nb.model.causal_lm import (
+    autocast,
+    document_mask,
+    logits_of,
+    no_device_sync,
+    takes_positions,
+)
 from .compute import compiled_for, onednn_matmul, onednn_matmul_grad
 from .model_config import ComputeConfig
 
@@ -221,7 +227,7 @@ class LMLoss(nn.Module):
         options = document_mask(inner, cu_seqlens)
         if self.takes_positions:
             options["position_ids"] = positions_BT
-        with autocast(ids_BT.device.type, self.dtype):
+        with autocast(ids_BT.device.type, self.dtype), no_device_sync(ids_BT.is_cuda):
             out = forward(input_ids=ids_BT, use_cache=False, **options)
         if not self.chunked:
             return F.cross_entropy(

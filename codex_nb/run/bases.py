@@ -13,9 +13,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from ..core.config import ConfigError
+from ..core.device import free_memory, is_cuda
 from ..core.library_warnings import note
 from ..core.store import workspace
 from ..core.tensors import tensor_table, weight_files
@@ -230,7 +229,7 @@ def memory_needed(
         trained = beside = adapter.rank * sum(chosen)
         stored = (2 if adapter.base_dtype == "bf16" else 4) * n.parameters
     shards = cfg.distributed.nproc if cfg.distributed.parallel == "fsdp" else 1
-    on_cuda = cfg.model.device.startswith("cuda")
+    on_cuda = is_cuda(cfg.model.device)
     rows = cfg.fit.batch_size // cfg.distributed.nproc
     tokens = min(rows, cfg.fit.micro_batch or rows) * cfg.model.seq_len
     # Elements that a layer saves for each token: about ten of its width, four of the wider one.
@@ -260,15 +259,15 @@ def memory_advice(
     "Compare the memory that a run needs with what there is."
     device, sizes = cfg.model.device, _sizes(cfg)
     there = memory_here()
-    if device.startswith("cuda"):
-        free, total = torch.cuda.mem_get_info(device)
+    if is_cuda(device):
+        free, total = free_memory(device)
         there = Memory(total, free)
     needed = memory_needed(cfg, sizes)
     total_needed = _on_this_device(cfg, needed)
     if total_needed <= there.available:
         return None
     parts = ", ".join(f"{name} {_shown(size)}" for name, size in needed.items())
-    place = f"of the GPU {device}" if device.startswith("cuda") else "here"
+    place = f"of the GPU {device}" if is_cuda(device) else "here"
     line = (
         f"memory: training needs about {_shown(total_needed)} ({parts}), and the memory "
         f"{place} is {_shown(there.limit)}, {_shown(there.available)} of them free; "
@@ -281,7 +280,7 @@ def memory_advice(
 
 
 def _on_this_device(cfg: RunConfig, needed: dict[str, int]) -> int:
-    on_cuda = cfg.model.device.startswith("cuda")  # there each process has a GPU
+    on_cuda = is_cuda(cfg.model.device)  # there each process has a GPU
     return sum(needed.values()) * (1 if on_cuda else cfg.distributed.nproc)
 
 

@@ -18,6 +18,7 @@ import torch
 
 from ..core.artifacts import Artifact, json_text, read_manifest, write_file
 from ..core.config import env_setting, identity
+from ..core.device import is_cuda
 from ..core.library_warnings import library_warnings
 from ..core.types import Batch
 from ..data.batches import BatchSampler, order_digest
@@ -282,7 +283,7 @@ class Trainer:
         if not self.world.main:
             cfg = cfg.model_copy(update={"monitor": False})
         flops = flops_per_token(self.model, model_cfg.seq_len) / self.world.size
-        size = 4096 if model_cfg.device.startswith("cuda") else 512
+        size = 4096 if is_cuda(model_cfg.device) else 512
         peak = measure_peak_flops(model_cfg.device, model_cfg.dtype, size) if cfg.monitor else 1
 
         def readings() -> dict[str, float]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 import torch
 
 from ..core.config import ConfigError, env_setting
+from ..core.device import is_cuda, set_current_device
 from ..core.repro import seed_everything, set_determinism
 from ..data.batches import BatchSampler
 from ..data.corpus import SPLITS, Corpus, open_corpus
@@ -57,9 +58,7 @@ def setup_process(
     "Set determinism, threads, the GPU and seeds of this process."
     set_determinism(cfg.determinism)
     name = cfg.model.device if isinstance(cfg, RunConfig) else getattr(cfg, "device", "cpu")
-    device = torch.device(name)
-    if device.type == "cuda":  # what names no GPU, such as an event, means the current one
-        torch.cuda.set_device(world.local_rank if device.index is None else device.index)
+    set_current_device(name, world.local_rank)
     if cfg.threads:
         torch.set_num_threads(max(1, cfg.threads // world.size))
     seed_everything(cfg.seed + world.rank * 1_000_003)
@@ -243,7 +242,7 @@ def objective_for(
     compute, dtype = cfg.compute, cfg.model.dtype
     objective = LMLoss(model, dtype, compute, shape)
     if check is None:
-        check = cfg.model.device.startswith("cuda")
+        check = is_cuda(cfg.model.device)
     if compute.compile == "off" or not check:
         return objective, compute
     steps = (batches.step(k * batches.batch_size)[0] for k in range(2))

@@ -22,6 +22,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
+from ..core.device import is_cuda
 from ..core.library_warnings import library_warnings
 from ..core.repro import fork_rng
 
@@ -140,7 +141,7 @@ def init_distributed(
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
     dist.init_process_group(
         # CPU tensors go through gloo even on GPUs: `all_reduce_int` must not wait for the device.
-        "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo",
+        "cpu:gloo,cuda:nccl" if is_cuda(device) else "gloo",
         store=dist.PrefixStore(f"attempt-{attempt}", store),
         rank=rank,
         world_size=size,
