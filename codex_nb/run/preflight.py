@@ -95,6 +95,7 @@ def preflight(
     cfg = resolve_packing(cfg)
     dataset = repacked(dataset, cfg)
     model = model_for(cfg, tokenizer)
+    torch.nn.Module.to(model, cfg.model.device)
     fit = cfg.fit
     batches = BatchSampler(
         dataset, fit.batch_size, cfg.seed, fit.micro_batch, 0, cfg.distributed.nproc

@@ -113,6 +113,7 @@ def _train_with_torchrun(
     train_in_processes(run.folder, run.cfg)
     checkpoint = require_checkpoint(run.folder)
     set_weights(model, read_weights(checkpoint.path))
+    torch.nn.Module.to(model, run.cfg.model.device)
     stored = read_state(checkpoint.path)
     state = TrainState.of(stored["progress"])
     state.total_steps = stored["schedule"]["total_steps"]

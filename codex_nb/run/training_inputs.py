@@ -43,7 +43,7 @@ from codex_nb.run.bases import (
 )
 from .run_folder import Run
 from .settings import RunConfig, Settings
-from ..train.distributed import World
+from ..train.distributed import World, this_world
 from ..train.engine import LossFn
 from ..train.interrupts import die_with_parent
 
@@ -149,8 +149,11 @@ def repacked(
 def model_for(
     cfg: RunConfig,  # The run's settings, without `auto`
     tokenizer: Tokenizer,  # The dataset's
-) -> "PreTrainedModel":  # In training mode, on its device, with an adapter if one is set
-    "Build a new model, or load a base; `ConfigError` when base and data do not fit."
+) -> "PreTrainedModel":  # In training mode, with an adapter if one is set; on the run's device
+    """Build a new model, or load a base; `ConfigError` when base and data do not fit.
+
+    Several processes that train it take it to their devices themselves: it stays on the CPU here.
+    """
     if not cfg.has_base:
         _check_stride(cfg, cfg.model.seq_len)
         model = build_model(cfg.model, tokenizer.vocab_size, tokenizer.eot, cfg.seed)
@@ -186,7 +189,8 @@ def _check_stride(cfg: RunConfig, context: int) -> None:
 
 
 def _to_device(model: Any, cfg: RunConfig) -> Any:
-    return model.to(cfg.model.device).train()
+    several = cfg.distributed.nproc > 1 or this_world().size > 1
+    return model.to("cpu" if several else cfg.model.device).train()
 
 # %% ../../nbs/run/64_training_inputs.ipynb #0d5f9776
 def documents_of(
