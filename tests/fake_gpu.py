@@ -8,6 +8,7 @@ need all of their tensors on one device; and what names no GPU means the current
 """
 
 import contextlib
+import os
 import sys
 import types
 from unittest import mock
@@ -131,6 +132,7 @@ class FakeGPU:
         self.copies = []  # Of tensors that were copied to a GPU: contiguous, pinned
         self.waits = 0  # Times that Python had to wait for a GPU
         self.strict = None  # A `StrictCuda`, told of copies
+        self.seeds, self.workspaces = [], []  # Given to the generators; set at each product
 
     def clock(self):
         return self.now
@@ -227,6 +229,8 @@ class FakeGPU:
             return args[0]
         if name == "copy_" and not isinstance(args[1], OnGPU):
             self.copied(args[1], index, waits=not (args[2:] and args[2]))
+        if name in ("mm", "addmm", "bmm"):
+            self.workspaces.append(os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
         if name in WAITS:
             if self.strict:
                 self.strict.waited(name)
@@ -302,7 +306,7 @@ class FakeGPU:
             "reset_peak_memory_stats": reset,
             "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
             "set_rng_state": lambda state, device=None: None,
-            "manual_seed_all": lambda seed: None,
+            "manual_seed_all": gpu.seeds.append,
             "is_bf16_supported": lambda including_emulation=True: True,
         }
         for name, function in functions.items():

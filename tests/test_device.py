@@ -179,3 +179,44 @@ def test_batches_are_copied_beside_the_computation(gpu):
     assert gpu.waits == 0 and gpu.now < gpu.ends[1]
     torch.ones(3).to("cuda:1", non_blocking=True)  # this one does
     assert gpu.waits == 1 and gpu.copies[-1] == (True, False)
+
+
+def test_nothing_multiplies_before_the_workspace_of_cublas_is_set(gpu, small_model, monkeypatch):
+    "torch reads it at the first product, and deterministic algorithms then refuse all others."
+    from codex_nb.cli.generate import _load_model
+    from codex_nb.eval.eval_config import GenerateConfig
+    from codex_nb.eval.generate import generate_batch
+    from codex_nb.model.causal_lm import resolve_dtype
+    from codex_nb.run.settings import RunConfig
+
+    def run():
+        RunConfig.from_preset("smoke", device="cuda", dtype="bf16")
+
+    def dtype():
+        resolve_dtype("bf16", "cuda:0")
+
+    def command():
+        model, tokenizer = _load_model(str(small_model), "cuda")
+        generate_batch(model, tokenizer, ["a"], GenerateConfig(max_new_tokens=1), 0, ["x"])
+
+    for first in (run, dtype, command):
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+        gpu.workspaces.clear()
+        first()
+        assert set(gpu.workspaces) == {":4096:8"}, first
+
+
+def test_dropout_of_each_rank_is_drawn_from_a_seed_of_its_own(gpu):
+    "Making a model, which all ranks do with one seed, leaves the generators of GPUs alone."
+    from codex_nb.model.causal_lm import build_model
+    from codex_nb.run.settings import RunConfig
+    from codex_nb.run.training_inputs import setup_process
+    from codex_nb.train.distributed import World
+
+    cfg, last = RunConfig.from_preset("smoke", device="cuda", determinism="off"), []
+    for rank in range(2):
+        setup_process(cfg, World(rank, 2, rank))
+        build_model(cfg.model, 300, 0, cfg.seed)
+        last.append(gpu.seeds[-1])
+        assert gpu.current == rank
+    assert last[0] != last[1]

@@ -6,7 +6,7 @@
 __all__ = ['PLAIN_ATTENTION', 'WORTH_COMPILING', 'onednn_matmul', 'onednn_matmul_grad',
            'OneDnnLinear', 'OneDnnConv1D', 'set_linear_kernels', 'varlen_attention',
            'varlen_problem', 'has_sdpa', 'resolve_compute', 'apply_compute', 'compiled_for',
-           'InferenceLinear', 'InferenceKernels']
+           'compile_layers', 'InferenceLinear', 'InferenceKernels']
 
 # %% ../../nbs/model/22_compute.ipynb #6b5dd018
 import platform
@@ -342,6 +342,30 @@ def compiled_for(
             return body(**inputs)
         with _rows_in_one_block():
             return compiled(**inputs)
+
+    return call
+
+
+def compile_layers(
+    layers: list[nn.Module],  # Called with hidden states and keyword arguments
+    shape: tuple[int, int],  # Batch size and row length to compile for
+) -> None:
+    "Compile layers one by one, where others are assembled while one computes: before sharding."
+    for layer in layers:
+        layer.forward = _compiled_layer(layer.forward, shape)  # type: ignore[method-assign]
+
+
+def _compiled_layer(forward: Callable[..., Any], shape: tuple[int, int]) -> Callable[..., Any]:
+    compiled = torch.compile(forward, dynamic=False)
+
+    def call(hidden_states: torch.Tensor, *args: Any, **inputs: Any) -> Any:
+        mask = inputs.get("attention_mask")
+        if mask is not None and mask.dtype == torch.int32:  # see `document_mask`
+            torch._dynamo.mark_dynamic(mask, 3)
+        if hidden_states.shape[:2] != shape or not torch.is_grad_enabled():
+            return forward(hidden_states, *args, **inputs)
+        with _rows_in_one_block():
+            return compiled(hidden_states, *args, **inputs)
 
     return call
 

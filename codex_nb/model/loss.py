@@ -25,7 +25,7 @@ from codex_nb.model.causal_lm import (
     no_device_sync,
     takes_positions,
 )
-from .compute import compiled_for, onednn_matmul, onednn_matmul_grad
+from .compute import compile_layers, compiled_for, onednn_matmul, onednn_matmul_grad
 from .model_config import ComputeConfig
 
 # %% ../../nbs/model/23_loss.ipynb #89bf3646
@@ -198,6 +198,7 @@ class LMLoss(nn.Module):
         dtype: str = "fp32",  # Of the products: `fp32` or `bf16`
         cfg: ComputeConfig = _UNCOMPILED,  # Resolved, without `auto`
         shape: tuple[int, int] | None = None,  # Rows and length to compile for
+        layers: list[nn.Module] | None = None,  # Compile these one by one, not the whole model
     ):
         "Test how the model makes its logits; `ValueError` for compiling without a shape."
         super().__init__()
@@ -210,7 +211,10 @@ class LMLoss(nn.Module):
         if cfg.compile == "on":
             if shape is None:
                 raise ValueError("shape: compiling needs one shape of batch; give (rows, length)")
-            forward = compiled_for(forward, shape)
+            if layers is None:
+                forward = compiled_for(forward, shape)
+            else:
+                compile_layers(layers, shape)
         self.takes_positions = takes_positions(inner)
         # in a list, so that the inner model is not registered as a second submodule
         self._call = [forward, inner]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..core.config import ConfigError
-from ..core.device import free_memory, is_cuda
+from ..core.device import describe_device, free_memory, is_cuda
 from ..core.library_warnings import note
 from ..core.store import workspace
 from ..core.tensors import tensor_table, weight_files
@@ -26,7 +26,7 @@ from codex_nb.model.causal_lm import (
     build_model,
     isolates_documents,
 )
-from ..model.compute import has_sdpa, resolve_compute
+from ..model.compute import WORTH_COMPILING, has_sdpa, resolve_compute
 from ..model.loss import default_chunk
 from ..model.model_config import GATED, rough_flops
 from ..model.model_registry import check_adapter, find_model, load_model
@@ -106,12 +106,15 @@ def resolve_compute_settings(
             predictions = fit.tokens or round((fit.epochs or 0) * in_store)
         flops = predictions * rough_flops(*_shape(cfg, model_config), seq_len)
     device, dtype = cfg.model.device, cfg.model.dtype
-    processes = cfg.distributed.nproc
+    processes, info = cfg.distributed.nproc, describe_device(device)
     place = "base: config.json" if cfg.has_base else "compute"
     with explain_errors(place, "bring an intact copy of the model", ConfigError):
         compute = resolve_compute(
-            cfg.compute, device, dtype, seq_len, flops, model_config, processes
+            cfg.compute, device, dtype, seq_len, flops, model_config, processes, info
         )
+    long_enough = info.gpu is not None or flops >= WORTH_COMPILING
+    if cfg.compute.compile == "auto" and info.compiler_problem and long_enough:
+        note(f"compile: {info.compiler_problem}; the model is trained uncompiled")
     if cfg.compute.attention == "auto" and not has_sdpa(model_config):
         kind = model_config.get("model_type")
         note(f"attention: transformers has no fused attention for {kind}, so eager is used")

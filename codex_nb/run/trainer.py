@@ -140,7 +140,10 @@ class Trainer:
         )
         rows = min(batches.micro_batch, batches.batch_size // world.size)
         shape = rows, cfg.model.seq_len
-        objective, compute = objective_for(cfg, model, batches, shape, world)
+        layers = _layers(model)
+        objective, compute = objective_for(
+            cfg, model, batches, shape, world, layers=layers if self.sharded else None
+        )
         cfg = cfg.updated(compute=compute)
         wrapped: torch.nn.Module = objective  # until the ranks train together
 
@@ -151,7 +154,7 @@ class Trainer:
         # The model is sharded before the optimizer is made, so that its state is sharded too.
         device = cfg.model.device
         wrapped = parallelize(
-            objective, _layers(model), world, cfg.distributed.parallel, device, cfg.model.dtype
+            objective, layers, world, cfg.distributed.parallel, device, cfg.model.dtype
         )
         if self.sharded:
             self.evaluator.sharded = wrapped

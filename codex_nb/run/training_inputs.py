@@ -241,12 +241,13 @@ def objective_for(
     shape: tuple[int, int],  # Rows and length of a micro-batch
     world: World = World(),
     check: bool | None = None,  # Whether to test compiled code; default: on a GPU
+    layers: list[torch.nn.Module] | None = None,  # Of a model that is to be sharded
 ) -> tuple[LMLoss, ComputeConfig]:  # And how it computes: uncompiled if compiling goes wrong
     "The training loss of a model."
     compute, dtype = cfg.compute, cfg.model.dtype
-    objective = LMLoss(model, dtype, compute, shape)
-    if check is None:
-        check = is_cuda(cfg.model.device)
+    objective = LMLoss(model, dtype, compute, shape, layers)
+    if check is None:  # before it is sharded, a model is on no device that it is compiled for
+        check = is_cuda(cfg.model.device) and layers is None
     if compute.compile == "off" or not check:
         return objective, compute
     steps = (batches.step(k * batches.batch_size)[0] for k in range(2))
