@@ -1,6 +1,6 @@
 # docker build -t codex-nb .                                    for the CPU
-# docker build -t codex-nb --build-arg TORCH_BACKEND=cu128 .    for NVIDIA GPUs
-# (run it with --gpus all)
+# docker build -t codex-nb --build-arg TORCH_BACKEND=cu130 .    for NVIDIA GPUs
+# (run it with --gpus all; cu126 for GPUs before Turing, such as V100)
 FROM python:3.11-slim-bookworm AS build
 ARG TORCH_BACKEND=cpu
 WORKDIR /src

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Make the environment $1 from the lock beside this file. TORCH_BACKEND: cpu, a CUDA such as cu128,
+# Make the environment $1 from the lock beside this file. TORCH_BACKEND: cpu, a CUDA such as cu130,
 # or `pip` for whatever torch pip finds where it is set up to look.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)

@@ -325,6 +325,29 @@ def test_signal_to_one_rank_right_after_an_agreement(parallel, rank, tmp_path):
     assert checkpoint_files(config.parent, 6)
 
 
+@pytest.mark.parametrize("rank", [0, 1] if PROVE else [1])
+def test_signal_in_an_evaluation_of_a_sharded_model_ends_it_on_all_ranks(rank, tmp_path):
+    "They evaluate together; one that stopped alone would leave the others waiting."
+    config = prepared(tmp_path, "evaluating", parallel="fsdp")
+    program = [PROGRAMS / "signal_in_evaluation.py"]
+    how = dict(program=program, together=False, SIGNALLED_RANK=str(rank))
+    codes, texts = forked_ranks(config, 2, tmp_path, **how)
+    assert codes == [143, 143], texts
+    records = read_lines(config.parent / "metrics.ndjson")
+    assert not [r for r in records if r["split"] == "validation"]
+    assert checkpoint_files(config.parent, 6)
+    assert "resuming from step-00000006" in train_on(2, config, tmp_path)
+    records = read_lines(config.parent / "metrics.ndjson")
+    assert [r["step"] for r in records if r["split"] == "validation"] == [6, 12]
+
+
+def test_rank_0_may_evaluate_for_longer_than_ranks_wait(tmp_path):
+    config = prepared(tmp_path, "slow", steps=2, eval_every=1, save_every=2)
+    codes, texts = forked_ranks(config, 2, tmp_path, program=[PROGRAMS / "evaluate_slowly.py"])
+    assert codes == [0, 0], texts
+    assert list(train_losses(config.parent)) == [1, 2]
+
+
 def ranks_of(process, rank=None):
     "The ranks that a process has started; with `rank`, those of that number."
     children = psutil.Process(process.pid).children(recursive=True)

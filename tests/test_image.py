@@ -1,6 +1,7 @@
 """The image: its file is linted, its steps are executed in a clean root without rights."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -63,6 +64,16 @@ def test_the_image_lock_is_part_of_the_lock():
         "hypothesis",
         "torch",
     } & names
+
+
+def test_the_cuda_that_is_named_has_wheels_of_this_torch():
+    "A new torch brings a new list, and leaves out older versions of CUDA."
+    import lock
+
+    assert lock.TORCH.startswith("2.13.")  # the list below is of this one
+    texts = [(ROOT / "Dockerfile").read_text(), (ROOT / "docker" / "install.sh").read_text()]
+    named = {name for text in texts for name in re.findall(r"\bcu1\d\d\b", text)}
+    assert named and named <= set(lock.TORCH_CUDA)
 
 
 def root_of(folder):

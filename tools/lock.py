@@ -22,6 +22,7 @@ LOCK = ROOT / "requirements.lock"
 IMAGE_LOCK = ROOT / "docker" / "requirements.lock"
 IMAGE_EXTRAS = ["lab", "lora", "mlflow", "parquet", "sweep", "tensorboard", "text-metrics"]
 TORCH = "2.13.0"
+TORCH_CUDA = ("cu126", "cu130")  # CUDA versions that this torch has wheels for
 TORCH_NEEDS = "filelock typing-extensions sympy networkx jinja2 fsspec setuptools".split()
 CUDA = ("nvidia-cu", "nvidia-nccl", "triton", "cuda-")
 

@@ -25,6 +25,7 @@ import numpy as np
 
 import codex_nb
 from .artifacts import code_files, git_head, producer, sha256_file
+from .device import gpu_rng_states, is_cuda, list_gpus, set_gpu_rng_states
 
 if TYPE_CHECKING:
     import torch
@@ -68,8 +69,6 @@ def rng_state() -> dict[str, Any]:  # JSON types; torch's states as hex
 
     version, internal, gauss = random.getstate()
     numpy = np.random.get_state(legacy=False)
-    # A process computes on one GPU. To ask the others would take memory on each of them.
-    cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
     return {
         "python": [version, list(internal), gauss],
         "numpy": [
@@ -80,7 +79,7 @@ def rng_state() -> dict[str, Any]:  # JSON types; torch's states as hex
             numpy["gauss"],
         ],
         "torch": torch.get_rng_state().numpy().tobytes().hex(),
-        "cuda": [state.numpy().tobytes().hex() for state in cuda],
+        "cuda": [state.numpy().tobytes().hex() for state in gpu_rng_states()],
     }
 
 # %% ../../nbs/core/03_repro.ipynb #26289fd4
@@ -104,12 +103,7 @@ def set_rng_state(
     name, key, *rest = state["numpy"]
     np.random.set_state((name, np.array(key, dtype=np.uint32), *rest))
     torch.set_rng_state(from_hex(state["torch"]))
-    states = state["cuda"]
-    if torch.cuda.is_available() and states:
-        i = torch.cuda.current_device()
-        # Earlier versions kept the states of all GPUs.
-        own = states[i] if 1 < len(states) > i else states[0]
-        torch.cuda.set_rng_state(from_hex(own))
+    set_gpu_rng_states([from_hex(text) for text in state["cuda"]])
 
 # %% ../../nbs/core/03_repro.ipynb #bada0276
 def fork_rng(
@@ -118,7 +112,7 @@ def fork_rng(
     "Numbers that torch draws inside do not change those that it draws afterwards."
     import torch
 
-    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    return torch.random.fork_rng(devices=[device] if is_cuda(device) else [])
 
 # %% ../../nbs/core/03_repro.ipynb #2edc3880
 def fix_cublas_workspace() -> None:
@@ -251,12 +245,9 @@ def _torch_build() -> dict[str, Any]:
 
 
 def _gpus() -> list[dict[str, Any]]:
-    import torch
-
-    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return [
-        {"name": p.name, "memory": p.total_memory, "capability": f"{p.major}.{p.minor}"}
-        for p in found
+        {"name": g.name, "memory": g.memory, "capability": ".".join(map(str, g.capability))}
+        for g in list_gpus()
     ]
 
 

@@ -8,6 +8,8 @@ __all__ = ['IGNORE', 'Batch']
 # %% ../../nbs/core/08_types.ipynb #1e7b8839
 from typing import TYPE_CHECKING, NamedTuple
 
+from .device import is_cuda
+
 if TYPE_CHECKING:
     import torch
 
@@ -30,9 +32,7 @@ class Batch(NamedTuple):
         device: "torch.device | str",  # Destination
     ) -> "Batch":  # On `device`; a copy to a GPU may still be in flight
         "Copy the batch to a device."
-        import torch
-
-        on_gpu = torch.device(device).type == "cuda"
+        on_gpu = is_cuda(device)
 
         def copy(x: "torch.Tensor") -> "torch.Tensor":
             # Only a copy from contiguous, pinned memory runs beside the computation; others block.

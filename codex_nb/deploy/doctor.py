@@ -22,6 +22,7 @@ from importlib import metadata, util
 from pathlib import Path
 
 from ..core.config import env_setting
+from ..core.device import has_gpu, list_gpus
 from ..core.repro import lock_file, packages, read_lock
 from ..core.store import Lock, is_locked, workspace
 
@@ -107,10 +108,8 @@ def _check_package(name: str, needed: bool, purpose: str, quick: bool) -> Check:
 def _check_cuda() -> Check:
     import torch
 
-    n = torch.cuda.device_count()
-    if n:
-        names = ", ".join(torch.cuda.get_device_name(i) for i in range(n))
-        return Check("cuda", names, active=torch.cuda.is_available())
+    if gpus := list_gpus():
+        return Check("cuda", ", ".join(g.name for g in gpus), active=has_gpu())
     built_for = torch.version.cuda
     build = f"CUDA {built_for}" if built_for else "CPU only"
     return Check(
@@ -134,7 +133,7 @@ def _check_bf16() -> Check:
     if instructions:
         return Check("bf16", f"correct, with {instructions} instructions")
     found = "correct, but the processor has no bfloat16 instructions: fp32 may be faster"
-    return Check("bf16", found, active=torch.cuda.is_available(), remedy=remedy)
+    return Check("bf16", found, active=has_gpu(), remedy=remedy)
 
 
 def _bf16_instructions() -> str | None:

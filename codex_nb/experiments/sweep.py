@@ -24,6 +24,7 @@ from typing import Any
 
 from ..core.artifacts import MANIFEST, ArtifactError, DiskError, read_manifest
 from ..core.config import ConfigError, env_setting, flat_names
+from ..core.device import gpu_count
 from ..core.library_warnings import library_warnings
 from ..core.repro import seed_for
 from ..core.store import Lock
@@ -402,12 +403,10 @@ def run_trials(
     run: Run[SweepConfig],  # A sweep that has started
 ) -> None:  # `Interrupted` after a signal, `RuntimeError` when a trial could not start
     "Run all trials of a sweep."
-    import torch
-
     sweep, jobs = run.folder.absolute(), run.cfg.jobs
     # A trial is a run like any other, and not allowed what its sweep was allowed.
     env = {k: v for k, v in os.environ.items() if k not in ("CODEX_NB_RUN", "CODEX_NB_ALLOW")}
-    gpus = visible_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count())
+    gpus = visible_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"), gpu_count())
     environments = [env] * jobs
     if len(gpus) > 1:
         environments = [env | {"CUDA_VISIBLE_DEVICES": gpus[k % len(gpus)]} for k in range(jobs)]

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['EXPERTS', 'EXPERTS_PER_TOKEN', 'LENGTHS', 'NO_LIMIT_WINDOW', 'resolve_device',
            'resolve_dtype', 'autocast', 'llama', 'qwen3', 'qwen3_moe', 'gpt2', 'build_model',
-           'document_mask', 'takes_positions', 'logits_of', 'isolates_documents', 'context_length',
-           'window_length', 'count_parameters', 'flops_per_token', 'check_weights', 'check_sizes',
-           'hide_progress_bars', 'open_model', 'check_model']
+           'document_mask', 'takes_positions', 'logits_of', 'no_device_sync', 'isolates_documents',
+           'context_length', 'window_length', 'count_parameters', 'flops_per_token',
+           'check_weights', 'check_sizes', 'hide_progress_bars', 'open_model', 'check_model']
 
 # %% ../../nbs/model/21_causal_lm.ipynb #f0ea9410
 import inspect
@@ -30,11 +30,13 @@ from transformers import (
     PreTrainedModel,
     Qwen3Config,
     Qwen3MoeConfig,
+    masking_utils,
 )
 from transformers.utils import logging as hf_logging
 
 from ..core.artifacts import ArtifactError
 from ..core.config import ConfigError
+from ..core.device import DeviceInfo, available_devices, describe_device
 from ..core.library_warnings import library_warnings, note
 from ..core.plugins import get
 from ..core.repro import fix_cublas_workspace, seed_for
@@ -46,41 +48,32 @@ from .model_config import ModelConfig
 # %% ../../nbs/model/21_causal_lm.ipynb #14ef83ff
 def resolve_device(
     name: str,  # `auto`, or a torch device such as `cpu`, `cuda:1`, `mps`
+    best: DeviceInfo | None = None,  # What `auto` takes; default: the best one of this machine
 ) -> str:  # A device that works
     "Choose a device, or check the one asked for; `ConfigError` says why it cannot be used."
     fix_cublas_workspace()
     if name == "auto":
-        return _best_device()
+        with library_warnings("device=auto"):  # may say why a GPU that is there cannot be used
+            return (best or describe_device()).kind
     try:
         torch.ones(2, device=torch.device(name)).sum().item()
     except (RuntimeError, AssertionError) as e:  # AssertionError: torch built without CUDA
         reason = str(e).strip().splitlines()[0]
         raise ConfigError(
             f"device: {name!r} cannot be used: {reason}; "
-            f"this machine has {', '.join(_available_devices())}"
+            f"this machine has {', '.join(available_devices())}"
         ) from None
     return name
-
-
-def _best_device() -> str:
-    with library_warnings("device=auto"):  # it may say why a GPU that is there cannot be used
-        if torch.cuda.is_available():
-            return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def _available_devices() -> list[str]:
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    return ["cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
 
 # %% ../../nbs/model/21_causal_lm.ipynb #b5eedc2b
 def resolve_dtype(
     name: str,  # `auto`, `fp32` or `bf16`
     device: str,  # As `resolve_device` returns it
+    info: DeviceInfo | None = None,  # Of the device; default: it is asked
 ) -> str:  # `fp32` or `bf16`
     "Choose a dtype for products, or check the one asked for; `ConfigError` when a product fails."
     if name == "auto":
-        return _best_dtype(device)
+        return "bf16" if (info or describe_device(device)).bf16 else "fp32"
     if name == "bf16":
         fix_cublas_workspace()
         try:
@@ -93,13 +86,6 @@ def resolve_dtype(
                 f"dtype: bf16 cannot be used on {device}: {reason}; use fp32"
             ) from None
     return name
-
-
-def _best_dtype(device: str) -> str:
-    kind = device.split(":")[0]
-    if kind == "cuda":  # emulated bf16 is slower than fp32
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if kind == "cpu" and torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
 def autocast(
@@ -245,6 +231,35 @@ def logits_of(
     positions = {"position_ids": batch.positions_BT} if takes_positions(model) else {}
     mask = document_mask(model, batch.cu_seqlens)
     return model(input_ids=batch.ids_BT, use_cache=False, **positions, **mask).logits
+
+# %% ../../nbs/model/21_causal_lm.ipynb #dev21sy1
+@contextmanager
+def no_device_sync(
+    on_gpu: bool,  # Elsewhere nothing changes
+) -> Iterator[None]:
+    "Let a model of transformers run without asking the device for a number."
+    changes = {
+        (masking_utils, "find_packed_sequence_indices"): _document_indices,
+        (PreTrainedModel, "warn_if_padding_and_no_attention_mask"): _no_warning,
+    }
+    places = [key for key in changes if on_gpu and hasattr(*key)]
+    before = {key: getattr(*key) for key in places}
+    try:
+        for key in places:
+            setattr(*key, changes[key])
+        yield
+    finally:
+        for key, value in before.items():
+            setattr(*key, value)
+
+
+def _document_indices(position_ids: torch.Tensor) -> torch.Tensor:
+    before = position_ids[:, :1] - 1
+    return (torch.diff(position_ids, prepend=before, dim=-1) != 1).cumsum(-1)
+
+
+def _no_warning(model: PreTrainedModel, *args: Any) -> None:
+    "What is padded is marked in the targets."
 
 # %% ../../nbs/model/21_causal_lm.ipynb #fcbf8ce6
 @torch.no_grad()

@@ -5,16 +5,11 @@
 # %% auto #0
 __all__ = ['PLAIN_ATTENTION', 'WORTH_COMPILING', 'onednn_matmul', 'onednn_matmul_grad',
            'OneDnnLinear', 'OneDnnConv1D', 'set_linear_kernels', 'varlen_attention',
-           'varlen_problem', 'has_varlen_kernel', 'compiler_problem', 'gpu_compiler_problem',
-           'has_sdpa', 'resolve_compute', 'apply_compute', 'compiled_for', 'InferenceLinear',
-           'InferenceKernels']
+           'varlen_problem', 'has_sdpa', 'resolve_compute', 'apply_compute', 'compiled_for',
+           'compile_layers', 'InferenceLinear', 'InferenceKernels']
 
 # %% ../../nbs/model/22_compute.ipynb #6b5dd018
-import importlib.util
-import inspect
-import os
 import platform
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import cache
@@ -32,6 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from ..core.config import ConfigError
+from ..core.device import DeviceInfo, describe_device, is_cuda
 from ..core.repro import determinism
 from .model_config import ComputeConfig
 
@@ -208,44 +204,7 @@ def varlen_problem(
         return "its attention is computed in a way of its own"
     return None
 
-
-def has_varlen_kernel(
-    device: str,  # As `resolve_device` returns it
-) -> bool:
-    "Whether flash attention over documents can run on a device."
-    module = "torch.nn.attention.varlen"
-    if not device.startswith("cuda") or importlib.util.find_spec(module) is None:
-        return False
-    from torch.nn.attention.varlen import varlen_attn
-
-    has_options = {"scale", "window_size"} <= inspect.signature(varlen_attn).parameters.keys()
-    return has_options and torch.cuda.get_device_capability(device) >= (8, 0)
-
 # %% ../../nbs/model/22_compute.ipynb #f841db1d
-@cache
-def compiler_problem() -> str | None:  # None when a C++ compiler was found
-    "Why `torch.compile` cannot be used on the CPU here."
-    from torch._inductor import cpp_builder
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        cpp_builder.get_cpp_compiler()
-    except (InvalidCxxCompiler, RuntimeError, OSError) as e:
-        return f"no C++ compiler was found ({type(e).__name__}); install g++"
-    return None
-
-
-def gpu_compiler_problem() -> str | None:  # None when Triton and a C compiler were found
-    "Why `torch.compile` cannot be used on a GPU here."
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed, which compiles for GPUs"
-    # Triton compiles a launcher for each kernel.
-    names = [os.environ.get("CC", "cc"), "gcc", "clang"]
-    if not any(map(shutil.which, names)):
-        return "no C compiler was found, which Triton needs; install gcc"
-    return None
-
-
 @cache
 def _onednn_is_faster() -> bool:
     try:
@@ -284,9 +243,11 @@ def resolve_compute(
     flops: float,  # Floating-point operations of the whole run
     model_config: Mapping[str, Any] | None = None,  # The model's, as in its `config.json`
     processes: int = 1,  # That train together
+    info: DeviceInfo | None = None,  # Of the device; default: it is asked
 ) -> ComputeConfig:  # Without `auto`
     "Resolve every `auto`; `ConfigError` for a choice that cannot be used here."
-    compiled = _resolve_compile(cfg.compile, device, flops)
+    info = info or describe_device(device)
+    compiled = _resolve_compile(cfg.compile, info, flops)
     products = _resolve_products(cfg.products, device, dtype)
     attention = cfg.attention
     problem = varlen_problem(model_config or {})
@@ -297,10 +258,10 @@ def resolve_compute(
         kind = (model_config or {}).get("model_type")
         raise ConfigError(f"attention: transformers has no sdpa for {kind}; give eager, or auto")
     if attention == "auto":
-        short_bf16 = device.startswith("cpu") and dtype == "bf16" and seq_len <= 512
+        short_bf16 = info.kind == "cpu" and dtype == "bf16" and seq_len <= 512
         plain = not fused or (short_bf16 and compiled == "on")
         attention = "eager" if plain else "sdpa"
-        if not problem and dtype == "bf16" and has_varlen_kernel(device):
+        if not problem and dtype == "bf16" and info.varlen:
             attention = "varlen"
     graphs = _resolve_graphs(cfg, device, processes)
     return cfg.model_copy(
@@ -313,21 +274,19 @@ def resolve_compute(
     )
 
 
-def _resolve_compile(asked: str, device: str, flops: float) -> str:
-    on_cpu = device.startswith("cpu")
-    on_cuda = device.startswith("cuda")
-    problem = compiler_problem() if on_cpu else gpu_compiler_problem() if on_cuda else None
+def _resolve_compile(asked: str, info: DeviceInfo, flops: float) -> str:
+    problem = info.compiler_problem
     if asked == "on" and problem:
         raise ConfigError(f"compile: {problem}, or give compile=off")
     if asked != "auto":
         return asked
-    worth_it = on_cuda or (on_cpu and flops >= WORTH_COMPILING)
+    worth_it = info.gpu is not None or (info.kind == "cpu" and flops >= WORTH_COMPILING)
     return "on" if worth_it and not problem else "off"
 
 
 def _resolve_graphs(cfg: ComputeConfig, device: str, processes: int) -> str:
     problem = None
-    if not device.startswith("cuda"):
+    if not is_cuda(device):
         problem = f"CUDA graphs are for GPUs, and this run computes on {device}"
     elif processes > 1:
         problem = "communication between processes is not recorded"
@@ -384,6 +343,30 @@ def compiled_for(
             return body(**inputs)
         with _rows_in_one_block():
             return compiled(**inputs)
+
+    return call
+
+
+def compile_layers(
+    layers: list[nn.Module],  # Called with hidden states and keyword arguments
+    shape: tuple[int, int],  # Batch size and row length to compile for
+) -> None:
+    "Compile layers one by one, where others are assembled while one computes: before sharding."
+    for layer in layers:
+        layer.forward = _compiled_layer(layer.forward, shape)  # type: ignore[method-assign]
+
+
+def _compiled_layer(forward: Callable[..., Any], shape: tuple[int, int]) -> Callable[..., Any]:
+    compiled = torch.compile(forward, dynamic=False)
+
+    def call(hidden_states: torch.Tensor, *args: Any, **inputs: Any) -> Any:
+        mask = inputs.get("attention_mask")
+        if mask is not None and mask.dtype == torch.int32:  # see `document_mask`
+            torch._dynamo.mark_dynamic(mask, 3)
+        if hidden_states.shape[:2] != shape or not torch.is_grad_enabled():
+            return forward(hidden_states, *args, **inputs)
+        with _rows_in_one_block():
+            return compiled(hidden_states, *args, **inputs)
 
     return call
 

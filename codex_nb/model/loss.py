@@ -18,8 +18,14 @@ from transformers import PreTrainedModel
 
 from ..core.repro import fork_rng
 from ..core.types import IGNORE, Batch
-from .causal_lm import autocast, document_mask, logits_of, takes_positions
-from .compute import compiled_for, onednn_matmul, onednn_matmul_grad
+from codex_nb.model.causal_lm import (
+    autocast,
+    document_mask,
+    logits_of,
+    no_device_sync,
+    takes_positions,
+)
+from .compute import compile_layers, compiled_for, onednn_matmul, onednn_matmul_grad
 from .model_config import ComputeConfig
 from .portable_layers import head_loss
 from .portable_mode import batch_of, is_portable
@@ -194,6 +200,7 @@ class LMLoss(nn.Module):
         dtype: str = "fp32",  # Of the products: `fp32` or `bf16`
         cfg: ComputeConfig = _UNCOMPILED,  # Resolved, without `auto`
         shape: tuple[int, int] | None = None,  # Rows and length to compile for
+        layers: list[nn.Module] | None = None,  # Compile these one by one, not the whole model
     ):
         "Test how the model makes its logits; `ValueError` for compiling without a shape."
         super().__init__()
@@ -206,7 +213,10 @@ class LMLoss(nn.Module):
         if cfg.compile == "on":
             if shape is None:
                 raise ValueError("shape: compiling needs one shape of batch; give (rows, length)")
-            forward = compiled_for(forward, shape)
+            if layers is None:
+                forward = compiled_for(forward, shape)
+            else:
+                compile_layers(layers, shape)
         self.takes_positions = takes_positions(inner)
         # in a list, so that the inner model is not registered as a second submodule
         self._call = [forward, inner]
@@ -223,7 +233,8 @@ class LMLoss(nn.Module):
         options = document_mask(inner, cu_seqlens)
         if self.takes_positions:
             options["position_ids"] = positions_BT
-        with autocast(ids_BT.device.type, self.dtype), batch_of(*ids_BT.shape):
+        synchronisation = no_device_sync(ids_BT.is_cuda)
+        with autocast(ids_BT.device.type, self.dtype), synchronisation, batch_of(*ids_BT.shape):
             out = forward(input_ids=ids_BT, use_cache=False, **options)
         if self.chunked and is_portable():
             head = inner.get_output_embeddings()

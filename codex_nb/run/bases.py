@@ -13,9 +13,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from ..core.config import ConfigError
+from ..core.device import describe_device, free_memory, is_cuda
 from ..core.library_warnings import note
 from ..core.store import workspace
 from ..core.tensors import tensor_table, weight_files
@@ -27,7 +26,7 @@ from codex_nb.model.causal_lm import (
     build_model,
     isolates_documents,
 )
-from ..model.compute import has_sdpa, resolve_compute
+from ..model.compute import WORTH_COMPILING, has_sdpa, resolve_compute
 from ..model.loss import default_chunk
 from ..model.model_config import GATED, rough_flops
 from ..model.model_registry import check_adapter, find_model, load_model
@@ -107,14 +106,19 @@ def resolve_compute_settings(
             predictions = fit.tokens or round((fit.epochs or 0) * in_store)
         flops = predictions * rough_flops(*_shape(cfg, model_config), seq_len)
     device, dtype = cfg.model.device, cfg.model.dtype
-    processes = cfg.distributed.nproc
+    processes, info = cfg.distributed.nproc, describe_device(device)
     place = "base: config.json" if cfg.has_base else "compute"
     asked = cfg.compute
     if cfg.determinism == "portable":  # which has kernels of its own
         none = {"compile": "off", "products": "torch", "graphs": "off", "loss_chunk": None}
         asked = asked.model_copy(update=none)
     with explain_errors(place, "bring an intact copy of the model", ConfigError):
-        compute = resolve_compute(asked, device, dtype, seq_len, flops, model_config, processes)
+        compute = resolve_compute(
+            asked, device, dtype, seq_len, flops, model_config, processes, info
+        )
+    long_enough = info.gpu is not None or flops >= WORTH_COMPILING
+    if asked.compile == "auto" and info.compiler_problem and long_enough:
+        note(f"compile: {info.compiler_problem}; the model is trained uncompiled")
     if cfg.compute.attention == "auto" and not has_sdpa(model_config):
         kind = model_config.get("model_type")
         note(f"attention: transformers has no fused attention for {kind}, so eager is used")
@@ -232,7 +236,7 @@ def memory_needed(
         trained = beside = adapter.rank * sum(chosen)
         stored = (2 if adapter.base_dtype == "bf16" else 4) * n.parameters
     shards = cfg.distributed.nproc if cfg.distributed.parallel == "fsdp" else 1
-    on_cuda = cfg.model.device.startswith("cuda")
+    on_cuda = is_cuda(cfg.model.device)
     rows = cfg.fit.batch_size // cfg.distributed.nproc
     tokens = min(rows, cfg.fit.micro_batch or rows) * cfg.model.seq_len
     # Elements that a layer saves for each token: about ten of its width, four of the wider one.
@@ -262,15 +266,15 @@ def memory_advice(
     "Compare the memory that a run needs with what there is."
     device, sizes = cfg.model.device, _sizes(cfg)
     there = memory_here()
-    if device.startswith("cuda"):
-        free, total = torch.cuda.mem_get_info(device)
+    if is_cuda(device):
+        free, total = free_memory(device)
         there = Memory(total, free)
     needed = memory_needed(cfg, sizes)
     total_needed = _on_this_device(cfg, needed)
     if total_needed <= there.available:
         return None
     parts = ", ".join(f"{name} {_shown(size)}" for name, size in needed.items())
-    place = f"of the GPU {device}" if device.startswith("cuda") else "here"
+    place = f"of the GPU {device}" if is_cuda(device) else "here"
     line = (
         f"memory: training needs about {_shown(total_needed)} ({parts}), and the memory "
         f"{place} is {_shown(there.limit)}, {_shown(there.available)} of them free; "
@@ -283,7 +287,7 @@ def memory_advice(
 
 
 def _on_this_device(cfg: RunConfig, needed: dict[str, int]) -> int:
-    on_cuda = cfg.model.device.startswith("cuda")  # there each process has a GPU
+    on_cuda = is_cuda(cfg.model.device)  # there each process has a GPU
     return sum(needed.values()) * (1 if on_cuda else cfg.distributed.nproc)
 
 

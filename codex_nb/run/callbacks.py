@@ -10,8 +10,11 @@ __all__ = ['run_info_of', 'sinks_of', 'export_run', 'MetricsLogger', 'Evaluator'
 import math
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from ..core.artifacts import Artifact, problems, read_manifest
 from ..core.config import ConfigError, env_setting
@@ -22,6 +25,7 @@ from ..data.tokenizer import Tokenizer
 from ..eval.generate import generate
 from ..eval.metrics import loss_of
 from ..eval.scoring import score
+from ..model.causal_lm import autocast
 from .run_folder import Run, in_use, last_values, run_status
 from .run_record import RunRecord, load_states, record_state, repair_states
 from .settings import RunConfig
@@ -34,8 +38,8 @@ from codex_nb.tracking.metrics_log import (
 )
 from ..tracking.sinks import RunInfo, Sinks, sink_names
 from ..train.async_checkpoint import AsyncCheckpointer
-from ..train.checkpoint import ResumeMetadata, model_tensors, set_weights, snapshot
-from ..train.distributed import World
+from ..train.checkpoint import ResumeMetadata, model_tensors, snapshot
+from ..train.distributed import World, run_assembled
 from ..train.engine import TrainState, is_interactive, print_above_bar
 from ..train.interrupts import Signals
 from ..train.retention import prune
@@ -109,7 +113,7 @@ class MetricsLogger:
                 self.plot = LivePlot(self.path)
         if state.step == 0:
             # Every rank takes part: a sharded model is gathered tensor by tensor.
-            tensors = model_tensors(self.model, self.world.main)
+            tensors = model_tensors(self.model, self.world.main, lambda _, t: t.cpu())
             if self.writer and not has_start:
                 digests = {n: tensors_digest({n: t})[:16] for n, t in tensors.items()}
                 self.writer.write(0, {}, split="start", exact=digests)
@@ -181,6 +185,10 @@ def _in_live_notebook() -> bool:
     return is_interactive() and "ipykernel" in sys.modules and not launched
 
 # %% ../../nbs/run/65_callbacks.ipynb #8ef48322
+class _StopTogether(Exception):
+    "A signal has come to a rank; all leave the evaluation before the same forward pass."
+
+
 class Evaluator:
     "Measures on held-out documents during training."
 
@@ -189,14 +197,14 @@ class Evaluator:
         logger: MetricsLogger,  # Writes the results
         model: "PreTrainedModel",  # As trained
         tokenizer: Tokenizer,  # Its tokenizer
-        documents: list[Document],  # Held out; empty on ranks other than 0
-        eval_model: "PreTrainedModel | None" = None,  # A whole copy, where the model is sharded
-        sharded: bool = False,  # Whether ranks must take part to gather the model
+        documents: list[Document],  # Held out; needed by all ranks where the model is sharded
     ):
         self.logger, self.model, self.tokenizer = logger, model, tokenizer
         self.documents = documents
-        self.eval_model, self.sharded = eval_model or model, sharded
         self.run, self.world = logger.run, logger.world
+        # Rank 0 may evaluate for longer than ranks otherwise wait for each other.
+        self.patient = self.world.new_group(seconds=7 * 24 * 3600)
+        self.sharded: nn.Module | None = None  # From `parallelize`, while ranks hold shards
         self.signals: Signals | None = None  # Set while training: a signal ends an evaluation
         self.latest: dict[str, float] = {}  # `validation.loss`, ...: the last results
         self.made_up: bool = False  # Whether an evaluation was made that an interruption left out
@@ -222,7 +230,7 @@ class Evaluator:
         resumed = self.world.main and self.run.resumed
         done = resumed and self.logger.has_step(state.step, "validation")
         stop = done or self.should_stop(state)
-        if self.world.broadcast(stop) if self.sharded else stop:
+        if self.world.broadcast(stop):
             return
         results, sample = self._measure(state, f"step {state.step}")
         average: dict[str, float] | None = {}
@@ -232,8 +240,8 @@ class Evaluator:
                 average, _ = self._measure(state)
             finally:
                 state.ema.swap(self.model)
-        if results is None or average is None:
-            return  # another rank, or broken off by a signal
+        if results is None or average is None or not self.world.main:
+            return  # broken off by a signal, or for rank 0 to record
         self._record(state, results, average, sample)
         for callback in self.after:
             callback(state, results)
@@ -246,20 +254,43 @@ class Evaluator:
         self, state: TrainState, sample_name: str | None = None
     ) -> tuple[dict[str, float] | None, str]:
         if self.sharded:
-            tensors = model_tensors(self.model, self.world.main)
-            if self.world.main:
-                set_weights(self.eval_model, tensors)
-        if not self.world.main or self.should_stop(state):
-            return None, ""
-        if self.signals is None:
-            return self._score_and_sample(sample_name)
+            return self._measure_together(self.sharded, state, sample_name)
         found: tuple[dict[str, float] | None, str] = None, ""
-        with self.signals.interruptible():  # leaves this block when a signal comes
-            found = self._score_and_sample(sample_name)
+        if self.world.main and not self.should_stop(state):
+            # this block is left when a signal comes
+            with self.signals.interruptible() if self.signals else nullcontext():
+                found = self._score_and_sample(sample_name)
+        self.patient.barrier()
         return found
 
+    def _measure_together(
+        self, sharded: nn.Module, state: TrainState, sample_name: str | None
+    ) -> tuple[dict[str, float] | None, str]:
+        "On all ranks: for each forward pass they assemble one layer after the other."
+
+        cfg = self.run.cfg.model
+
+        def stop_together(*_: Any) -> None:
+            if any(self.world.all_gather(self.should_stop(state))):
+                raise _StopTogether
+
+        def work() -> tuple[dict[str, float] | None, str]:
+            try:
+                with autocast(cfg.device, cfg.dtype):  # layers are sent in the dtype of products
+                    return self._score_and_sample(sample_name)
+            except _StopTogether:
+                return None, ""
+
+        model: Any = self.model
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        hook = inner.base_model.register_forward_pre_hook(stop_together)
+        try:
+            return run_assembled(sharded, work)
+        finally:
+            hook.remove()
+
     def _score_and_sample(self, sample_name: str | None) -> tuple[dict[str, float], str]:
-        cfg, model = self.run.cfg, self.eval_model
+        cfg, model = self.run.cfg, self.model
         records = score(
             model,
             self.tokenizer,

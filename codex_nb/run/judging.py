@@ -27,6 +27,7 @@ from codex_nb.core.artifacts import (
     write_file,
 )
 from ..core.config import ConfigError, digest_of
+from ..core.device import gpu_of
 from ..core.repro import set_determinism
 from ..core.store import find_stored, store_folder, workspace
 from ..data.corpus import Corpus, CorpusConfig, open_corpus
@@ -198,10 +199,7 @@ def score_part(
             )
     set_determinism(plan["determinism"])
     torch.set_num_threads(plan["threads"])
-    device = plan["device"]
-    if device == "cuda":
-        device = f"cuda:{part % torch.cuda.device_count()}"
-    model, tokenizer = open_trained(checkpoint, device)
+    model, tokenizer = open_trained(checkpoint, gpu_of(plan["device"], part))
     split = documents_of(Corpus(corpus), plan["split"])
     documents = sample_documents(split, plan["limit"], plan["seed"])
     score_shard(

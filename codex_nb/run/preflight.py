@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ..core.device import is_cuda, peak_memory, reset_peak_memory, synchronize
 from ..core.store import find_stored
 from ..core.types import Batch
 from ..data.batches import BatchSampler, order_digest, to_batch
@@ -40,7 +41,6 @@ from codex_nb.run.training_inputs import (
     prepare_data,
     repacked,
 )
-from ..tracking.timers import synchronize
 from ..train.engine import total_samples, train_step
 from ..train.optim import make_optimizer
 
@@ -95,6 +95,7 @@ def preflight(
     cfg = resolve_packing(cfg)
     dataset = repacked(dataset, cfg)
     model = model_for(cfg, tokenizer)
+    torch.nn.Module.to(model, cfg.model.device)
     fit = cfg.fit
     batches = BatchSampler(
         dataset, fit.batch_size, cfg.seed, fit.micro_batch, 0, cfg.distributed.nproc
@@ -149,9 +150,8 @@ def _try_step(
     model: "PreTrainedModel", batches: BatchSampler, cfg: RunConfig
 ) -> tuple[float, int, int | None]:  # seconds, bytes of activations, peak bytes on a GPU
     device = torch.device(cfg.model.device)
-    on_cuda = device.type == "cuda"
     # On a GPU compiling changes memory and time by half; on a CPU it takes longer than it is worth.
-    compute = cfg.compute if on_cuda else cfg.compute.model_copy(update={"compile": "off"})
+    compute = cfg.compute if is_cuda(device) else cfg.compute.model_copy(update={"compile": "off"})
     rows = min(batches.micro_batch, batches.batch_size // batches.world_size)
     shape = rows, cfg.model.seq_len
     objective, compute = objective_for(cfg.updated(compute=compute), model, batches, shape)
@@ -164,8 +164,7 @@ def _try_step(
     optimizer, seconds = make_optimizer(model, cfg.optim), 0.0
     step = partial(train_step, model, batches.step(0), loss, optimizer, 0.0, cfg.fit.clip)
     step()  # makes the moments; a rate of 0 leaves the weights as they are
-    if on_cuda:
-        torch.cuda.reset_peak_memory_stats(device)
+    reset_peak_memory(device)
     graphs = graphs_for(compute, model, loss, batches, shape)
     for _ in range(2):  # the first one records the graph, if there is one
         synchronize(device)
@@ -173,8 +172,7 @@ def _try_step(
         step(graphs=graphs)
         synchronize(device)
         seconds = time.perf_counter() - start
-    peak = torch.cuda.max_memory_allocated(device) if on_cuda else None
-    return round(seconds, 4), activations, peak
+    return round(seconds, 4), activations, peak_memory(device)
 
 
 def _activation_bytes(forward: Callable[[], torch.Tensor], model: torch.nn.Module) -> int:

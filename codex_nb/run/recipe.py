@@ -23,6 +23,7 @@ import torch
 
 from ..core.artifacts import Artifact, ArtifactError, DiskError, open_artifact, publish
 from ..core.config import ConfigError
+from ..core.device import set_current_device
 from ..core.plugins import PluginError
 from ..core.safety import redact
 from ..core.tensors import write_tensors
@@ -112,6 +113,7 @@ def _train_with_torchrun(
     train_in_processes(run.folder, run.cfg)
     checkpoint = require_checkpoint(run.folder)
     set_weights(model, read_weights(checkpoint.path))
+    torch.nn.Module.to(model, run.cfg.model.device)
     stored = read_state(checkpoint.path)
     state = TrainState.of(stored["progress"])
     state.total_steps = stored["schedule"]["total_steps"]
@@ -188,8 +190,7 @@ def train_rank(
     # paths in the settings are meant from where the run was launched
     here = record.launch_folder(folder) or Path.cwd()
     with chdir(here), init_distributed(cfg.model.device) as world:
-        if cfg.model.device == "cuda" and world.size > 1:
-            torch.cuda.set_device(world.local_rank)
+        set_current_device(cfg.model.device, world.local_rank)  # the barrier below is on it
         if world.local_rank == 0:
             prepare_data(with_base(cfg, folder))  # built once on each machine
         world.barrier()

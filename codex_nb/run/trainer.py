@@ -6,7 +6,6 @@
 __all__ = ['resume_metadata', 'Trainer']
 
 # %% ../../nbs/run/66_trainer.ipynb #4a43fa06
-import copy
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -18,6 +17,7 @@ import torch
 
 from ..core.artifacts import Artifact, json_text, read_manifest, write_file
 from ..core.config import env_setting, identity
+from ..core.device import is_cuda
 from ..core.library_warnings import library_warnings
 from ..core.types import Batch
 from ..data.batches import BatchSampler, order_digest
@@ -119,10 +119,10 @@ class Trainer:
         self.tokenizer, self.dataset, self.model = tokenizer, dataset, model
         self.on_second_signal = on_second_signal
         self.sharded = run.cfg.distributed.parallel == "fsdp" and world.size > 1
-        # Copied before the model is sharded: rank 0 gathers the shards into it to evaluate.
-        eval_model = copy.deepcopy(model) if self.sharded and world.main else None
+        if not self.sharded:  # else it goes there as it is sharded, layer by layer
+            torch.nn.Module.to(model, run.cfg.model.device)
         cfg, documents = run.cfg, []
-        if world.main:
+        if world.main or self.sharded:
             validation = corpus.split("validation")
             documents = sample_documents(validation, cfg.evaluate.eval_documents, cfg.seed)
         recorded = load_parents(run.folder)
@@ -132,9 +132,7 @@ class Trainer:
             "corpus": corpus.digest,
         } | {k: v for k, v in recorded.items() if k == "base"}
         self.logger = MetricsLogger(run, model, world)
-        self.evaluator = Evaluator(
-            self.logger, model, tokenizer, documents, eval_model, self.sharded
-        )
+        self.evaluator = Evaluator(self.logger, model, tokenizer, documents)
         self.early_stopping = EarlyStopping(cfg.fit.patience, cfg.fit.min_delta)
         self.evaluator.after.append(self.early_stopping.update)
 
@@ -151,7 +149,10 @@ class Trainer:
         )
         rows = min(batches.micro_batch, batches.batch_size // world.size)
         shape = rows, cfg.model.seq_len
-        objective, compute = objective_for(cfg, model, batches, shape, world)
+        layers = _layers(model)
+        objective, compute = objective_for(
+            cfg, model, batches, shape, world, layers=layers if self.sharded else None
+        )
         cfg = cfg.updated(compute=compute)
         wrapped: torch.nn.Module = objective  # until the ranks train together
 
@@ -159,6 +160,13 @@ class Trainer:
             return wrapped(b.ids_BT, b.targets_BT, b.positions_BT, b.cu_seqlens), None
 
         graphs = graphs_for(compute, model, loss, batches, shape)
+        # The model is sharded before the optimizer is made, so that its state is sharded too.
+        device = cfg.model.device
+        wrapped = parallelize(
+            objective, layers, world, cfg.distributed.parallel, device, cfg.model.dtype
+        )
+        if self.sharded:
+            self.evaluator.sharded = wrapped
         plan = self._plan_steps(batches, loss, graphs)
         limit = cfg.fit
         if "steps" in plan and plan.keys() & {"stop", "leave"}:
@@ -166,9 +174,6 @@ class Trainer:
             limit = limit.model_copy(update={"minutes": None, "steps": plan["steps"]})
         samples = total_samples(cfg.fit, batches, plan.get("steps"))
 
-        # The model is sharded before the optimizer is made, so that its state is sharded too.
-        wrapped = parallelize(objective, _layers(model), world, cfg.distributed.parallel)
-        device = cfg.model.device
         settle_buckets(wrapped, lambda: loss(model, batches.step(0)[0].to(device))[0])
         optimizer = make_optimizer(model, cfg.optim)
         ema = EMA(model, cfg.optim.ema) if cfg.optim.ema else None
@@ -291,7 +296,7 @@ class Trainer:
         if not self.world.main:
             cfg = cfg.model_copy(update={"monitor": False})
         flops = flops_per_token(self.model, model_cfg.seq_len) / self.world.size
-        size = 4096 if model_cfg.device.startswith("cuda") else 512
+        size = 4096 if is_cuda(model_cfg.device) else 512
         peak = 1.0
         if cfg.monitor:
             with suspended():  # what the processor can do, not what portable arithmetic makes of it

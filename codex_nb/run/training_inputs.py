@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 import torch
 
 from ..core.config import ConfigError, env_setting
+from ..core.device import is_cuda, set_current_device
 from ..core.repro import seed_everything, set_determinism
 from ..data.batches import BatchSampler
 from ..data.corpus import SPLITS, Corpus, open_corpus
@@ -43,7 +44,7 @@ from codex_nb.run.bases import (
 )
 from .run_folder import Run
 from .settings import RunConfig, Settings
-from ..train.distributed import World
+from ..train.distributed import World, this_world
 from ..train.engine import LossFn
 from ..train.interrupts import die_with_parent
 
@@ -58,9 +59,7 @@ def setup_process(
     "Set determinism, threads, the GPU and seeds of this process."
     set_determinism(cfg.determinism)
     name = cfg.model.device if isinstance(cfg, RunConfig) else getattr(cfg, "device", "cpu")
-    device = torch.device(name)
-    if device.type == "cuda":  # what names no GPU, such as an event, means the current one
-        torch.cuda.set_device(world.local_rank if device.index is None else device.index)
+    set_current_device(name, world.local_rank)
     if cfg.threads:
         torch.set_num_threads(max(1, cfg.threads // world.size))
     seed_everything(cfg.seed + world.rank * 1_000_003)
@@ -151,8 +150,11 @@ def repacked(
 def model_for(
     cfg: RunConfig,  # The run's settings, without `auto`
     tokenizer: Tokenizer,  # The dataset's
-) -> "PreTrainedModel":  # In training mode, on its device, with an adapter if one is set
-    "Build a new model, or load a base; `ConfigError` when base and data do not fit."
+) -> "PreTrainedModel":  # In training mode, with an adapter if one is set; on the run's device
+    """Build a new model, or load a base; `ConfigError` when base and data do not fit.
+
+    Several processes that train it take it to their devices themselves: it stays on the CPU here.
+    """
     with arithmetic():
         model = _model_for(cfg, tokenizer)
     return in_portable_dtype(model)
@@ -194,7 +196,8 @@ def _check_stride(cfg: RunConfig, context: int) -> None:
 
 
 def _to_device(model: Any, cfg: RunConfig) -> Any:
-    return model.to(cfg.model.device).train()
+    several = cfg.distributed.nproc > 1 or this_world().size > 1
+    return model.to("cpu" if several else cfg.model.device).train()
 
 # %% ../../nbs/run/64_training_inputs.ipynb #0d5f9776
 def documents_of(
@@ -245,12 +248,13 @@ def objective_for(
     shape: tuple[int, int],  # Rows and length of a micro-batch
     world: World = World(),
     check: bool | None = None,  # Whether to test compiled code; default: on a GPU
+    layers: list[torch.nn.Module] | None = None,  # Of a model that is to be sharded
 ) -> tuple[LMLoss, ComputeConfig]:  # And how it computes: uncompiled if compiling goes wrong
     "The training loss of a model."
     compute, dtype = cfg.compute, cfg.model.dtype
-    objective = LMLoss(model, dtype, compute, shape)
-    if check is None:
-        check = cfg.model.device.startswith("cuda")
+    objective = LMLoss(model, dtype, compute, shape, layers)
+    if check is None:  # before it is sharded, a model is on no device that it is compiled for
+        check = is_cuda(cfg.model.device) and layers is None
     if compute.compile == "off" or not check:
         return objective, compute
     steps = (batches.step(k * batches.batch_size)[0] for k in range(2))

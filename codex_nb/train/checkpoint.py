@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import load_file
 
 from ..core.artifacts import Artifact, ArtifactError, Draft, open_artifact, publish
+from ..core.device import is_cuda
 from codex_nb.core.repro import (
     numeric_identity,
     rng_state,
@@ -436,7 +437,7 @@ def _differences(was: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
 
 def _of_the_device(exact: dict[str, Any], device: str) -> dict[str, Any]:
     "What decides the last bits of a computation on a device."
-    if not device.startswith("cuda"):
+    if not is_cuda(device):
         return {k: v for k, v in exact.items() if k not in ("gpus", "cuda")}
     # The processor only prepares what the GPU computes, and how many GPUs can be seen does not
     # count: how many take part is `world_size`.

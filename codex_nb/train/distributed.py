@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['World', 'this_world', 'init_distributed', 'exit_process', 'parallelize',
-           'settle_buckets', 'grad_sync_context', 'full_tensor', 'shard_like', 'shard_filename',
-           'local_shards', 'load_shards']
+           'run_assembled', 'settle_buckets', 'grad_sync_context', 'full_tensor', 'shard_like',
+           'shard_filename', 'local_shards', 'load_shards']
 
 # %% ../../nbs/train/42_distributed.ipynb #bd5b4ce5
 import datetime
@@ -22,6 +22,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
+from ..core.device import is_cuda
 from ..core.library_warnings import library_warnings
 from ..core.repro import fork_rng
 from ..model.portable_mode import is_portable
@@ -110,10 +111,16 @@ class World:
             raise RuntimeError("; ".join(failed))
         return value  # type: ignore[return-value] # `work` returned it, whatever it is
 
-    def new_group(self) -> "World":  # Every rank must call it, in the same order
-        "The same world with a process group that only its owner uses, for a background thread."
-        # In a shared group, an operation of the thread could be matched with one of the loop.
-        return self if self.size == 1 else replace(self, group=dist.new_group(backend="gloo"))
+    def new_group(
+        self,
+        seconds: float | None = None,  # How long to wait for a rank; default: as in this group
+    ) -> "World":  # Every rank must call it, in the same order
+        "The same world with a process group that only its owner uses."
+        if self.size == 1:
+            return self
+        timeout = None if seconds is None else datetime.timedelta(seconds=seconds)
+        # In a shared group, an operation of a thread could be matched with one of the loop.
+        return replace(self, group=dist.new_group(backend="gloo", timeout=timeout))
 
 # %% ../../nbs/train/42_distributed.ipynb #fe2e1379
 def this_world() -> World:
@@ -141,7 +148,7 @@ def init_distributed(
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
     dist.init_process_group(
         # CPU tensors go through gloo even on GPUs: `all_reduce_int` must not wait for the device.
-        "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo",
+        "cpu:gloo,cuda:nccl" if is_cuda(device) else "gloo",
         store=dist.PrefixStore(f"attempt-{attempt}", store),
         rank=rank,
         world_size=size,
@@ -185,6 +192,8 @@ def parallelize(
     layers: list[nn.Module],  # Of the model, to be assembled one at a time
     world: World,  # The ranks that train it
     parallel: str = "ddp",  # `ddp` or `fsdp`
+    device: str = "cpu",  # Where shards go, from wherever the model is; with DDP it is there
+    dtype: str = "fp32",  # With `bf16`, FSDP2 sends the weights of layers in bf16
 ) -> nn.Module:  # Called like `objective`; in a world of size 1 it is `objective`
     "Let several processes train one model."
     if world.size == 1:
@@ -195,12 +204,24 @@ def parallelize(
         wrapped = nn.parallel.DistributedDataParallel(objective, gradient_as_bucket_view=True)
         wrapped.register_comm_hook(None, _sum_hook)
         return wrapped
-    from torch.distributed.fsdp import FSDPModule, fully_shard
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import (
+        FSDPModule,
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
 
+    mesh = init_device_mesh(torch.device(device).type, (world.size,))
+    # What goes from layer to layer stays in fp32, as under autocast, and so do sums of gradients.
+    in_bf16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    policy = in_bf16 if dtype == "bf16" else MixedPrecisionPolicy()
     # Layers first: the outer call then shards only what no layer holds.
     for layer in layers:
-        fully_shard(layer)
-    fully_shard(objective)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(objective, mesh=mesh)
+    objective.run_work = _run_work  # type: ignore[assignment]
+    register_fsdp_forward_method(objective, "run_work")
     for module in objective.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -225,6 +246,27 @@ class _SummedGradients(nn.Module):
             for p in self.objective.parameters():
                 if p.grad is not None:
                     dist.all_reduce(p.grad)
+
+
+def _run_work(work: Callable[[], _T]) -> _T:
+    return work()
+
+
+def run_assembled(
+    wrapped: nn.Module,  # From `parallelize`
+    work: Callable[[], _T],  # Calls the model that `wrapped` holds; an error in it ends the run
+) -> _T:  # What `work` returned
+    """Run `work` while what no layer holds is assembled; layers are as they are called.
+
+    Every rank must call it, with work that makes the same calls.
+    """
+    if not hasattr(wrapped, "run_work"):
+        return work()
+    sharded: Any = wrapped
+    try:
+        return sharded.run_work(work)
+    finally:
+        sharded.reshard()
 
 
 def settle_buckets(

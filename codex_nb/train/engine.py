@@ -22,12 +22,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..core.device import is_cuda, synchronize
 from ..core.repro import fork_rng
 from ..core.types import IGNORE, Batch
 from ..data.batches import BatchSampler, batch_fingerprint
 from ..model.cuda_graphs import CUDAGraphs
 from ..model.portable_mode import is_portable
-from ..tracking.timers import StepClock, Throughput, synchronize
+from ..tracking.timers import StepClock, Throughput
 from .distributed import World, full_tensor
 from .optim import EMA, Optimizer, guarded_step
 from .train_config import FitConfig
@@ -294,7 +295,7 @@ def fit(
             if cfg.minutes and world.broadcast(time.monotonic() - began > cfg.minutes * 60):
                 state.stop(f"{cfg.minutes:g} minutes are over")
             due = [h for h in hooks if _is_due(h, state)]
-            if due and (device.type == "cpu" or any(_takes_time(h) for h in due)):
+            if due and (not is_cuda(device) or any(_takes_time(h) for h in due)):
                 # A GPU has only been told what to do: the steps end when it has done it.
                 synchronize(device)
                 state.throughput.pause()
