@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from architectures import MORE, SHAPES
 from helpers import codex, counts
 
 from codex_nb.core.config import ConfigError
@@ -104,6 +105,37 @@ def test_gradients_do_not_depend_on_how_a_batch_is_divided(arch, adapter, portab
     for name, gradient in ordinary.items():
         error = float((gradient - expected[1][name]).norm() / gradient.norm())
         assert error < 2e-5, (name, error)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    counts(
+        ["gemma3_text"],
+        [
+            "gemma2",
+            "gemma3_text",
+            "phi3",
+            "gpt_neox",
+            "olmo2",
+            "mistral",
+            "granite",
+            "smollm3",
+            "bloom",
+            "mpt",
+        ],
+    ),
+)
+def test_models_of_other_makers_do_not_depend_on_it_either(kind, portable):
+    "Gemma computes its norms in float32, with weights that it adds 1 to."
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with arithmetic():
+        config = AutoConfig.for_model(kind, **(SHAPES | MORE)[kind], vocab_size=64)
+        model = in_portable_dtype(AutoModelForCausalLM.from_config(config)).train()
+    batch = batch_of_documents()
+    whole, parts = gradients(model, batch, 6), gradients(model, batch, 2)
+    assert whole[0] == parts[0] and whole[1]
+    assert all(torch.equal(g, parts[1][n]) for n, g in whole[1].items())
 
 
 def test_experts_are_refused_when_they_are_trained(portable):

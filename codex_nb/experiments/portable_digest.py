@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STEPS', 'portable_digests', 'first_difference', 'recorded_digests', 'record_digests']
 
-# %% ../../nbs/experiments/79_portable_digest.ipynb #e15fa798
+# %% ../../nbs/experiments/79_portable_digest.ipynb #9761fcce
 import contextlib
 import hashlib
 import io
@@ -23,7 +23,7 @@ from ..run.settings import RunConfig
 from ..run.training_inputs import model_for, prepare_data, start_run
 from ..tracking.metrics_log import read_metrics, read_samples
 
-# %% ../../nbs/experiments/79_portable_digest.ipynb #1313ef94
+# %% ../../nbs/experiments/79_portable_digest.ipynb #d04940a0
 STEPS = 20
 
 

@@ -10,7 +10,7 @@ __all__ = ['SHARED_FROM', 'Trial', 'GRADIENT_BITS', 'PROBABILITY_BITS', 'LOG2_E'
            'sigmoid', 'tanh', 'erf', 'sin', 'cos', 'sqrt', 'power', 'uniform_numbers',
            'normal_numbers']
 
-# %% ../../nbs/model/20_portable_functions.ipynb #6aa6f3e2
+# %% ../../nbs/model/20_portable_functions.ipynb #c1fcda3b
 import ctypes
 import math
 import os
@@ -32,11 +32,11 @@ import torch
 
 from ..core.config import ConfigError
 
-# %% ../../nbs/model/20_portable_functions.ipynb #874d4b16
+# %% ../../nbs/model/20_portable_functions.ipynb #997da559
 class PortableError(ConfigError):
     "What has no form whose bits are the same on every machine."
 
-# %% ../../nbs/model/20_portable_functions.ipynb #7cf148ed
+# %% ../../nbs/model/20_portable_functions.ipynb #5b366403
 _SIGNATURES = {  # p: pointer, n: integer, x: number; then where to begin, and how many
     "exp_n": "pp",
     "sigmoid_n": "pp",
@@ -108,7 +108,7 @@ class Kernels:
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count(), "portable")
 
-# %% ../../nbs/model/20_portable_functions.ipynb #36ba38c5
+# %% ../../nbs/model/20_portable_functions.ipynb #0c91bcfc
 _OPTIONS = "-O3 -march=native -ffp-contract=off -fno-math-errno -fopenmp-simd -shared -fPIC".split()
 
 
@@ -129,7 +129,7 @@ def compiled_kernels() -> Kernels | None:  # None without a C compiler
             return None
     return kernels
 
-# %% ../../nbs/model/20_portable_functions.ipynb #d9ddfb4c
+# %% ../../nbs/model/20_portable_functions.ipynb #df9e65da
 Trial = Callable[[], list[torch.Tensor]]
 _trials: list[Trial] = []
 _here = threading.local()
@@ -181,7 +181,7 @@ def kernels_for(
         return None
     return kernels
 
-# %% ../../nbs/model/20_portable_functions.ipynb #840a61d2
+# %% ../../nbs/model/20_portable_functions.ipynb #bfafcdcf
 def tree_sum(
     x: torch.Tensor,  # float64
     dim: int = -1,  # What is summed over
@@ -211,7 +211,7 @@ def _tree_sum_rows(x: torch.Tensor) -> torch.Tensor:
         x, n = first + second, half
     return x.squeeze(-1).clone()
 
-# %% ../../nbs/model/20_portable_functions.ipynb #57176897
+# %% ../../nbs/model/20_portable_functions.ipynb #c6cdd1ac
 GRADIENT_BITS = 42  # Gradients are multiples of 2^-42; sums of less than 2^11 are exact
 PROBABILITY_BITS = 34  # Up to 2^19 numbers, none above 1
 
@@ -230,7 +230,7 @@ def on_grid_(
     "Round each number to a multiple of 2^-bits."
     return x.add_(grid_constant(bits)).sub_(grid_constant(bits))
 
-# %% ../../nbs/model/20_portable_functions.ipynb #5c6fc4e6
+# %% ../../nbs/model/20_portable_functions.ipynb #aba72424
 def power_of_two(
     exponents: torch.Tensor,  # int64, from -1022 to 1023
 ) -> torch.Tensor:  # float64
@@ -244,7 +244,7 @@ def exponents_of(
     "The smallest e with x < 2^e; -1022 for 0."
     return x.view(torch.int64).bitwise_right_shift(52) - 1022
 
-# %% ../../nbs/model/20_portable_functions.ipynb #909a71c1
+# %% ../../nbs/model/20_portable_functions.ipynb #33f28242
 LOG2_E = 1.4426950408889634
 LN2_HIGH = float.fromhex("0x1.62e42feep-1")  # Its last 20 bits are zero
 LN2_LOW = float.fromhex("0x1.a39ef35793c76p-33")
@@ -281,7 +281,7 @@ def log(
         p.mul_(z).add_(1 / k)
     return e * LN2_HIGH + (2 * s * p + e * LN2_LOW)
 
-# %% ../../nbs/model/20_portable_functions.ipynb #e61c0641
+# %% ../../nbs/model/20_portable_functions.ipynb #3f36b3d2
 def sigmoid(
     x: torch.Tensor,  # float64
 ) -> torch.Tensor:  # float64
@@ -322,7 +322,7 @@ def erf(
     above = 1 - exp(-z) / (fraction * math.sqrt(math.pi))
     return torch.copysign(torch.where(a < 2.5, below, above), x)
 
-# %% ../../nbs/model/20_portable_functions.ipynb #a9b55b2a
+# %% ../../nbs/model/20_portable_functions.ipynb #d7c72484
 # A right angle in three parts; the products of the first two with integers up to 2^20 are exact.
 RIGHT_ANGLE = tuple(
     map(float.fromhex, ("0x1.921fb544p+0", "0x1.0b4611a6p-34", "0x1.3198a2e037073p-69"))
@@ -363,7 +363,7 @@ def cos(
     "Cosines."
     return _sine_and_cosine(x)[1]
 
-# %% ../../nbs/model/20_portable_functions.ipynb #2982f668
+# %% ../../nbs/model/20_portable_functions.ipynb #39af1ae0
 def sqrt(
     x: torch.Tensor,  # float64
 ) -> torch.Tensor:  # float64, correctly rounded
@@ -394,7 +394,7 @@ def power(
         return y
     return exp(exponent * log(x))
 
-# %% ../../nbs/model/20_portable_functions.ipynb #fab0d9eb
+# %% ../../nbs/model/20_portable_functions.ipynb #ec34dc02
 def uniform_numbers(
     key: int,  # Chooses the sequence, 0 to 2^63 - 1
     count: int,  # How many
@@ -492,7 +492,7 @@ _FAR_TAIL = (
     ),
 )
 
-# %% ../../nbs/model/20_portable_functions.ipynb #75edbc59
+# %% ../../nbs/model/20_portable_functions.ipynb #cc466937
 @kernels_agree
 def _try_functions() -> list[torch.Tensor]:
     x = torch.linspace(-800, 800, 4099, dtype=torch.float64)

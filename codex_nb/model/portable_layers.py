@@ -6,7 +6,7 @@
 __all__ = ['BATCHED', 'LOGITS', 'product_bits', 'scaled_integers', 'linear', 'matmul',
            'matmul_of_rows', 'masked_softmax_', 'attention', 'head_loss']
 
-# %% ../../nbs/model/20_portable_layers.ipynb #f9675df6
+# %% ../../nbs/model/20_portable_layers.ipynb #4a894c39
 from collections.abc import Iterator
 
 import torch
@@ -29,7 +29,7 @@ from codex_nb.model.portable_functions import (
     tree_sum,
 )
 
-# %% ../../nbs/model/20_portable_layers.ipynb #a54b139d
+# %% ../../nbs/model/20_portable_layers.ipynb #e26c11e7
 def product_bits(
     k: int,  # Products that are added
 ) -> int:  # Bits of both factors together
@@ -77,7 +77,7 @@ def _integers_by_block(
     e = (exponents_of(x.abs().amax(1)) - bits).clamp_(min=-960)
     return (x * power_of_two(-e)[:, None]).round_(), power_of_two(e)[..., None]
 
-# %% ../../nbs/model/20_portable_layers.ipynb #0c77937e
+# %% ../../nbs/model/20_portable_layers.ipynb #1f5d7d0d
 class _WeightIntegers:
     "The integers of weight matrices, made once after each step."
 
@@ -200,7 +200,7 @@ def linear(
     "A linear layer. Gradients of a float64 weight are multiples of 2^-42."
     return _Linear.apply(x, weight, bias, rows, transposed)
 
-# %% ../../nbs/model/20_portable_layers.ipynb #5f386455
+# %% ../../nbs/model/20_portable_layers.ipynb #af1ca95f
 def matmul(
     a: torch.Tensor,  # float64, shape (..., M, K)
     b: torch.Tensor,  # float64, shape (..., K, N)
@@ -288,7 +288,7 @@ def attention(
     "Attention."
     return _Attention.apply(query, key, value, mask, bias, scale, context)
 
-# %% ../../nbs/model/20_portable_layers.ipynb #b0c26fae
+# %% ../../nbs/model/20_portable_layers.ipynb #c7baf352
 def _head_rows(
     logits: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # probabilities; (T, 1); losses
@@ -382,7 +382,7 @@ def head_loss(
     "Cross entropy of a linear output layer."
     return _HeadLoss.apply(hidden_BTD, weight_VD, targets_BT)
 
-# %% ../../nbs/model/20_portable_layers.ipynb #fc742cbd
+# %% ../../nbs/model/20_portable_layers.ipynb #a3c9675a
 @kernels_agree
 def _try_layers() -> list[torch.Tensor]:
     drawn = torch.Generator().manual_seed(0)

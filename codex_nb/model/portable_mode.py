@@ -6,7 +6,7 @@
 __all__ = ['aten', 'EXACT', 'adamw_step', 'portable', 'suspended', 'batch_of', 'is_portable',
            'in_portable_dtype', 'arithmetic', 'longest_text']
 
-# %% ../../nbs/model/20_portable_mode.ipynb #4e5e4319
+# %% ../../nbs/model/20_portable_mode.ipynb #829b8366
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -31,7 +31,7 @@ from codex_nb.model.portable_functions import (
 )
 from .portable_layers import attention, linear, matmul
 
-# %% ../../nbs/model/20_portable_mode.ipynb #3a31f35a
+# %% ../../nbs/model/20_portable_mode.ipynb #c9a1a2b2
 aten = torch.ops.aten
 
 # Operators that move numbers, make constants, compare, or look something up
@@ -54,7 +54,7 @@ remainder round sgn sign threshold_backward trunc
 """
 EXACT = frozenset((_MOVES + _ROUNDED_ONCE).split())
 
-# %% ../../nbs/model/20_portable_mode.ipynb #6b6a25c2
+# %% ../../nbs/model/20_portable_mode.ipynb #6725d280
 _portable: dict[str, Callable[..., Any]] = {}
 
 
@@ -149,7 +149,7 @@ def _addcdiv(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, value: float = 1
 def _lerp(x: torch.Tensor, end: torch.Tensor, weight: Any) -> torch.Tensor:
     return x + (end - x) * weight
 
-# %% ../../nbs/model/20_portable_mode.ipynb #34b94ca8
+# %% ../../nbs/model/20_portable_mode.ipynb #e88f8770
 @_form_of("silu")
 def _silu(x: torch.Tensor) -> torch.Tensor:
     y = x.double()
@@ -209,9 +209,17 @@ def _sigmoid_backward(grad: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 def _tanh_backward(grad: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return grad * (1 - y * y)
 
-# %% ../../nbs/model/20_portable_mode.ipynb #45564f4d
+# %% ../../nbs/model/20_portable_mode.ipynb #d3f4522a
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
+
+
+def _require_float64(x: torch.Tensor) -> None:
+    if x.dtype != torch.float64:
+        raise PortableError(
+            f"a sum over the rows of a batch is computed in {x.dtype}, which would round it before "
+            "the rows of other processes are added: such a model cannot be trained portably"
+        )
 
 
 @_form_of("sum")
@@ -223,6 +231,7 @@ def _sum(
     dims = sorted(d % x.ndim for d in dim) if dim else list(range(x.ndim))
     y = x.double()
     if _in_backward() and 0 in dims:
+        _require_float64(x)
         total = on_grid_(y.clone(), GRADIENT_BITS).sum(dims, keepdim)
     else:
         total = y
@@ -274,14 +283,15 @@ def _embedding_backward(
 ) -> torch.Tensor:
     if by_frequency:
         raise PortableError("embeddings whose gradients are scaled by frequency: not portable")
-    terms = on_grid_(grad.double().reshape(-1, grad.shape[-1]).clone(), GRADIENT_BITS)
+    _require_float64(grad)
+    terms = on_grid_(grad.reshape(-1, grad.shape[-1]).clone(), GRADIENT_BITS)
     ids = ids.reshape(-1)
     if padding >= 0:
         terms = terms.masked_fill((ids == padding)[:, None], 0)
     total = terms.new_zeros(size, terms.shape[-1]).index_add_(0, ids, terms)
     return total.to(grad.dtype)
 
-# %% ../../nbs/model/20_portable_mode.ipynb #36adcfd6
+# %% ../../nbs/model/20_portable_mode.ipynb #57726bb5
 @_form_of("native_layer_norm")
 def _layer_norm(
     x: torch.Tensor, shape: Any, weight: Any, bias: Any, eps: float
@@ -318,6 +328,7 @@ def _layer_norm_backward(
         grad_x = ((d - a - xhat * b) * rstd).to(x.dtype)
     rows = list(range(g.ndim - 1))
     if wanted[1]:
+        _require_float64(grad)
         grad_weight = on_grid_(g * xhat, GRADIENT_BITS).sum(rows).to(weight.dtype)
     if wanted[2]:
         grad_bias = on_grid_(g.clone(), GRADIENT_BITS).sum(rows).to(bias.dtype)
@@ -367,6 +378,7 @@ def _nll_loss(
     losses = -logp.double().gather(-1, targets.clamp_min(0)[:, None])[:, 0]
     losses = torch.where(counted, losses, 0.0)
     if reduction == 2:
+        _require_float64(logp)
         losses = on_grid_(losses, PROBABILITY_BITS).sum()
     return losses.to(logp.dtype), counted.sum().to(logp.dtype)
 
@@ -378,7 +390,7 @@ def _nll_loss_backward(
     g = torch.where(targets != rest[2], -grad, 0.0)[:, None].to(logp.dtype)
     return torch.zeros_like(logp).scatter_(-1, targets.clamp_min(0)[:, None], g)
 
-# %% ../../nbs/model/20_portable_mode.ipynb #baa173c9
+# %% ../../nbs/model/20_portable_mode.ipynb #e9e534c6
 @_form_of("bmm")
 def _bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return matmul(a.double(), b.double(), _here().context).to(a.dtype)
@@ -403,7 +415,7 @@ def _addmm(x: Any, a: Any, b: Any, beta: float = 1, alpha: float = 1) -> torch.T
 def _baddbmm(x: Any, a: Any, b: Any, beta: float = 1, alpha: float = 1) -> torch.Tensor:
     return x * beta + _bmm(a, b) * alpha
 
-# %% ../../nbs/model/20_portable_mode.ipynb #ad24632d
+# %% ../../nbs/model/20_portable_mode.ipynb #b8f8f1f5
 def _key_from(generator: torch.Generator | None) -> int:
     return int(torch.randint(0, 1 << 62, (), generator=generator))
 
@@ -423,7 +435,7 @@ def _uniform(
     drawn = exact.uniform_numbers(_key_from(generator), x.numel()).view(x.shape)
     return (drawn * (high - low) + low).to(x.device, x.dtype)
 
-# %% ../../nbs/model/20_portable_mode.ipynb #b04402e9
+# %% ../../nbs/model/20_portable_mode.ipynb #a63f1a8b
 @_form_of("randn")
 def _randn(size: Any, *, generator: torch.Generator | None = None, **how: Any) -> torch.Tensor:
     return _normal(_zeros(size, how), generator=generator)
@@ -437,7 +449,7 @@ def _rand(size: Any, *, generator: torch.Generator | None = None, **how: Any) ->
 def _zeros(size: Any, how: dict[str, Any]) -> torch.Tensor:
     return torch.zeros(size, dtype=how.get("dtype"), device=how.get("device"))
 
-# %% ../../nbs/model/20_portable_mode.ipynb #68b78b1b
+# %% ../../nbs/model/20_portable_mode.ipynb #cefaa7ae
 def _each(name: str) -> Callable[..., Any]:
     "An operator on lists: its portable form for each tensor."
 
@@ -577,7 +589,7 @@ def _try_adamw() -> list[torch.Tensor]:
     adamw_step(w, g, m, v, 0.999, 0.9, 0.95, 1e-3, 1e-8)
     return [w, m, v]
 
-# %% ../../nbs/model/20_portable_mode.ipynb #35572642
+# %% ../../nbs/model/20_portable_mode.ipynb #bf0b0a5f
 class _State(threading.local):
     "What the modes know about the model that runs under them."
 
@@ -688,14 +700,51 @@ def _attention(
     return attention(query, key, value, mask, scale, bias, _state.context)
 
 
+_NARROW = torch.float32, torch.bfloat16, torch.float16
+
+
+def _is_narrowed(x: Any) -> bool:
+    "Models compute norms and softmax in float32; what leads to gradients stays as it is."
+    return x.dtype == torch.float64 and x.requires_grad and torch.is_grad_enabled()
+
+
+def _widened(value: Any) -> Any:
+    narrow = isinstance(value, torch.dtype) and value in _NARROW
+    return torch.float64 if narrow else value
+
+
+def _to(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    if _is_narrowed(x):
+        args = tuple(map(_widened, args))
+        kwargs = {k: _widened(v) for k, v in kwargs.items()}
+    return torch.Tensor.to(x, *args, **kwargs)
+
+
+def _float(x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    return x if _is_narrowed(x) else torch.Tensor.float(x, **kwargs)
+
+
+def _without_dtype(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(input: torch.Tensor, *args: Any, dtype: Any = None, **kwargs: Any) -> Any:
+        dtype = None if _is_narrowed(input) else dtype
+        return function(input, *args, dtype=dtype, **kwargs)
+
+    return call
+
+
 _CALLS: dict[Any, Callable[..., Any]] = {
+    torch.Tensor.to: _to,
+    torch.Tensor.float: _float,
+    F.softmax: _without_dtype(F.softmax),
+    F.log_softmax: _without_dtype(F.log_softmax),
+    torch.softmax: _without_dtype(torch.softmax),
     F.linear: _linear,
     torch.addmm: _addmm_call,
     F.dropout: _dropout,
     F.scaled_dot_product_attention: _attention,
 }
 
-# %% ../../nbs/model/20_portable_mode.ipynb #4ba93a5c
+# %% ../../nbs/model/20_portable_mode.ipynb #f2f3b8f0
 @contextmanager
 def portable(
     context: int = 0,  # Longest text that the model can read
