@@ -81,7 +81,12 @@ ALSO_CALLED = {
     **dict.fromkeys(["lora_r", "lora_rank", "r"], "rank"),
     "lora_alpha": "alpha",
     "lora_dropout": "adapter_dropout",
-    **dict.fromkeys(["bnb_4bit_compute_dtype", "model_dtype", "base_model_dtype"], "base_dtype"),
+    **dict.fromkeys(["model_dtype", "base_model_dtype", "bnb_4bit_quant_type"], "base_dtype"),
+    **dict.fromkeys(
+        ["load_in_4bit", "quantization_config", "quantization", "quantize", "qlora", "use_qlora"],
+        "give base_dtype=nf4",
+    ),
+    "bnb_4bit_compute_dtype": "dtype",
     **dict.fromkeys(["lora_target_modules", "target_modules", "lora_target"], "targets"),
     **dict.fromkeys(["use_peft", "use_lora", "lora", "peft_type", "finetuning_type"], "adapter"),
     **dict.fromkeys(
@@ -302,6 +307,11 @@ class RunConfig(Settings):
             raise ConfigError(
                 "adapter: an adapter needs a base: give base=NAME, or train a whole new model "
                 "with adapter=none"
+            )
+        if self.adapter.base_dtype == "nf4" and self.distributed.parallel == "fsdp":
+            raise ConfigError(
+                "base_dtype: nf4 together with parallel=fsdp: a base in four bits is not divided "
+                "among processes; give parallel=ddp, or base_dtype=bf16"
             )
         if not self.corpus.validation_fraction:
             raise ConfigError(

@@ -27,16 +27,17 @@ from ..data.tokenizer_training import import_tokenizer, train_tokenizer
 from ..data.tokens import PackedDataset, build_tokens
 from ..eval.evaluate import slice_values
 from ..eval.scoring import sample_documents
-from ..model.adapters import add_adapter, freeze_in_bf16
+from ..model.adapters import add_adapter
 from ..model.causal_lm import build_model, context_length, window_length
 from ..model.compute import apply_compute
 from ..model.cuda_graphs import CUDAGraphs
 from ..model.loss import LMLoss, compiled_problem
 from ..model.model_config import ComputeConfig
-from ..model.model_registry import load_model, model_digest
+from ..model.model_registry import model_digest, quantized_base
 from codex_nb.run.bases import (
     find_base,
     memory_advice,
+    open_base,
     resolve_compute_settings,
     resolve_packing,
 )
@@ -97,7 +98,10 @@ def start_run(
     for role, artifact in parents.items():
         run.add_parent(role, artifact.digest)
     if isinstance(cfg, RunConfig) and cfg.has_base:
-        run.add_parent("base", model_digest(find_base(cfg.model.base, folder)))
+        base = find_base(cfg.model.base, folder)
+        run.add_parent("base", model_digest(base))
+        if cfg.adapter.base_dtype == "nf4":
+            run.add_parent("quantized_base", quantized_base(base).digest)
     print(f"{'resuming' if run.resumed else 'writing to'} {display_path(run.folder)}")
     if advice and not run.resumed:
         print(f"note: {advice}")
@@ -158,10 +162,7 @@ def model_for(
         apply_compute(model, cfg.compute)
         return _to_device(model, cfg)
     base = find_base(cfg.model.base)
-    base_dtype = cfg.adapter.base_dtype if cfg.adapter.adapter != "none" else "fp32"
-    model = load_model(base, dtype=base_dtype).train()
-    if base_dtype == "bf16":
-        freeze_in_bf16(model)
+    model = open_base(cfg).train()
     vocab_size = model.get_input_embeddings().num_embeddings
     context = context_length(model.config)
     if tokenizer.vocab_size > vocab_size:
