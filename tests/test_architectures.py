@@ -108,9 +108,15 @@ def test_adapter_passes_layers_by_that_it_cannot_train(home):
         model = open_model(make_base(home / kind, kind))
         adapted = adapter_report(add_adapter(model, lora, 0))["adapted"]
         assert adapted and not {"out_proj", "dt_proj", "gate_proj"} & adapted.keys(), kind
-    experts = lora.model_copy(update={"targets": ["gate_proj"]})
-    with pytest.raises(ConfigError, match="targets: gate_proj: no such linear layer"):
-        add_adapter(open_model(home / "deepseek_v3"), experts, 0)
+    one_tensor = "the experts of this model are one tensor, .*; give any of kv_a_proj_with_mqa, "
+    for target, reason in {
+        "gate_proj": one_tensor,
+        "mlp.experts.gate_up_proj": one_tensor,
+        "qproj": "no such linear layer in this model; there are kv_a_proj_with_mqa, ",
+    }.items():
+        experts = lora.model_copy(update={"targets": ["o_proj", target]})
+        with pytest.raises(ConfigError, match=f"^targets: {target}: {reason}"):
+            add_adapter(open_model(home / "deepseek_v3"), experts, 0)
 
 
 @pytest.mark.parametrize("preset", counts(["moe-small"], ["qwen3-1.7b", "moe-small"]))

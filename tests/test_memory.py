@@ -141,6 +141,22 @@ def test_a_base_in_four_bits_learns_as_one_in_bf16_does_after_evaluations_too(
     assert losses["nf4"] == pytest.approx(losses["bf16"], rel=0.02)
 
 
+@pytest.mark.parametrize("base_dtype", ["fp32", "bf16"])
+def test_a_base_is_opened_once_though_it_is_tried_before_it_is_packed(
+    base_dtype, small_model, tmp_path, monkeypatch
+):
+    from codex_nb.run import bases
+
+    monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
+    opened, tried = [], []
+    load, isolates = bases.load_model, bases.isolates_documents
+    monkeypatch.setattr(bases, "load_model", lambda *a, **k: opened.append(k) or load(*a, **k))
+    monkeypatch.setattr(bases, "isolates_documents", lambda m: tried.append(m) or isolates(m))
+    for k in range(2):  # a second run has a model of its own
+        finetuned(small_model, tmp_path / str(k), base_dtype)
+        assert opened == [{"dtype": base_dtype}] * (k + 1) and len(tried) == k + 1
+
+
 def test_what_four_bits_need_is_said(small_model, monkeypatch):
     from codex_nb.core.config import ConfigError
     from codex_nb.model.model_registry import quantized_base

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'FrozenLinear', 'FrozenConv1D', 'FrozenEmbedding', 'weight_bytes',
-           'freeze_in_bf16', 'import_bitsandbytes', 'quantize_nf4', 'dequantize_nf4', 'NF4Linear',
-           'NF4Conv1D', 'freeze_in_nf4', 'nf4_tensors', 'thaw']
+           'freeze_in_bf16', 'hidden_package', 'import_bitsandbytes', 'quantize_nf4',
+           'dequantize_nf4', 'NF4Linear', 'NF4Conv1D', 'freeze_in_nf4', 'nf4_tensors', 'thaw']
 
 # %% ../../nbs/model/23_frozen_base.ipynb #e2735109
 import importlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -122,21 +124,30 @@ def freeze_in_bf16(
 BLOCK = 64  # Weights that share a scale
 
 
+@contextmanager
+def hidden_package(
+    name: str,  # e.g. `kernels`
+) -> Iterator[None]:  # A `with` block
+    "Let a package look absent while a library is imported that would use it."
+    kept = {name: sys.modules[name]} if name in sys.modules else {}
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+        sys.modules.update(kept)
+
+
 def import_bitsandbytes() -> None:
     "Register the operators of bitsandbytes; `ImportError` names the command that installs it."
-    others = {name: sys.modules[name] for name in ["kernels"] if name in sys.modules}
-    # Where this package is installed, the import would fetch compiled code from the internet.
-    sys.modules["kernels"] = None  # type: ignore[assignment]
     try:
-        with library_warnings("base_dtype=nf4"):
+        # With the package `kernels`, the import would fetch compiled code from the internet.
+        with library_warnings("base_dtype=nf4"), hidden_package("kernels"):
             importlib.import_module("bitsandbytes")
     except ImportError:
         raise ImportError(
             "bitsandbytes is not installed; install it with: pip install 'codex_nb[qlora]'"
         ) from None
-    finally:
-        del sys.modules["kernels"]
-        sys.modules.update(others)
 
 
 def quantize_nf4(
