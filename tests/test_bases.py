@@ -558,7 +558,7 @@ def test_preflight_says_what_the_tokenizer_does_not_know(tmp_path, monkeypatch):
     shape = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     write_model(base, vocab_size=size, max_position_embeddings=64, **shape)
     given = dict(base=str(base), seq_len=8, packing="stream", steps=1, batch_size=2, adapter="none")
-    given |= dict(rank=None, alpha=None, validation_fraction=0.1, device="cpu")
+    given |= dict(rank=None, alpha=None, split_by="position", device="cpu")
     reports = {}
     for name, text in {"known": TEXTS[0], "lost": TEXTS[0] + " 水🜂"}.items():
         data = tmp_path / f"{name}.jsonl"

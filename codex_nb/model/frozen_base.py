@@ -241,6 +241,10 @@ def freeze_in_nf4(
         m.weight = nn.Parameter(codes.to(m.weight.device), requires_grad=False)
         m.absmax = absmax.to(m.weight.device)
         m.__class__ = _IN_NF4[type(m)]
+    # As long as one weight is a view of the base's file, all of it stays in memory.
+    for p in model.parameters():
+        if p.dtype == torch.bfloat16:
+            p.data = p.data.clone()
     return weight_bytes(model)
 
 
