@@ -29,6 +29,7 @@ from codex_nb.model.frozen_base import (
     NF4Conv1D,
     NF4Linear,
     hidden_package,
+    is_read_directly,
     thaw,
 )
 from .model_config import AdapterConfig
@@ -60,18 +61,15 @@ def linear_layers(
     model: PreTrainedModel,  # A causal language model
 ) -> list[str]:  # Full names
     "The layers an adapter can be added to: all linear layers except the output and a few others."
-    head, modules = model.get_output_embeddings(), dict(model.named_modules())
-    fused = _has_fused_experts(model)
+    head, fused = model.get_output_embeddings(), _has_fused_experts(model)
 
     def adaptable(name: str, m: nn.Module) -> bool:
-        parent, _, part = name.rpartition(".")
         if not isinstance(m, (nn.Linear, Conv1D)) or m is head:
             return False
-        # kernels of recurrences read these layers' weights, and pass an adapter by
-        read = part in ("out_proj", "x_proj", "dt_proj") and hasattr(modules[parent], "conv1d")
-        return not read and not (fused and part in EXPERT_LAYERS)
+        in_experts = fused and name.rpartition(".")[2] in EXPERT_LAYERS
+        return not in_experts and not is_read_directly(model, name)
 
-    return [name for name, m in modules.items() if adaptable(name, m)]
+    return [name for name, m in model.named_modules() if adaptable(name, m)]
 
 
 def _has_fused_experts(model: nn.Module) -> bool:

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'FrozenLinear', 'FrozenConv1D', 'FrozenEmbedding', 'weight_bytes',
-           'freeze_in_bf16', 'hidden_package', 'import_bitsandbytes', 'quantize_nf4',
-           'dequantize_nf4', 'NF4Linear', 'NF4Conv1D', 'freeze_in_nf4', 'nf4_tensors', 'thaw']
+           'is_read_directly', 'freeze_in_bf16', 'hidden_package', 'import_bitsandbytes',
+           'quantize_nf4', 'dequantize_nf4', 'NF4Linear', 'NF4Conv1D', 'freeze_in_nf4',
+           'nf4_tensors', 'thaw']
 
 # %% ../../nbs/model/23_frozen_base.ipynb #e2735109
 import importlib
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..core.config import ConfigError
 from ..core.library_warnings import library_warnings
 from .compute import OneDnnConv1D, OneDnnLinear
 
@@ -99,6 +101,16 @@ def weight_bytes(
     return sum(p.nbytes for p in model.parameters()) + sum(m.absmax.nbytes for m in in_nf4)
 
 
+def is_read_directly(
+    model: nn.Module,  # Any torch module
+    name: str,  # Of a linear layer in it
+) -> bool:
+    "Whether kernels of a recurrence read the weight of a layer, and pass the layer by."
+    parent, _, part = name.rpartition(".")
+    in_recurrence = hasattr(model.get_submodule(parent), "conv1d")
+    return in_recurrence and part in ("out_proj", "x_proj", "dt_proj")
+
+
 def freeze_in_bf16(
     model: nn.Module,  # Changed in place
 ) -> int:  # Bytes of its weights
@@ -110,9 +122,10 @@ def freeze_in_bf16(
         if type(m) not in _FROZEN
         for p in m.parameters(recurse=False)
     }
-    for m in model.modules():
+    for name, m in model.named_modules():
         own = [*m.parameters(recurse=False)]
         keeps = type(m) in _FROZEN and elsewhere.isdisjoint(map(id, own))
+        keeps = keeps and not is_read_directly(model, name)
         for p in own:
             p.requires_grad_(False)
             p.data = p.data.to(torch.bfloat16 if keeps else torch.float32)
@@ -226,7 +239,7 @@ def freeze_in_nf4(
     layers: list[str],  # Names of the linear layers to be held in four bits
     quantized: dict[str, torch.Tensor] | None = None,  # From `nf4_tensors`; default: made here
 ) -> int:  # Bytes of its weights
-    "Hold the weights of some layers in NF4, the others as `freeze_in_bf16` does."
+    "Hold the weights of some layers in NF4, the others in bf16; `ConfigError` where none can be."
     import_bitsandbytes()
     freeze_in_bf16(model)
     for name in layers:
@@ -241,6 +254,10 @@ def freeze_in_nf4(
         m.weight = nn.Parameter(codes.to(m.weight.device), requires_grad=False)
         m.absmax = absmax.to(m.weight.device)
         m.__class__ = _IN_NF4[type(m)]
+    kind = getattr(getattr(model, "config", None), "model_type", "this model")
+    if kind == "rwkv" or not any(isinstance(m, _NF4) for m in model.modules()):
+        why = "divides weights in evaluation" if kind == "rwkv" else "has no layer of a known kind"
+        raise ConfigError(f"base_dtype: nf4 is not for {kind}, which {why}; give base_dtype=bf16")
     # As long as one weight is a view of the base's file, all of it stays in memory.
     for p in model.parameters():
         if p.dtype == torch.bfloat16:

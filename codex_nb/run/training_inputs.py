@@ -90,6 +90,8 @@ def start_run(
             check_evaluation(cfg, corpus, tokenizer)
         cfg = resolve_compute_settings(cfg, tokens)  # type: ignore[arg-type,assignment]
         advice = memory_advice(cfg)  # type: ignore[arg-type]
+        if cfg.has_base and cfg.adapter.base_dtype == "nf4":
+            parents["quantized_base"] = quantized_base(find_base(cfg.model.base, folder))
         cfg = resolve_packing(cfg)  # type: ignore[assignment]
     setup_process(cfg)
     if env_setting("CODEX_NB_RUN") and "ipykernel" in sys.modules:
@@ -98,10 +100,7 @@ def start_run(
     for role, artifact in parents.items():
         run.add_parent(role, artifact.digest)
     if isinstance(cfg, RunConfig) and cfg.has_base:
-        base = find_base(cfg.model.base, folder)
-        run.add_parent("base", model_digest(base))
-        if cfg.adapter.base_dtype == "nf4":
-            run.add_parent("quantized_base", quantized_base(base).digest)
+        run.add_parent("base", model_digest(find_base(cfg.model.base, folder)))
     print(f"{'resuming' if run.resumed else 'writing to'} {display_path(run.folder)}")
     if advice and not run.resumed:
         print(f"note: {advice}")
