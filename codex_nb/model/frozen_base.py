@@ -206,7 +206,8 @@ def _dense(codes, absmax, shape, transposed, dtype):  # (out, in)
 class _NF4:
     "What layers in four bits have in common."
 
-    absmax: torch.Tensor  # The scales; the codes are in `weight`
+    weight: Any  # The codes
+    absmax: torch.Tensor  # The scales
     shape: tuple[int, int]  # Of the weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
