@@ -5,6 +5,7 @@ import io
 import json
 
 import torch
+from helpers import write_model, write_tokenizer
 
 TEXTS = [
     "The lamp stood by the river, and nobody knew who had lit it.",
@@ -65,41 +66,13 @@ MORE = {
 
 def make_base(folder, kind, tokenizer=True):
     "A model of random weights, with a tokenizer of its own; returns the folder."
-    from tokenizers import Tokenizer as Fast
-    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from codex_nb.model.causal_lm import hide_progress_bars
-
-    level = pre_tokenizers.ByteLevel
-    fast = Fast(models.BPE())
-    fast.pre_tokenizer, fast.decoder = level(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=288,
-        special_tokens=["<|endoftext|>", "<s>"],
-        initial_alphabet=sorted(level.alphabet()),
-        show_progress=False,
-    )
-    fast.train_from_iterator(TEXTS * 20, trainer)
-    fast.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
-    folder.mkdir(parents=True)
-    if tokenizer:
-        fast.save(str(folder / "tokenizer.json"))
-        special = {"bos_token": "<s>", "eos_token": "<|endoftext|>"}
-        config = {"tokenizer_class": "PreTrainedTokenizerFast"} | special
-        (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    ids = dict(vocab_size=fast.get_vocab_size(), eos_token_id=0, bos_token_id=1, pad_token_id=0)
-    with torch.random.fork_rng(), hide_progress_bars():
-        torch.manual_seed(0)
-        shape = AutoConfig.for_model(kind, **(SHAPES | MORE)[kind], **ids)
-        model = AutoModelForCausalLM.from_config(shape)
-        with torch.no_grad():  # fresh weights give every token nearly the same logit
-            for parameter in model.parameters():
-                if parameter.dim() > 1:
-                    parameter.mul_(4)
-        model.save_pretrained(folder)
+    size = write_tokenizer(folder, TEXTS, ["<|endoftext|>", "<s>"], "<s>", True, vocab_size=288)
+    if not tokenizer:
+        for path in folder.iterdir():
+            path.unlink()
+    ids = dict(vocab_size=size, eos_token_id=0, bos_token_id=1, pad_token_id=0)
+    # Fresh weights give every token nearly the same logit.
+    write_model(folder, kind, 4, **(SHAPES | MORE)[kind], **ids)
     return folder
 
 

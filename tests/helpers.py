@@ -177,3 +177,49 @@ def trained_runs(tmp_path_factory, name, settings):
                 train_and_judge(RunConfig.from_preset("smoke", **given), home / "runs" / run)
 
     return shared_folder(tmp_path_factory, name, make)
+
+
+def write_tokenizer(folder, texts, special, bos="", opens=False, template="", vocab_size=400):
+    """A byte-level tokenizer, trained on a few texts; its number of ids.
+
+    `special[0]` is the end of text; with `opens`, `bos` is put in front of every text."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+    level = pre_tokenizers.ByteLevel
+    fast = Fast(models.BPE())
+    fast.pre_tokenizer, fast.decoder = level(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=sorted(level.alphabet()),
+        show_progress=False,
+    )
+    fast.train_from_iterator([*texts] * 20, trainer)
+    if opens:
+        ids = [(bos, fast.token_to_id(bos))]
+        fast.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=ids)
+    folder.mkdir(parents=True, exist_ok=True)
+    fast.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": special[0]}
+    config |= {"bos_token": bos} if bos else {}
+    config |= {"chat_template": template} if template else {}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return fast.get_vocab_size()
+
+
+def write_model(folder, kind="llama", sharper=1, **shape):
+    "A model of random weights, larger than fresh ones by a factor."
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from codex_nb.model.causal_lm import hide_progress_bars
+
+    with torch.random.fork_rng(), hide_progress_bars():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.mul_(sharper)
+        model.save_pretrained(folder)

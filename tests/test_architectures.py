@@ -108,9 +108,38 @@ def test_adapter_passes_layers_by_that_it_cannot_train(home):
         model = open_model(make_base(home / kind, kind))
         adapted = adapter_report(add_adapter(model, lora, 0))["adapted"]
         assert adapted and not {"out_proj", "dt_proj", "gate_proj"} & adapted.keys(), kind
-    experts = lora.model_copy(update={"targets": ["gate_proj"]})
-    with pytest.raises(ConfigError, match="targets: gate_proj: no such linear layer"):
-        add_adapter(open_model(home / "deepseek_v3"), experts, 0)
+    one_tensor = "the experts of this model are one tensor, .*; give any of kv_a_proj_with_mqa, "
+    for target, reason in {
+        "gate_proj": one_tensor,
+        "mlp.experts.gate_up_proj": one_tensor,
+        "qproj": "no such linear layer in this model; there are kv_a_proj_with_mqa, ",
+    }.items():
+        experts = lora.model_copy(update={"targets": ["o_proj", target]})
+        with pytest.raises(ConfigError, match=f"^targets: {target}: {reason}"):
+            add_adapter(open_model(home / "deepseek_v3"), experts, 0)
+
+
+def test_base_is_frozen_in_fewer_bits_or_refused(home):
+    "What a kernel reads past its layer stays in fp32; four bits are refused where they are none."
+    from codex_nb.model.adapters import linear_layers
+    from codex_nb.model.causal_lm import open_model
+    from codex_nb.model.frozen_base import freeze_in_bf16, freeze_in_nf4, nf4_tensors
+
+    ids = torch.arange(2, 18)[None]
+    for kind in ("mamba", "qwen3_moe"):
+        for freeze in (freeze_in_bf16, lambda m: freeze_in_nf4(m, linear_layers(m))):
+            make_base(home / "frozen" / kind, kind)
+            model = open_model(home / "frozen" / kind)
+            with torch.no_grad():
+                expected = model(input_ids=ids, use_cache=False).logits
+                freeze(model)
+                found = model(input_ids=ids, use_cache=False).logits
+            error = (found - expected).std() / expected.std()
+            assert 0 < error < (0.8 if nf4_tensors(model) else 0.05), (kind, error)
+    for kind in ("falcon", "rwkv"):
+        model = open_model(make_base(home / "frozen" / kind, kind))
+        with pytest.raises(ConfigError, match=f"nf4 is not for {kind}, which .*base_dtype=bf16"):
+            freeze_in_nf4(model, linear_layers(model))
 
 
 @pytest.mark.parametrize("preset", counts(["moe-small"], ["qwen3-1.7b", "moe-small"]))

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from helpers import PROVE, codex, counts, shared_folder
+from helpers import PROVE, codex, counts, shared_folder, write_model, write_tokenizer
 
 from codex_nb.core.types import IGNORE
 from codex_nb.data.corpus import CorpusConfig, open_corpus
@@ -192,49 +192,23 @@ TALK = (
 )
 
 
-def write_tokenizer(folder, template, special, bos, added):
-    "A byte-level tokenizer that was trained on little; its number of ids."
-    from tokenizers import Tokenizer as Fast
-    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
-
-    level = pre_tokenizers.ByteLevel
-    fast = Fast(models.BPE())
-    fast.pre_tokenizer, fast.decoder = level(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=special,
-        initial_alphabet=sorted(level.alphabet()),
-        show_progress=False,
-    )
-    fast.train_from_iterator([*TEXTS, *(m.content for m in TALK)] * 20, trainer)
-    if added:
-        ids = [(bos, fast.token_to_id(bos))]
-        fast.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=ids)
-    folder.mkdir(exist_ok=True)
-    fast.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": special[0]}
-    config |= {"bos_token": bos} if bos else {}
-    config["chat_template"] = template.replace("⟦", "").replace("⟧", "")
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return fast.get_vocab_size()
-
-
 def set_template(folder, template):
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
 
 
-def make_base(folder, template, special, bos, added):
-    "Such a tokenizer and a small model of random weights."
-    from transformers import AutoModelForCausalLM, LlamaConfig
+def make_tokenizer(folder, template, special, bos, opens):
+    "The tokenizer of such a base; its number of ids."
+    texts = [*TEXTS, *(m.content for m in TALK)]
+    plain = template.replace("⟦", "").replace("⟧", "")
+    return write_tokenizer(folder, texts, special, bos, opens, plain)
 
-    size = write_tokenizer(folder, template, special, bos, added)
-    torch.manual_seed(0)
+
+def make_base(folder, *tokenizer):
+    "Such a tokenizer and a small model of random weights."
+    size = make_tokenizer(folder, *tokenizer)
     shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
-    model = AutoModelForCausalLM.from_config(
-        LlamaConfig(vocab_size=size, max_position_embeddings=128, **shape)
-    )
-    model.save_pretrained(folder)
+    write_model(folder, vocab_size=size, max_position_embeddings=128, **shape)
 
 
 @pytest.fixture(scope="session")
@@ -341,7 +315,7 @@ def test_the_same_is_learned_with_and_without_generation_markers(base, tmp_path)
 @pytest.mark.parametrize("shape", counts(list(SHAPES)[::3], list(SHAPES)))
 def test_exactly_the_answers_are_learned(shape, marks, tmp_path):
     template, special = SHAPES[shape]
-    write_tokenizer(tmp_path, template, special, "<s>" if "<s>" in special else None, False)
+    make_tokenizer(tmp_path, template, special, "<s>" if "<s>" in special else None, False)
     set_template(tmp_path, template.replace("⟦", marks[0]).replace("⟧", marks[1]))
     tokenizer = Tokenizer(tmp_path, shape)
     if shape == "empty thoughts before the last answer" and not marks[0]:
@@ -371,7 +345,7 @@ def test_markers_around_more_than_the_answers_are_refused(wrong, tmp_path):
     else:
         said = "{{ m.role + ': ' }}" + begin + "{{ m.content }}" + end + "{{ eos_token }}"
         line = "{% if m.role == 'user' %}" + said + "{% else %}{{ m.content }}{% endif %}"
-    write_tokenizer(tmp_path, "", ["</s>"], None, False)
+    make_tokenizer(tmp_path, "", ["</s>"], None, False)
     set_template(tmp_path, "{% for m in messages %}" + line + "{% endfor %}")
     with pytest.raises(
         TokenizerError, match="^talk: .* enclose what the user says: .*river called"
@@ -571,3 +545,48 @@ def test_bytes_that_a_tokenizer_does_not_know_are_counted_and_cost_bits(kind, tm
     if kind != "dropped":  # the model's own surprise at an unknown token counts as well
         end, tokens = records[1].special_nll, records[1].tokens
         assert end < 2 * records[1].nll / tokens
+
+
+def test_preflight_says_what_the_tokenizer_does_not_know(tmp_path, monkeypatch):
+    from codex_nb.run.preflight import preflight
+    from codex_nb.run.settings import FinetuneConfig
+
+    monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path / "home"))
+    base = tmp_path / "base"
+    base.mkdir()
+    size = word_tokenizer(base, "words").vocab_size
+    shape = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    write_model(base, vocab_size=size, max_position_embeddings=64, **shape)
+    given = dict(base=str(base), seq_len=8, packing="stream", steps=1, batch_size=2, adapter="none")
+    given |= dict(rank=None, alpha=None, split_by="position", device="cpu")
+    reports = {}
+    for name, text in {"known": TEXTS[0], "lost": TEXTS[0] + " 水🜂"}.items():
+        data = tmp_path / f"{name}.jsonl"
+        lines = [json.dumps({"id": str(i), "text": text, "meta": {"n": i}}) for i in range(20)]
+        data.write_text("\n".join(lines) + "\n")
+        cfg = FinetuneConfig.from_preset("smoke", data=str(data), dedup="off", **given)
+        reports[name] = preflight(cfg, timed=False)
+    assert not any("no token" in line for line in reports["known"]["warnings"])
+    (line,) = (line for line in reports["lost"]["warnings"] if "no token" in line)
+    seen = reports["lost"]["splits"]["train"]["documents"]
+    each = len(TEXTS[0].encode()) + 1 + 3 + 4
+    assert line.startswith(
+        f"the tokenizer has no token for {7 * seen:,} of {each * seen:,} bytes ({7 / each:.2%}), "
+        "such as '水🜂'"
+    )
+
+
+def test_whether_a_model_reads_padding_is_tried_once(bases, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    from codex_nb.eval import generate as chapter
+
+    tried, attempt = [], chapter._try_padding
+    monkeypatch.setattr(chapter, "_try_padding", lambda m: tried.append(m) or attempt(m))
+    tokenizer = Tokenizer(bases / "chatml", "chatml")
+    few = GenerateConfig(max_new_tokens=1)
+    for k in range(2):
+        model = AutoModelForCausalLM.from_pretrained(bases / "chatml")
+        for _ in range(2):
+            chapter.generate_batch(model, tokenizer, ["A lamp", "A lamp by the river"], few)
+        assert len(tried) == k + 1

@@ -1,11 +1,13 @@
-"""A frozen base in bf16: what it changes, what it does not, and what it needs."""
+"""A frozen base in bf16 or four bits: what it changes, what it does not, and what it needs."""
 
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import program, train_losses
+from helpers import program, run_record, train_losses
 
 SETTINGS = dict(
     data="chat",
@@ -23,11 +25,13 @@ SETTINGS = dict(
 )
 
 
-def finetuned(base, folder, base_dtype):
+def finetuned(base, folder, base_dtype, **more):
     from codex_nb.run.judging import train_and_judge
     from codex_nb.run.settings import FinetuneConfig
 
-    cfg = FinetuneConfig.from_preset("smoke", base=str(base), base_dtype=base_dtype, **SETTINGS)
+    cfg = FinetuneConfig.from_preset(
+        "smoke", base=str(base), base_dtype=base_dtype, **SETTINGS | more
+    )
     return train_and_judge(cfg, folder, judged=False)
 
 
@@ -61,8 +65,9 @@ def test_a_bf16_file_is_trained_on_as_if_it_were_opened_in_fp32(in_bf16, tmp_pat
     assert bf16["identity"]["adapter"]["base_dtype"] == "bf16"
 
 
+@pytest.mark.parametrize("base_dtype", ["bf16", "nf4"])
 def test_what_was_trained_beside_a_rounded_base_is_judged_and_merged_beside_it(
-    small_model, tmp_path, monkeypatch
+    base_dtype, small_model, tmp_path, monkeypatch
 ):
     "The file is in fp32 here, so bf16 rounds it."
     from codex_nb.data.tokenizer import Tokenizer
@@ -73,7 +78,7 @@ def test_what_was_trained_beside_a_rounded_base_is_judged_and_merged_beside_it(
     from codex_nb.train.checkpoint import read_weights, set_weights
 
     monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
-    run = finetuned(small_model, tmp_path / "run", "bf16")
+    run = finetuned(small_model, tmp_path / "run", base_dtype)
     checkpoint = run.folder / "checkpoints" / "step-00000003"
     inputs = prepare_training(run.cfg)
     trained, tokenizer = inputs.model, Tokenizer(checkpoint, "")
@@ -90,6 +95,102 @@ def test_what_was_trained_beside_a_rounded_base_is_judged_and_merged_beside_it(
     assert bits_per_byte(load_model(exported.path)) == pytest.approx(as_trained, rel=1e-6)
     config = json.loads((exported.path / "config.json").read_text())
     assert config["dtype"] == "float32"  # as its weights are
+
+
+def test_a_base_in_four_bits_is_an_artifact_that_the_run_and_its_checkpoints_name(
+    in_bf16, tmp_path, monkeypatch
+):
+    from codex_nb.core.artifacts import ArtifactError, read_manifest
+    from codex_nb.core.store import find_stored
+    from codex_nb.core.tensors import tensor_table
+    from codex_nb.model.model_registry import load_model, quantized_base
+    from codex_nb.run.run_folder import verify_files
+
+    monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
+    run = finetuned(in_bf16, tmp_path / "run", "nf4")
+    checkpoint = run.folder / "checkpoints" / "step-00000003"
+    named = [read_manifest(p).parents["quantized_base"] for p in (run.folder, checkpoint)]
+    artifact = find_stored("quantized_base", named[0])
+    assert named == [artifact.digest] * 2 and verify_files(run.folder)["ok"]
+    assert run_record(run.folder)["identity"]["adapter"]["base_dtype"] == "nf4"
+    adapter = tensor_table(checkpoint / "adapter_model.safetensors")
+    assert adapter and all(".lora_" in name for name in adapter)
+    # made again it is the same, and another one is refused
+    shutil.rmtree(artifact.path)
+    assert quantized_base(in_bf16).digest == artifact.digest
+    shutil.rmtree(artifact.path)
+    monkeypatch.setattr("codex_nb.model.frozen_base.BLOCK", 128)
+    with pytest.raises(ArtifactError, match="in four bits it is .* beside which the adapter was"):
+        load_model(checkpoint)
+
+
+def test_a_base_in_four_bits_learns_nearly_as_one_in_bf16(in_bf16, tmp_path, monkeypatch):
+    monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
+    runs = [finetuned(in_bf16, tmp_path / dtype, dtype) for dtype in ("bf16", "nf4")]
+    bf16, nf4 = ([*train_losses(run.folder).values()] for run in runs)
+    assert nf4 != bf16 and nf4 == pytest.approx(bf16, rel=0.02)
+
+
+def test_gradients_go_through_four_bits_after_an_evaluation(in_bf16, tmp_path, monkeypatch):
+    "Those of the weights that they stand for; bitsandbytes' own layer passes none then."
+    from codex_nb.model.frozen_base import thaw
+    from codex_nb.run.settings import FinetuneConfig
+    from codex_nb.run.training_inputs import prepare_training
+
+    monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
+    given = SETTINGS | dict(base=str(in_bf16), base_dtype="nf4", dtype="fp32")
+    model = prepare_training(FinetuneConfig.from_preset("smoke", **given)).model
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    ids = torch.arange(2, 34).reshape(2, 16)
+
+    def gradients():
+        for name, p in trained.items():
+            p.data.fill_(0.01 if "lora_B" in name else 0.1)
+        model.train()(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        found = {name: p.grad.clone() for name, p in trained.items()}
+        model.zero_grad()
+        return found
+
+    with torch.no_grad():
+        model.eval()(input_ids=ids, use_cache=False)
+    beside_codes = gradients()
+    thaw(model)
+    for name, expected in gradients().items():
+        assert expected.abs().sum() > 0, name
+        torch.testing.assert_close(beside_codes[name], expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("base_dtype", ["fp32", "bf16"])
+def test_a_base_is_opened_once_though_it_is_tried_before_it_is_packed(
+    base_dtype, small_model, tmp_path, monkeypatch
+):
+    from codex_nb.run import bases
+
+    monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
+    opened, tried = [], []
+    load, isolates = bases.load_model, bases.isolates_documents
+    monkeypatch.setattr(bases, "load_model", lambda *a, **k: opened.append(k) or load(*a, **k))
+    monkeypatch.setattr(bases, "isolates_documents", lambda m: tried.append(m) or isolates(m))
+    for k in range(2):  # a second run has a model of its own
+        finetuned(small_model, tmp_path / str(k), base_dtype)
+        assert opened == [{"dtype": base_dtype}] * (k + 1) and len(tried) == k + 1
+
+
+def test_what_four_bits_need_is_said(small_model, monkeypatch):
+    from codex_nb.core.config import ConfigError
+    from codex_nb.model.model_registry import quantized_base
+    from codex_nb.run.settings import FinetuneConfig
+
+    given = dict(base=str(small_model), device="cpu", base_dtype="nf4")
+    with pytest.raises(ConfigError, match="dora divides by the norms .* which nf4 rounds"):
+        FinetuneConfig.from_preset("smoke", adapter="dora", **given)
+    with pytest.raises(ConfigError, match="nf4 together with parallel=fsdp"):
+        FinetuneConfig.from_preset("smoke", nproc=2, parallel="fsdp", **given)
+    with pytest.raises(ConfigError, match="load_in_4bit.*give base_dtype=nf4"):
+        FinetuneConfig.from_preset("smoke", load_in_4bit=True)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ImportError, match=r"^bitsandbytes is not installed; .*codex_nb\[qlora\]"):
+        quantized_base(small_model)
 
 
 @pytest.mark.parametrize(
@@ -149,16 +250,19 @@ def memory_is(monkeypatch):
     return set_to
 
 
-@pytest.mark.parametrize("adapter, dtype", [("none", "fp32"), ("lora", "bf16")])
+@pytest.mark.parametrize(
+    "adapter, dtype, base_dtype",
+    [("none", "fp32", None), ("lora", "bf16", "bf16"), ("lora", "bf16", "nf4")],
+)
 def test_the_estimate_is_near_what_a_step_takes(
-    adapter, dtype, small_model, tmp_path, monkeypatch, memory_is
+    adapter, dtype, base_dtype, small_model, tmp_path, monkeypatch, memory_is
 ):
     from codex_nb.run.preflight import preflight, preflight_lines
     from codex_nb.run.settings import FinetuneConfig
 
     monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
     given = {k: v for k, v in SETTINGS.items() if k != "rank"} | dict(adapter=adapter, dtype=dtype)
-    given["rank"] = None if adapter == "none" else 4
+    given |= dict(rank=None if adapter == "none" else 4, base_dtype=base_dtype)
     cfg = FinetuneConfig.from_preset("smoke", base=str(small_model), **given)
     memory_is(limit=1000, available=0.1)
     report = preflight(cfg)

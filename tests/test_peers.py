@@ -104,10 +104,11 @@ def losses_of_trainer(model, lr, rows, folder):
 
 @pytest.mark.parametrize("adapter", ["none", "lora"])
 def test_each_step_has_the_loss_that_trainer_has(adapter, small_model, tmp_path, monkeypatch):
-    import peft
     from transformers import AutoModelForCausalLM
 
-    from codex_nb.model.adapters import adapter_tensors
+    from codex_nb.model.adapters import adapter_tensors, import_peft
+
+    peft = import_peft()
 
     monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
     low_rank = dict(rank=4, alpha=8.0, targets=["q_proj", "v_proj", "down_proj"])

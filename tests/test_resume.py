@@ -100,7 +100,7 @@ CUTS = {
 }
 EVERY = [
     (cut, kind, dtype) for cut in CUTS for kind in ("full", "lora") for dtype in ("fp32", "bf16")
-]
+] + [(cut, "qlora", "bf16") for cut in CUTS]
 SOME = [
     ("between an evaluation and a save", "full", "fp32"),
     ("right after an evaluation", "full", "bf16"),
@@ -109,6 +109,7 @@ SOME = [
     ("two in a row", "lora", "fp32"),
     ("in the middle of accumulating", "full", "bf16"),
     ("in the middle of accumulating", "lora", "fp32"),
+    ("right after an evaluation", "qlora", "bf16"),
 ]
 
 
@@ -214,9 +215,11 @@ def run_in_parts(bench, folder, given, cuts, between=None):
 def test_resume_is_bitwise_wherever_it_was_stopped(cut, kind, dtype, bench, tmp_path, monkeypatch):
     monkeypatch.setenv("CODEX_NB_HOME", str(bench["home"]))
     given = dict(dtype=dtype, ema=0.9)
-    if kind == "lora":
+    if kind != "full":
         base = sorted((bench["home"] / "base" / "checkpoints").iterdir())[-1]
         given |= dict(base=str(base), adapter="lora", rank=2, adapter_dropout=0.1)
+    if kind == "qlora":
+        given |= dict(base_dtype="nf4")
     if (kind, dtype) not in bench["straight"]:
         bench["straight"][kind, dtype] = run_in_parts(bench, tmp_path / "straight", given, [])
     straight = bench["straight"][kind, dtype]

@@ -15,6 +15,7 @@ import pytest
 
 import codex_nb.core.library_warnings as heard_by
 from codex_nb.core.library_warnings import KNOWN_WARNINGS, LibraryError, library_warnings
+from codex_nb.model.adapters import import_peft
 
 LINEAR = {"rope_type": "linear", "factor": 2.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
@@ -109,8 +110,7 @@ def masked(folder):
 
 
 def adapted(folder, arch="llama", **settings):
-    import peft
-
+    peft = import_peft()
     model = opened(arch=arch)(folder)
     given = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj", "v_proj"]} | settings
     return peft.get_peft_model(model, peft.LoraConfig(**given))
@@ -143,8 +143,7 @@ def adapter(config=None, tensors=None, **settings):
 
 
 def twice(folder):
-    import peft
-
+    peft = import_peft()
     model = adapted(folder)
     peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
 

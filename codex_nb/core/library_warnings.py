@@ -338,6 +338,12 @@ OTHER_WARNINGS = (
         "a machine with CUDA's compiler and no GPU; a device that is asked for is looked for",
     ),
     KnownWarning(
+        "bitsandbytes.backends.cpu.ops",
+        "Failed to load CPU gemm_4bit_forward from kernels-community",
+        "nothing",
+        "the kernel is on the internet, and for products that are not used here",
+    ),
+    KnownWarning(
         "torch.distributed.checkpoint.state_dict_loader",
         "torch.distributed is disabled, unavailable or uninitialized, assuming the intent is",
         "nothing",

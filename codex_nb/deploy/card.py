@@ -223,7 +223,8 @@ def _training_rows(
     o, fit, seq_len = cfg.optim, cfg.fit, cfg.model.seq_len
     decay = "" if o.schedule == "constant" else f" to {o.lr_end:g} of it"
     predictions = fit.batch_size * seq_len
-    in_bf16 = ", the frozen base in bf16" if cfg.adapter.base_dtype == "bf16" else ""
+    base_dtype = cfg.adapter.base_dtype if cfg.adapter.adapter != "none" else "fp32"
+    held = f", the frozen base in {base_dtype}" if base_dtype not in ("auto", "fp32") else ""
     return [
         ("steps", f"{progress['step']:,}"),
         ("tokens trained on", f"{progress['tokens']:,}"),
@@ -231,7 +232,7 @@ def _training_rows(
         ("optimizer", f"{o.optimizer}, weight decay {o.weight_decay:g}, clip {fit.clip:g}"),
         ("learning rate", f"{o.lr:g}, {o.schedule}{decay}, warm-up {o.warmup:g} of the steps"),
         ("dropout", f"{cfg.model.dropout:g}"),
-        ("dtype", f"{cfg.model.dtype} products, fp32 weights{in_bf16}"),
+        ("dtype", f"{cfg.model.dtype} products, fp32 weights{held}"),
         ("packing", cfg.rows.packing),
         ("seed", f"{cfg.seed}, {cfg.determinism} algorithms"),
         ("hardware (as the run says; not proven)", hardware(folder)),

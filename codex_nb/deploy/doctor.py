@@ -49,6 +49,7 @@ class Check:
 # Optional package -> the extra that installs it, and what it is for
 EXTRAS = {
     "peft": ("lora", "adapters: LoRA, rsLoRA, DoRA"),
+    "bitsandbytes": ("qlora", "a base in four bits (QLoRA)"),
     "mlflow": ("mlflow", "curves in MLflow"),
     "tensorboard": ("tensorboard", "curves in TensorBoard"),
     "wandb": ("wandb", "curves in Weights & Biases"),

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedModel
@@ -216,12 +217,21 @@ def _takes_cache(model: PreTrainedModel) -> bool:
     return not is_known or "past_key_values" in inspect.signature(model.forward).parameters
 
 
+_padding: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
+
 def _reads_padding(model: PreTrainedModel) -> bool:
-    "Whether texts of several lengths can share a batch; tried on a short one."
+    "Whether texts of several lengths can share a batch; tried on a short one, once for a model."
     if not isinstance(model, PreTrainedModel):
         return True
     if not _takes_cache(model):
         return False
+    if model not in _padding:
+        _padding[model] = _try_padding(model)
+    return _padding[model]
+
+
+def _try_padding(model: PreTrainedModel) -> bool:
     text = [2, 3, 4]
     alone, padded = (_BatchDecoder(model, texts) for texts in ([text], [text, text * 3]))
     a, b = alone.next_logits()[0].float(), padded.next_logits()[0].float()

@@ -315,7 +315,8 @@ def count_parameters(
     model: torch.nn.Module,  # Any torch module
 ) -> int:  # Shared parameters count once
     "Count the parameters of a model."
-    return sum(p.numel() for p in model.parameters())
+    # bytes hold two parameters each: a base in four bits
+    return sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in model.parameters())
 
 
 def flops_per_token(

@@ -109,16 +109,18 @@ class AdapterConfig(Config):
     adapter_dropout: float = Field(0.0, ge=0, lt=1)  # On the input of A
     # Layers, by full name or its last parts; empty: all linear layers except the output
     targets: list[str] = []
-    # Dtype of the frozen base; `auto`: bf16 where products are in bf16, except for `dora`
-    base_dtype: Literal["auto", "fp32", "bf16"] = Field(
+    # Dtype of the frozen base; `auto`: bf16 where products are in bf16, except for `dora`;
+    # `nf4`: four bits a weight of its layers, bf16 for the others (QLoRA)
+    base_dtype: Literal["auto", "fp32", "bf16", "nf4"] = Field(
         "auto", json_schema_extra=not_in_digest_at("auto", "fp32")
     )
 
     @model_validator(mode="after")
     def _check_base_dtype(self) -> "AdapterConfig":
-        if self.adapter == "dora" and self.base_dtype == "bf16":
+        if self.adapter == "dora" and self.base_dtype in ("bf16", "nf4"):
             raise ValueError(
-                "base_dtype: dora divides by the norms of the base's matrices, which bf16 rounds; "
+                f"base_dtype: dora divides by the norms of the base's matrices, which "
+                f"{self.base_dtype} rounds; "
                 "give base_dtype=fp32 or adapter=lora"
             )
         return self

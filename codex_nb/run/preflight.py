@@ -26,6 +26,7 @@ from ..data.documents import Document
 from ..data.tokenizer import Tokenizer, encode_document
 from ..data.tokens import PackedDataset
 from ..model.causal_lm import count_parameters, logits_of
+from ..model.frozen_base import weight_bytes
 from codex_nb.run.bases import (
     memory_advice,
     memory_needed,
@@ -114,7 +115,7 @@ def preflight(
         "parameters": parameters,
         "trained": trained,
         # Weights; gradients and two moments in fp32
-        "state_bytes": sum(p.nbytes for p in model.parameters()) + trained * 12,
+        "state_bytes": weight_bytes(model) + trained * 12,
         "memory": memory_needed(cfg),
         "first_row": tokenizer.decode(first_row)[:200],
     }
@@ -133,6 +134,7 @@ def preflight(
             "seconds": None if seconds is None else round(seconds * steps, 1),
         }
     out["turn_ends_learned"] = _learns_turn_ends(corpus, tokenizer)
+    out["unknown"] = _unknown_text(corpus, tokenizer)
     found = _warnings(out, cfg) + ([advice] if advice else [])
     return out | {"warnings": [*corpus.notes, *found]}
 
@@ -144,6 +146,19 @@ def _learns_turn_ends(corpus: Corpus, tokenizer: Tokenizer, look: int = 20) -> b
     special = np.array(sorted(tokenizer.special))
     found = [bool(np.isin(e.ids[e.mask], special).any()) for e in encoded]
     return any(found) if found else None
+
+
+def _unknown_text(corpus: Corpus, tokenizer: Tokenizer, look: int = 1000) -> dict[str, Any]:
+    "Bytes of the first documents for which there is no token, all of them, and an example."
+    unknown, total, example = 0, 0, ""
+    for doc in islice(corpus.split("train"), look):
+        text = doc.full_text
+        found = tokenizer.unknown_bytes(text)
+        if found and not example:
+            words = (word[:20] for word in text.split() if tokenizer.unknown_bytes(word))
+            example = next(words, text[:20])
+        unknown, total = unknown + found, total + len(text.encode())
+    return {"bytes": unknown, "of": total, "example": example}
 
 
 def _try_step(
@@ -205,6 +220,13 @@ def _warnings(out: dict[str, Any], cfg: RunConfig) -> list[str]:
         unknown = ": the model will not know when to stop"
         found.append(
             "the end of text is never learned" + (stops if out["turn_ends_learned"] else unknown)
+        )
+    if (unknown := out["unknown"])["bytes"]:
+        share = unknown["bytes"] / unknown["of"]
+        found.append(
+            f"the tokenizer has no token for {unknown['bytes']:,} of {unknown['of']:,} bytes "
+            f"({share:.2%}), such as {unknown['example']!r}: the model can neither read nor write "
+            "them; bring a base whose tokenizer knows this text"
         )
     if rows["documents_divided"]:
         found.append(

@@ -82,7 +82,12 @@ ALSO_CALLED = {
     **dict.fromkeys(["lora_r", "lora_rank", "r"], "rank"),
     "lora_alpha": "alpha",
     "lora_dropout": "adapter_dropout",
-    **dict.fromkeys(["bnb_4bit_compute_dtype", "model_dtype", "base_model_dtype"], "base_dtype"),
+    **dict.fromkeys(["model_dtype", "base_model_dtype", "bnb_4bit_quant_type"], "base_dtype"),
+    **dict.fromkeys(
+        ["load_in_4bit", "quantization_config", "quantization", "quantize", "qlora", "use_qlora"],
+        "give base_dtype=nf4",
+    ),
+    "bnb_4bit_compute_dtype": "dtype",
     **dict.fromkeys(["lora_target_modules", "target_modules", "lora_target"], "targets"),
     **dict.fromkeys(["use_peft", "use_lora", "lora", "peft_type", "finetuning_type"], "adapter"),
     **dict.fromkeys(
@@ -305,6 +310,11 @@ class RunConfig(Settings):
                 "adapter: an adapter needs a base: give base=NAME, or train a whole new model "
                 "with adapter=none"
             )
+        if self.adapter.base_dtype == "nf4" and self.distributed.parallel == "fsdp":
+            raise ConfigError(
+                "base_dtype: nf4 together with parallel=fsdp: a base in four bits is not divided "
+                "among processes; give parallel=ddp, or base_dtype=bf16"
+            )
         if not self.corpus.validation_fraction:
             raise ConfigError(
                 "validation_fraction: 0 leaves no documents to evaluate on during training; "
@@ -327,6 +337,7 @@ class RunConfig(Settings):
             ("dropout", self.model.dropout, 0, random),
             ("adapter_dropout", self.adapter.adapter_dropout, 0, random),
             ("dtype", self.model.dtype, "fp32", "bf16 products differ between processors"),
+            ("base_dtype", self.adapter.base_dtype, "fp32", "it is computed in float64"),
             ("compile", self.compute.compile, "off", own),
             ("products", self.compute.products, "torch", own),
             ("graphs", self.compute.graphs, "off", own),

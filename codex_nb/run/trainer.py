@@ -58,7 +58,7 @@ def resume_metadata(
     dataset: PackedDataset,  # The training rows
     tokenizer: Tokenizer,  # That encoded them
     samples: int,  # Rows trained on in all
-    base: str | None = None,  # Digest of the base
+    bases: dict[str, str],  # Digests of the `base`, and of the `quantized_base`, if it has any
     world: World = World(),
 ) -> ResumeMetadata:  # With empty progress
     "What a checkpoint of this run records to be compared when it is resumed."
@@ -89,7 +89,8 @@ def resume_metadata(
         progress={},
         schedule={"total_steps": total_steps, "optim": identity(cfg.optim)},
         data=data,
-        identity={"seed": cfg.seed, "model": model, "adapter": identity(cfg.adapter), "base": base}
+        identity={"seed": cfg.seed, "model": model, "adapter": identity(cfg.adapter), "base": None}
+        | bases
         | rules
         | stopping,
         exact={}
@@ -130,7 +131,7 @@ class Trainer:
             "tokens": dataset.store.digest,
             "tokenizer": tokenizer.digest,
             "corpus": corpus.digest,
-        } | {k: v for k, v in recorded.items() if k == "base"}
+        } | {k: v for k, v in recorded.items() if k in ("base", "quantized_base")}
         self.logger = MetricsLogger(run, model, world)
         self.evaluator = Evaluator(self.logger, model, tokenizer, documents)
         self.early_stopping = EarlyStopping(cfg.fit.patience, cfg.fit.min_delta)
@@ -178,8 +179,8 @@ class Trainer:
         optimizer = make_optimizer(model, cfg.optim)
         ema = EMA(model, cfg.optim.ema) if cfg.optim.ema else None
 
-        base = self.parents.get("base")
-        metadata = resume_metadata(cfg, self.dataset, self.tokenizer, samples, base, world)
+        bases = {k: v for k, v in self.parents.items() if k in ("base", "quantized_base")}
+        metadata = resume_metadata(cfg, self.dataset, self.tokenizer, samples, bases, world)
         checkpoints = CheckpointCallback(
             self.logger, self.evaluator, self.tokenizer, metadata, self.parents, self.sharded
         )

@@ -28,17 +28,18 @@ from ..data.tokenizer_training import import_tokenizer, train_tokenizer
 from ..data.tokens import PackedDataset, build_tokens
 from ..eval.evaluate import slice_values
 from ..eval.scoring import sample_documents
-from ..model.adapters import add_adapter, freeze_in_bf16
+from ..model.adapters import add_adapter
 from ..model.causal_lm import build_model, context_length, window_length
 from ..model.compute import apply_compute
 from ..model.cuda_graphs import CUDAGraphs
 from ..model.loss import LMLoss, compiled_problem
 from ..model.model_config import ComputeConfig
-from ..model.model_registry import load_model, model_digest
+from ..model.model_registry import model_digest, quantized_base
 from ..model.portable_mode import arithmetic, in_portable_dtype
 from codex_nb.run.bases import (
     find_base,
     memory_advice,
+    open_base,
     resolve_compute_settings,
     resolve_packing,
 )
@@ -89,6 +90,8 @@ def start_run(
             check_evaluation(cfg, corpus, tokenizer)
         cfg = resolve_compute_settings(cfg, tokens)  # type: ignore[arg-type,assignment]
         advice = memory_advice(cfg)  # type: ignore[arg-type]
+        if cfg.has_base and cfg.adapter.base_dtype == "nf4":
+            parents["quantized_base"] = quantized_base(find_base(cfg.model.base, folder))
         cfg = resolve_packing(cfg)  # type: ignore[assignment]
     setup_process(cfg)
     if env_setting("CODEX_NB_RUN") and "ipykernel" in sys.modules:
@@ -167,10 +170,7 @@ def _model_for(cfg: RunConfig, tokenizer: Tokenizer) -> "PreTrainedModel":
         apply_compute(model, cfg.compute)
         return _to_device(model, cfg)
     base = find_base(cfg.model.base)
-    base_dtype = cfg.adapter.base_dtype if cfg.adapter.adapter != "none" else "fp32"
-    model = load_model(base, dtype=base_dtype).train()
-    if base_dtype == "bf16":
-        freeze_in_bf16(model)
+    model = open_base(cfg).train()
     vocab_size = model.get_input_embeddings().num_embeddings
     context = context_length(model.config)
     if tokenizer.vocab_size > vocab_size:

@@ -4,7 +4,7 @@ import gc
 import sys
 from pathlib import Path
 
-from codex_nb.model.adapters import freeze_in_bf16
+from codex_nb.model.frozen_base import freeze_in_bf16
 from codex_nb.model.model_registry import load_model
 
 
