@@ -9,6 +9,7 @@ __all__ = ['find_base', 'resolve_compute_settings', 'open_base', 'resolve_packin
 # %% ../../nbs/run/63_bases.ipynb #0afc188e
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -37,6 +38,7 @@ from codex_nb.model.model_registry import (
     load_model,
     quantized_tensors,
 )
+from ..model.portable_mode import portable
 from codex_nb.run.run_folder import (
     find_in_runs,
     find_run,
@@ -173,18 +175,20 @@ def _shape(  # layers, width, vocabulary size
 
 # %% ../../nbs/run/63_bases.ipynb #9848b8aa
 # The base that `resolve_packing` has tried, until the run takes it: at most one
-_opened: dict[tuple[Path, str], "PreTrainedModel"] = {}
+_opened: dict[tuple[Path, str, str], "PreTrainedModel"] = {}
 
 
 def open_base(
     cfg: RunConfig,  # Without `auto`
 ) -> "PreTrainedModel":  # On the CPU, in evaluation mode
     "Open the base of a run as it is trained; one that was tried for packing is not opened again."
-    key = folder, base_dtype = _how_opened(cfg)
+    key = folder, base_dtype, determinism = _how_opened(cfg)
     if key in _opened:
         return _opened.pop(key)
     _opened.clear()
-    model = load_model(folder, dtype=base_dtype if base_dtype == "fp32" else "bf16")
+    # Some of what a model holds, such as angles of positions, is computed when it is opened.
+    with portable() if determinism == "portable" else nullcontext():
+        model = load_model(folder, dtype=base_dtype if base_dtype == "fp32" else "bf16")
     if base_dtype == "nf4":
         freeze_in_nf4(model, linear_layers(model), quantized_tensors(folder))
     elif base_dtype == "bf16":
@@ -192,9 +196,9 @@ def open_base(
     return model
 
 
-def _how_opened(cfg: RunConfig) -> tuple[Path, str]:
+def _how_opened(cfg: RunConfig) -> tuple[Path, str, str]:
     base_dtype = cfg.adapter.base_dtype if cfg.adapter.adapter != "none" else "fp32"
-    return find_base(cfg.model.base), base_dtype
+    return find_base(cfg.model.base), base_dtype, cfg.determinism
 
 
 def resolve_packing(
