@@ -349,19 +349,30 @@ def load_model(
     if not (folder / "adapter_config.json").is_file():
         return open_model(folder, device, _torch_dtype(dtype))
     settings = check_adapter(folder)
-    base = find_model(settings.get("base_model_name_or_path") or "")
     trained_on, base_dtype, codes = None, "fp32", None
     if (folder / MANIFEST).is_file():
         manifest = read_manifest(folder)
         trained_on = manifest.parents.get("base")
         base_dtype = _base_dtype_in(manifest.config)
         codes = manifest.parents.get("quantized_base")
+    named = settings.get("base_model_name_or_path") or ""
+    base = (trained_on and _moved_with(folder, named)) or find_model(named)
     if trained_on and (found := model_digest(base)) != trained_on:
         raise ArtifactError(
             f"{folder}: the adapter belongs to a base {trained_on[:12]}, "
             f"but {base} holds {found[:12]}"
         )
     return _load_merged(base, folder, device, base_dtype, codes)
+
+
+def _moved_with(folder: Path, base: str) -> Path | None:
+    "A base in another run of the same workspace, where both were moved; its digest is checked."
+    if is_model_folder(base) or "runs" not in Path(base).parts:
+        return None
+    parts = Path(base).parts
+    place = Path(*parts[len(parts) - 1 - parts[::-1].index("runs") :])
+    found = (above / place for above in folder.absolute().parents)
+    return next(filter(is_model_folder, found), None)
 
 
 def _base_dtype_in(config: dict[str, Any]) -> str:  # of a checkpoint's manifest
