@@ -37,8 +37,8 @@ def permute(
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
     x = np.asarray(index).astype(np.uint64)
-    if x.size and x.max() >= n:
-        raise ValueError(f"index {x.max()} is not below n = {n}")
+    if x.size and np.max(x) >= n:
+        raise ValueError(f"index {np.max(x)} is not below n = {n}")
     bits = max(1, (n - 1).bit_length())
     half = np.uint64(-(-bits // 2))
     mask = np.uint64((1 << int(half)) - 1)

@@ -303,7 +303,7 @@ class _PieceLayout:
             self.dropped_tokens = int(size[~useful].sum())
             start, size, document = start[useful], size[useful], document[useful]
         row = best_fit(size, T) if packing == "best-fit" else np.arange(len(size))
-        self.n_rows = int(row.max()) + 1 if len(row) else 0
+        self.n_rows = int(np.max(row)) + 1 if len(row) else 0
         self._tokens = int(size.sum())
         # One more piece, of document -1, fills each row that is not full
         empty = T - np.bincount(row, size, self.n_rows).astype(np.int64)

@@ -179,12 +179,12 @@ def bootstrap_ratio(
     _check_ratio(top, bottom, method)
     not_empty = bottom + abs(top) > 0  # empty documents carry no evidence
     top, bottom = top[not_empty], bottom[not_empty]
-    n, value = len(bottom), float(top.sum() / bottom.sum())
+    n, value = len(bottom), float(np.sum(top) / np.sum(bottom))
     if n < 2:
         nan = float("nan")
         return Interval(value, nan, nan, level, notes=("one document: no interval",))
     residual = top - value * bottom
-    if not (abs(residual) > 1e-12 * abs(top).max()).any():
+    if not (abs(residual) > 1e-12 * np.max(abs(top))).any():
         return Interval(value, value, value, level, notes=("all documents have the same value",))
     effective = effective_documents(bottom)
     if method == "studentized" and effective < MIN_TO_RESAMPLE:

@@ -323,10 +323,10 @@ def _choose_answers(
         nll = np.array([r.nll for r in records[at : at + len(choices)]])
         at += len(choices)
         per_byte = nll / [len(c.encode()) for c in choices]
-        best = int(nll.argmin())
+        best = int(np.argmin(nll))
         scores = {
             "choice": float(best == q.answer),
-            "choice_per_byte": float(per_byte.argmin() == q.answer),
+            "choice_per_byte": float(np.argmin(per_byte) == q.answer),
         }
         (label,) = q.expected
         answers.append(_make_answer(q, prompt, choices[best], scores, nll.tolist(), label))
