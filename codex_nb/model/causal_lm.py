@@ -14,7 +14,7 @@ import inspect
 import json
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -238,9 +238,10 @@ def no_device_sync(
     on_gpu: bool,  # Elsewhere nothing changes
 ) -> Iterator[None]:
     "Let a model of transformers run without asking the device for a number."
-    changes = {
+    changes: dict[tuple[Any, str], Callable[..., Any]] = {
         (masking_utils, "find_packed_sequence_indices"): _document_indices,
-        (PreTrainedModel, "warn_if_padding_and_no_attention_mask"): _no_warning,
+        # What is padded is marked in the targets.
+        (PreTrainedModel, "warn_if_padding_and_no_attention_mask"): lambda *ids: None,
     }
     places = [key for key in changes if on_gpu and hasattr(*key)]
     before = {key: getattr(*key) for key in places}
@@ -256,10 +257,6 @@ def no_device_sync(
 def _document_indices(position_ids: torch.Tensor) -> torch.Tensor:
     before = position_ids[:, :1] - 1
     return (torch.diff(position_ids, prepend=before, dim=-1) != 1).cumsum(-1)
-
-
-def _no_warning(model: PreTrainedModel, *args: Any) -> None:
-    "What is padded is marked in the targets."
 
 # %% ../../nbs/model/21_causal_lm.ipynb #fcbf8ce6
 @torch.no_grad()
