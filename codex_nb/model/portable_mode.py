@@ -36,9 +36,8 @@ aten = torch.ops.aten
 
 # Operators that move numbers, make constants, compare, or look something up
 _MOVES = """
-_local_scalar_dense _reshape_alias _to_copy _unsafe_view alias arange argmax argmin argsort
-as_strided cat chunk clone constant_pad_nd copy detach diagonal embedding empty empty_like
-empty_strided equal expand expand_as eye fill flatten flip full full_like gather index index_select
+_local_scalar_dense _reshape_alias _to_copy _unsafe_view alias as_strided cat chunk clone
+constant_pad_nd copy detach diagonal embedding empty empty_like empty_strided equal expand expand_as eye fill flatten flip full full_like gather index index_select
 is_nonzero isfinite isinf isnan item lift_fresh masked_fill masked_select movedim narrow new_empty
 new_empty_strided new_full new_ones new_zeros nonzero one_hot ones ones_like pad permute randint
 randperm repeat repeat_interleave reshape resize roll scalar_tensor scatter select select_backward
@@ -49,7 +48,7 @@ take tile topk transpose tril triu unbind unfold unsqueeze view where zero zeros
 _ROUNDED_ONCE = """
 abs all amax amin aminmax any bitwise_and bitwise_left_shift bitwise_not bitwise_or
 bitwise_right_shift bitwise_xor ceil clamp clamp_max clamp_min copysign eq floor floor_divide fmod
-ge gt le logical_and logical_not logical_or logical_xor lt max maximum min minimum mul ne neg relu
+ge gt le logical_and logical_not logical_or logical_xor lt maximum minimum mul ne neg relu
 remainder round sgn sign threshold_backward trunc
 """
 EXACT = frozenset((_MOVES + _ROUNDED_ONCE).split())
@@ -86,10 +85,6 @@ _form_of("rsqrt")(_in_float64(lambda x: 1 / exact.sqrt(x)))
 _form_of("reciprocal")(_in_float64(lambda x: 1 / x))
 
 
-def _is_float(*values: Any) -> bool:
-    return any(isinstance(v, float) or getattr(v, "is_floating_point", bool)() for v in values)
-
-
 @_form_of("add")
 def _add(x: Any, y: Any, alpha: float = 1) -> torch.Tensor:
     return torch.add(x, y) if alpha == 1 else torch.add(x, y * alpha)
@@ -113,6 +108,35 @@ def _div(x: torch.Tensor, y: Any, rounding_mode: str | None = None) -> torch.Ten
     elif y.ndim == 0:
         y = y.to(x.device)
     return torch.div(x, y, rounding_mode=rounding_mode)
+
+
+@_form_of("arange")
+def _arange(*ends: Any, **how: Any) -> torch.Tensor:
+    if any(isinstance(end, float) and end != int(end) for end in ends):
+        raise PortableError(f"arange{ends}: only steps between integers are exact")
+    if how.get("dtype") is None and any(isinstance(end, float) for end in ends):
+        how["dtype"] = torch.get_default_dtype()
+    return torch.arange(*map(int, ends), **how)
+
+
+@_form_of("max")
+def _max(x: torch.Tensor, other: Any = None, keepdim: bool = False) -> Any:
+    if other is None:
+        return torch.amax(x)
+    if isinstance(other, torch.Tensor):
+        return torch.maximum(x, other)
+    return torch.amax(x, other, keepdim), _argmax(x, other, keepdim)
+
+
+@_form_of("argmax")
+def _argmax(x: torch.Tensor, dim: int | None = None, keepdim: bool = False) -> torch.Tensor:
+    "The first of the largest; torch may return any of them."
+    if dim is None:
+        return _argmax(x.flatten(), 0)
+    places = torch.arange(x.shape[dim], device=x.device)
+    places = places.view([-1 if d == dim % x.ndim else 1 for d in range(x.ndim)])
+    is_top = x == x.amax(dim, keepdim=True)
+    return torch.where(is_top, places, x.shape[dim]).amin(dim, keepdim)
 
 
 @_form_of("pow")
@@ -393,7 +417,7 @@ def _nll_loss_backward(
 # %% ../../nbs/model/20_portable_mode.ipynb #e9e534c6
 @_form_of("bmm")
 def _bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return matmul(a.double(), b.double(), _here().context).to(a.dtype)
+    return matmul(a.double(), b.double(), _state.context).to(a.dtype)
 
 
 @_form_of("mm")
@@ -601,17 +625,13 @@ class _State(threading.local):
 _state = _State()
 
 
-def _here() -> _State:
-    return _state
-
-
 def _run(func: Any, args: Any, kwargs: Any = None) -> Any:
     packet = getattr(func, "overloadpacket", func)
     name = packet.__name__
     form = _portable.get(name)
     if form is not None:
         return form(*args, **(kwargs or {}))
-    if name.removesuffix("_") not in EXACT:
+    if name.removesuffix("_") not in EXACT or "reduce" in getattr(func, "_overloadname", ""):
         raise PortableError(
             f"the operator {packet} has no portable form, so this model cannot be computed with "
             "determinism=portable: use determinism=deterministic"
