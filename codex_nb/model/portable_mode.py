@@ -37,7 +37,8 @@ aten = torch.ops.aten
 # Operators that move numbers, make constants, compare, or look something up
 _MOVES = """
 _local_scalar_dense _reshape_alias _to_copy _unsafe_view alias as_strided cat chunk clone
-constant_pad_nd copy detach diagonal embedding empty empty_like empty_strided equal expand expand_as eye fill flatten flip full full_like gather index index_select
+constant_pad_nd copy detach diagonal embedding empty empty_like empty_strided equal expand expand_as
+eye fill flatten flip full full_like gather index index_select
 is_nonzero isfinite isinf isnan item lift_fresh masked_fill masked_select movedim narrow new_empty
 new_empty_strided new_full new_ones new_zeros nonzero one_hot ones ones_like pad permute randint
 randperm repeat repeat_interleave reshape resize roll scalar_tensor scatter select select_backward
