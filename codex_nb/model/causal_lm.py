@@ -259,7 +259,7 @@ def _document_indices(position_ids: torch.Tensor) -> torch.Tensor:
 
 
 def _no_warning(model: PreTrainedModel, *args: Any) -> None:
-    "What is padded is marked in the targets."
+    return None  # what is padded is marked in the targets
 
 # %% ../../nbs/model/21_causal_lm.ipynb #fcbf8ce6
 @torch.no_grad()
