@@ -401,6 +401,21 @@ def test_what_is_trained_on_is_what_is_judged(base, packing, tmp_path, monkeypat
     assert rows.report()["end_of_text_learned"] == sum(bool(d.text) for d in documents)
 
 
+def test_no_prefix_of_a_conversation_is_rendered_twice(bases, monkeypatch):
+    from codex_nb.data import tokenizer as chapter
+
+    rendered, render = [], chapter._render
+
+    def counting(tokenizer, messages, tools=(), **options):
+        rendered.append((len(messages), *options))
+        return render(tokenizer, messages, tools, **options)
+
+    monkeypatch.setattr(chapter, "_render", counting)
+    encode_document(Tokenizer(bases / "chatml", "chatml"), Document("talk", messages=TALK))
+    prompted = "add_generation_prompt"
+    assert sorted(rendered) == [(1, prompted), (2,), (3, prompted), (4,)]
+
+
 def test_template_that_rewrites_earlier_turns_is_refused_by_place(bases, tmp_path):
     folder = bases / "chatml"
     for name in ("tokenizer.json", "tokenizer_config.json"):

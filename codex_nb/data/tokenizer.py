@@ -728,8 +728,8 @@ def _encode_with_template(
         _check_markers(tokenizer, text, spans, messages)
     else:
         text, _ = _render(tokenizer, messages, tools)
-        answers = [messages[: k + 1] for k, m in enumerate(messages) if m.role == "assistant"]
-        spans = [_answer_span(tokenizer, text, through, tools) for through in answers]
+        answers = [k for k, m in enumerate(messages) if m.role == "assistant"]
+        spans = [_answer_span(tokenizer, text, messages, k, tools) for k in answers]
     _check_tools(tokenizer, text, messages, tools)
     ids, places = _encode_rendered(tokenizer, text, messages)
     return ids, _inside(places, spans)
@@ -782,16 +782,21 @@ def _check_tools(
 
 
 def _answer_span(
-    tokenizer: Tokenizer, text: str, messages: Sequence[Message], tools: Sequence[dict[str, Any]]
-) -> tuple[int, int]:  # The characters of the last message in the text of the whole conversation
-    before, _ = _render(tokenizer, messages[:-1], tools, add_generation_prompt=True)
-    through, _ = _render(tokenizer, messages, tools)
+    tokenizer: Tokenizer,
+    text: str,
+    messages: Sequence[Message],
+    k: int,
+    tools: Sequence[dict[str, Any]],
+) -> tuple[int, int]:  # The characters of message `k` in the text of the whole conversation
+    before, _ = _render(tokenizer, messages[:k], tools, add_generation_prompt=True)
+    is_last = k + 1 == len(messages)
+    through = text if is_last else _render(tokenizer, messages[: k + 1], tools)[0]
     start, end = len(before), len(os.path.commonprefix([through, text]))
-    answer = messages[-1].content
+    answer = messages[k].content
     said = text.find(answer.strip(), start, end)
     if not through.startswith(before) or said < 0:
         raise TokenizerError(
-            f"{tokenizer.path}: its chat template writes message {len(messages)} in another way "
+            f"{tokenizer.path}: its chat template writes message {k + 1} in another way "
             f"when more follows, so what the assistant says cannot be found: {answer[:60]!r}; put "
             "{% generation %} markers around the assistant's content in chat_template.jinja"
         )
