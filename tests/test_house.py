@@ -306,7 +306,7 @@ def test_every_command_of_the_readme_exists():
     from codex_nb.core.config import flat_names
     from codex_nb.experiments.launch import settings_class
 
-    known = {c.callback.__name__ for c in app.registered_commands} | {
+    known = {c.callback.__name__.replace("_", "-") for c in app.registered_commands} | {
         g.name for g in app.registered_groups
     }
     for c in found:

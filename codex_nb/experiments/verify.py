@@ -296,8 +296,8 @@ def check_environment(folder: Path, record: RunRecord) -> Contradictions:
     if not path.is_file():
         return
     env = json.loads(path.read_bytes())
-    machine = numeric_identity(env)  # raises where something is missing
-    if not all(isinstance(name, str) for name in machine["gpus"]):
+    numeric_identity(env)  # raises where something is missing
+    if not all(isinstance(gpu["name"], str) for gpu in env["gpus"]):
         yield f"{path}: the names of gpus are not all texts"
     if not isinstance(env.get("packages", {}), dict):
         yield f"{path}: packages are no names with versions"
