@@ -130,7 +130,8 @@ def test_models_of_other_makers_do_not_depend_on_it_either(kind, portable):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with arithmetic():
-        config = AutoConfig.for_model(kind, **(SHAPES | MORE)[kind], vocab_size=64)
+        ids = dict(vocab_size=64, eos_token_id=0, bos_token_id=1, pad_token_id=0)
+        config = AutoConfig.for_model(kind, **(SHAPES | MORE)[kind], **ids)
         model = in_portable_dtype(AutoModelForCausalLM.from_config(config)).train()
     batch = batch_of_documents()
     whole, parts = gradients(model, batch, 6), gradients(model, batch, 2)
