@@ -186,16 +186,16 @@ void softmax_grad_rows(const double *p, double *dp, double scale, i64 n, i64 fir
     free(room);
 }
 
-/* --- The loss: logits become probabilities, 0 at the target; `loss` and `at_target` are written */
+/* --- The loss: logits become probabilities, 0 at the target; log(total) + shift is the loss */
 
-void head_rows(double *x, const i64 *targets, double *loss, double *at_target, const double *rate,
+void head_rows(double *x, const i64 *targets, double *total, double *at_target, double *shift,
                double magic, i64 n, i64 first, i64 count) {
     for (i64 r = first; r < first + count; r++) {
         double *p = x + r * n, top = -INFINITY, sum = 0.0;
         i64 t = targets[r];
         if (t < 0) {
             memset(p, 0, n * sizeof(double));
-            loss[r] = at_target[r] = 0.0;
+            total[r] = at_target[r] = shift[r] = 0.0;
             continue;
         }
         double chosen = p[t];
@@ -207,8 +207,8 @@ void head_rows(double *x, const i64 *targets, double *loss, double *at_target, c
         for (i64 i = 0; i < n; i++) p[i] = p[i] / sum;
         at_target[r] = p[t] - 1.0;
         p[t] = 0.0;
-        loss[r] = sum;      /* its logarithm is taken where the plain form takes it */
-        ((double *)rate)[r] = top - chosen;
+        total[r] = sum;
+        shift[r] = top - chosen;
     }
 }
 

@@ -13,7 +13,12 @@ from codex_nb.core.repro import set_determinism
 from codex_nb.core.types import IGNORE, Batch
 from codex_nb.model.loss import LMLoss
 from codex_nb.model.model_config import AdapterConfig, ModelConfig
-from codex_nb.model.portable_functions import PortableError, without_kernels
+from codex_nb.model.portable_functions import (
+    PortableError,
+    compiled_kernels,
+    kernels_for,
+    without_kernels,
+)
 from codex_nb.model.portable_mode import arithmetic, in_portable_dtype
 from codex_nb.run.settings import RunConfig
 
@@ -33,6 +38,12 @@ def test_a_digest_is_the_same_on_another_machine(machine, tmp_path):
     done = codex("prove-digest", home=tmp_path, fresh=True, **MACHINES[machine])
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("equal: ")
+
+
+@pytest.mark.skipif(compiled_kernels() is None, reason="there is no C compiler")
+def test_compiled_kernels_agree_with_the_plain_form():
+    "Where one bit differs they are not used, and nothing but the speed would show it."
+    assert kernels_for(torch.zeros(1, dtype=torch.float64)) is not None
 
 
 @pytest.fixture

@@ -724,7 +724,7 @@ def _attention(
 _NARROW = torch.float32, torch.bfloat16, torch.float16
 
 
-def _is_narrowed(x: Any) -> bool:
+def _leads_to_gradients(x: Any) -> bool:
     "Models compute norms and softmax in float32; what leads to gradients stays as it is."
     return x.dtype == torch.float64 and x.requires_grad and torch.is_grad_enabled()
 
@@ -735,19 +735,19 @@ def _widened(value: Any) -> Any:
 
 
 def _to(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    if _is_narrowed(x):
+    if _leads_to_gradients(x):
         args = tuple(map(_widened, args))
         kwargs = {k: _widened(v) for k, v in kwargs.items()}
     return torch.Tensor.to(x, *args, **kwargs)
 
 
 def _float(x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-    return x if _is_narrowed(x) else torch.Tensor.float(x, **kwargs)
+    return x if _leads_to_gradients(x) else torch.Tensor.float(x, **kwargs)
 
 
 def _without_dtype(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(input: torch.Tensor, *args: Any, dtype: Any = None, **kwargs: Any) -> Any:
-        dtype = None if _is_narrowed(input) else dtype
+        dtype = None if _leads_to_gradients(input) else dtype
         return function(input, *args, dtype=dtype, **kwargs)
 
     return call
