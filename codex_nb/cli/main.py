@@ -237,11 +237,12 @@ def verify(
     from codex_nb.experiments.attest import signatures
     from codex_nb.experiments.verify import verify_run
     from codex_nb.run.run_folder import find_run
-    from codex_nb.run.run_record import readable
+    from codex_nb.run.run_record import RunRecord, readable
 
     folder = find_run(run)
     with readable(folder):
         files, order = verify_run(folder), None
+        files["portable"] = files["ok"] and RunRecord.load(folder).portable
         signed = signatures(folder, signers) if signers else None
     if not quick:
         from codex_nb.core.config import ConfigError
@@ -275,6 +276,8 @@ def _print_verified(files: dict[str, Any], order: "Level | None") -> None:
     print(f"L0 {'holds' if files['ok'] else 'does not hold'}: {files['status']}")
     if order:
         print(order)
+    if files["portable"]:
+        print("portable: a replay on any machine gives the same bits")
 
 
 @app.command()

@@ -346,6 +346,7 @@ class Replay:
     notes: tuple[str, ...]  # What a reader must know
     given: tuple[str, ...] = ()  # The trained models it starts from, and what holds of each
     lineage: tuple["Replay", ...] = ()  # Of those models, if they were replayed too
+    portable: bool = False  # Whether its arithmetic gives the same bits on every machine
 
     @property
     def ok(self) -> bool:
@@ -373,7 +374,8 @@ class Replay:
             out += self.diff.lines()
         for r in self.lineage:
             out += [f"{Path(r.run).name}: {line}" for line in r.lines()]
-        return [*out, f"proven: {', given '.join([self.proven, *self.given])}"]
+        portable = ", portable" if self.portable and self.proven in ("L2", "L3") else ""
+        return [*out, f"proven: {', given '.join([self.proven + portable, *self.given])}"]
 
     def to_dict(self) -> dict[str, Any]:  # JSON types
         "The verdict for a program."
@@ -382,6 +384,7 @@ class Replay:
             "folder": self.folder,
             "ok": self.ok,
             "proven": self.proven,
+            "portable": self.portable,
             "levels": [level.to_dict() for level in self.levels],
             "notes": list(self.notes),
             "given": list(self.given),
@@ -440,7 +443,14 @@ def replay(
     levels += _end_levels(original, folder, diff, whole_run, outcome, tolerance)
     levels = [_excuse(level, diff.causes.machine) for level in levels]
     notes = _replay_notes(run, kind, outcome)
-    result = Replay(str(run), str(folder), tuple(levels), diff, tuple(notes))
+    result = Replay(
+        str(run),
+        str(folder),
+        tuple(levels),
+        diff,
+        tuple(notes),
+        portable=original.record.portable,
+    )
     result = _with_lineage(result, parameters, tolerance, echo, lineage)
     # What the run's own notebook did is no proof, nor is a replay of what has changed meanwhile.
     if subject and not own_notebook and run_subject(run) == subject:
@@ -602,7 +612,7 @@ def _identical_level(original: RunContents, folder: Path, diff: RunDiff) -> Leve
         return Level("L3", False, wrong[0])
     passed = checkpoints_passed(original, read_contents(folder))
     made = ", ".join(sorted([*diff.same_checkpoints, *passed, *diff.same_evaluations]))
-    portable = getattr(original.record.settings(), "determinism", "") == "portable"
+    portable = original.record.portable
     place = "on any machine, since the arithmetic is portable" if portable else "on this machine"
     detail = f"{made}, samples and log are what these settings and this data give {place}"
     if len(manifests) == 2 and manifests[0].digest == manifests[1].digest:

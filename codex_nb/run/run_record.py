@@ -244,6 +244,11 @@ class RunRecord:
             raise ConfigError(f"{self.path}: {e}") from None
         return cfg.with_sources(self.preset, self.sources)
 
+    @property
+    def portable(self) -> bool:
+        "Whether its arithmetic gives the same bits on every machine."
+        return self.config.get("determinism") == "portable"
+
     def launch_folder(
         self,
         folder: Path | str,  # The run folder
