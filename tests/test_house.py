@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import functools
 import hashlib
 import json
 import os
@@ -233,6 +234,41 @@ def test_nothing_forbidden_in_the_package():
 )
 def test_banned_calls_are_found(source):
     assert forbidden(source)
+
+
+@functools.cache
+def bound_in(module):
+    "Names that a module of the package binds; of a package, its modules."
+    if not source_of(module).is_file():
+        folder = LIB / module.replace(".", "/")
+        return {f.stem for f in folder.glob("*.py")} | bound_in(f"{module}.__init__")
+    names = set()
+    for n in ast.walk(ast.parse(source_of(module).read_text())):
+        if isinstance(n, (ast.FunctionDef, ast.ClassDef)):
+            names.add(n.name)
+        elif isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store):
+            names.add(n.id)
+        elif isinstance(n, (ast.Import, ast.ImportFrom)):
+            names.update(a.asname or a.name for a in n.names)
+    return names
+
+
+def test_what_programs_take_from_the_package_is_there():
+    "Also in the strings that a benchmark hands to another process, which no other check reads."
+    sources = {p: "\n".join(code(p)) for p in NOTEBOOKS}
+    for folder in ("tests", "tools"):
+        sources |= {p: p.read_text() for p in (LIB.parent / folder).rglob("*.py")}
+    wrong, seen = [], 0
+    for p, source in sources.items():
+        for found in re.finditer(IMPORT, source):
+            module, names = found[1], re.findall(r"\w+(?: as \w+)?", found[2])
+            unknown = {n.partition(" as ")[0] for n in names} - bound_in(module)
+            wrong += [f"{p.name}: {module}.{n}" for n in unknown]
+            seen += len(names)
+    assert seen > 1000 and not wrong
+
+
+IMPORT = re.compile(r"^ *from codex_nb\.([\w.]+) import +(\([^)]*\)|[^\n#(]+)", re.M)
 
 
 def test_import_has_no_side_effects(tmp_path):
