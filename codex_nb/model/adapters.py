@@ -21,7 +21,6 @@ from transformers.pytorch_utils import Conv1D
 
 from ..core.config import ConfigError
 from ..core.library_warnings import library_warnings, note
-from ..core.repro import seed_for
 from .causal_lm import count_parameters
 from codex_nb.model.frozen_base import (
     FrozenConv1D,
@@ -33,6 +32,7 @@ from codex_nb.model.frozen_base import (
     thaw,
 )
 from .model_config import AdapterConfig
+from .portable_mode import fresh_draws
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -102,8 +102,7 @@ def add_adapter(
         use_rslora=cfg.adapter == "rslora",
         use_dora=cfg.adapter == "dora",
     )
-    with torch.random.fork_rng(devices=[]), library_warnings(base), _seen_as_fp32(model):
-        torch.default_generator.manual_seed(seed_for(seed, "adapter"))
+    with fresh_draws(seed, "adapter"), library_warnings(base), _seen_as_fp32(model):
         adapted = peft.get_peft_model(model, settings).train()
     adapted.peft_config["default"].base_model_name_or_path = base or None
     return adapted

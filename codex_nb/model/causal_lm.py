@@ -39,11 +39,12 @@ from ..core.config import ConfigError
 from ..core.device import DeviceInfo, available_devices, describe_device
 from ..core.library_warnings import library_warnings, note
 from ..core.plugins import get
-from ..core.repro import fix_cublas_workspace, seed_for
+from ..core.repro import fix_cublas_workspace
 from ..core.tensors import tensor_table, weight_files
 from ..core.types import Batch
 from ..core.untrusted import check_plain_files, read_json_object
 from .model_config import ModelConfig
+from .portable_mode import fresh_draws
 
 # %% ../../nbs/model/21_causal_lm.ipynb #14ef83ff
 def resolve_device(
@@ -191,9 +192,7 @@ def build_model(
         use_cache=True,
     )
     hf_config: PretrainedConfig = get("model", cfg.arch)(cfg, common)
-    with torch.random.fork_rng(devices=[]), library_warnings(f"arch={cfg.arch}"):
-        # `torch.manual_seed` would also seed the GPUs, and dropout draws there.
-        torch.default_generator.manual_seed(seed_for(seed, "weights"))
+    with fresh_draws(seed, "weights"), library_warnings(f"arch={cfg.arch}"):
         model = AutoModelForCausalLM.from_config(
             hf_config, dtype=torch.float32, attn_implementation="sdpa"
         )

@@ -395,13 +395,19 @@ def power(
     return exp(exponent * log(x))
 
 # %% ../../nbs/model/20_portable_functions.ipynb #ec34dc02
+_BLOCK = 1 << 16  # Numbers at a time, which stay in the cache
+
+
 def uniform_numbers(
     key: int,  # Chooses the sequence, 0 to 2^63 - 1
     count: int,  # How many
 ) -> torch.Tensor:  # float64, in (0, 1)
     "Uniform random numbers."
-    raw = np.random.Philox(key=key).random_raw(count)
-    return torch.from_numpy(((raw >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53)
+    generator, drawn = np.random.Philox(key=key), np.empty(count)
+    for block in np.split(drawn, range(_BLOCK, count, _BLOCK)):
+        raw = generator.random_raw(len(block))
+        block[:] = ((raw >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return torch.from_numpy(drawn)
 
 
 def normal_numbers(
@@ -409,12 +415,22 @@ def normal_numbers(
     count: int,  # How many
 ) -> torch.Tensor:  # float64, with mean 0 and variance 1
     "Normal random numbers."
-    q = uniform_numbers(key, count) - 0.5
+    drawn = uniform_numbers(key, count)
+    for block in drawn.split(_BLOCK):
+        block.copy_(_inverse_normal(block))
+    return drawn
+
+
+def _inverse_normal(p: torch.Tensor) -> torch.Tensor:
+    q = p - 0.5
+    x = q * _ratio(_CENTRE, 0.180625 - q * q)
+    outside = (q.abs() > 0.425).nonzero()[:, 0]  # about one in seven
+    q = q[outside]
     # -log of the distance to the nearer end
     r = sqrt(-log(0.5 - q.abs()))
-    inside = q * _ratio(_CENTRE, 0.180625 - q * q)
     tail = torch.where(r <= 5, _ratio(_TAIL, r - 1.6), _ratio(_FAR_TAIL, r - 5))
-    return torch.where(q.abs() <= 0.425, inside, torch.copysign(tail, q))
+    x[outside] = torch.copysign(tail, q)
+    return x
 
 
 def _ratio(coefficients: tuple[tuple[float, ...], ...], x: torch.Tensor) -> torch.Tensor:
