@@ -1,110 +1,167 @@
-"""As a new user would: JupyterLab in a browser, open train.ipynb, Run All, see the plot."""
+"""As a new user would: train.ipynb in JupyterLab, in a real browser."""
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import time
 import urllib.request
 
+import nbformat
 import pytest
-from helpers import BIN, ROOT, free_port
+from helpers import BIN, ROOT, free_port, train_steps
 
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
 FLAGS = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync
     --disable-background-networking --disable-component-update""".split()
-
-
-@pytest.mark.skipif(
+pytestmark = pytest.mark.skipif(
     not CHROMIUM, reason="no Chromium on this machine (Debian: apt-get install chromium)"
 )
-def test_run_all_in_jupyterlab_shows_the_plot(tmp_path):
+SETTINGS = {  # keep cells that are out of sight in the page; restart without asking
+    "notebook-extension/tracker": {"windowingMode": "none"},
+    "apputils-extension/sessionDialogs": {"skipKernelRestartDialog": True},
+}
+ERROR = ".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.error']"
+
+
+class Lab:
+    "JupyterLab with one notebook open, and a browser that looks at it."
+
+    def __init__(self, folder, browser, **parameters):
+        self.home, work = folder / "home", folder / "nbs"
+        work.mkdir()
+        notebook = nbformat.read(ROOT / "nbs" / "train.ipynb", 4)
+        cell = next(c for c in notebook.cells if c.source.startswith("preset ="))
+        for name, value in parameters.items():
+            line = re.compile(rf"^{name} = None", re.M)
+            assert line.search(cell.source), name
+            cell.source = line.sub(f"{name} = {value!r}", cell.source)
+        nbformat.write(notebook, work / "train.ipynb")
+        for name, settings in SETTINGS.items():
+            path = folder / "config/lab/user-settings/@jupyterlab" / f"{name}.jupyterlab-settings"
+            path.parent.mkdir(parents=True)
+            path.write_text(json.dumps(settings))
+        port = free_port()
+        own = {"CODEX_NB_HOME": self.home, "JUPYTER_CONFIG_DIR": folder / "config"}
+        own |= {"JUPYTER_DATA_DIR": folder / "data"}
+        words = """--no-browser --allow-root --ServerApp.token= --ServerApp.password=
+            --ServerApp.disable_check_xsrf=True --LabApp.news_url=
+            --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate""".split()
+        self.server = subprocess.Popen(
+            [BIN / "jupyter", "lab", f"--port={port}", *words, work],
+            env=os.environ | {k: str(v) for k, v in own.items()},
+            stdout=open(folder / "lab.log", "w"),
+            stderr=subprocess.STDOUT,
+        )
+        url = f"http://127.0.0.1:{port}"
+        self.until(lambda: answers(f"{url}/api"), pause=lambda: time.sleep(0.5))
+        self.page = browser.new_page(viewport={"width": 1300, "height": 1000})
+        self.page.goto(f"{url}/lab/tree/train.ipynb", wait_until="domcontentloaded")
+        self.page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
+        self.page.wait_for_timeout(3000)
+
+    def until(self, condition, seconds=180, pause=None):
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, f"this did not come: {condition}"
+            (pause or (lambda: self.page.wait_for_timeout(300)))()
+
+    def choose(self, menu, entry):
+        self.page.get_by_role("menuitem", name=menu, exact=True).click()
+        self.page.get_by_text(entry, exact=True).click()
+
+    def run_cell(self, beginning):
+        "Run the cell whose source begins so."
+        cell = self.page.locator(".jp-CodeCell", has_text=beginning).first
+        cell.locator(".cm-content").click()
+        self.page.keyboard.press("Control+Enter")
+
+    def runs(self, pattern="*"):
+        return sorted((self.home / "runs").glob(pattern))
+
+    def text(self):
+        "All that the cells have printed."
+        return "\n".join(self.page.locator(".jp-OutputArea-output").all_inner_texts())
+
+    def screenshot(self, name):
+        self.page.wait_for_timeout(700)
+        if folder := os.environ.get("SCREENSHOTS"):
+            self.page.screenshot(path=f"{folder}/{name}.png")
+
+    def close(self):
+        self.page.close()
+        self.server.terminate()
+        self.server.wait()
+
+
+def answers(url):
+    try:
+        return urllib.request.urlopen(url).read()
+    except OSError:
+        return None
+
+
+@pytest.fixture(scope="module")
+def browser():
     from playwright.sync_api import sync_playwright
 
-    work = tmp_path / "nbs"
-    work.mkdir()
-    shutil.copy(ROOT / "nbs" / "train.ipynb", work)
-    settings = (
-        tmp_path
-        / "config"
-        / "lab"
-        / "user-settings"
-        / "@jupyterlab"
-        / "notebook-extension"
-        / "tracker.jupyterlab-settings"
-    )
-    settings.parent.mkdir(parents=True)
-    settings.write_text('{"windowingMode": "none"}')  # keep cells that are out of sight in the page
-    port, env = (
-        free_port(),
-        os.environ
-        | {
-            "CODEX_NB_HOME": str(tmp_path / "home"),
-            "JUPYTER_CONFIG_DIR": str(tmp_path / "config"),
-            "JUPYTER_DATA_DIR": str(tmp_path / "data"),
-        },
-    )
-    lab = subprocess.Popen(
-        [
-            BIN / "jupyter",
-            "lab",
-            "--no-browser",
-            "--allow-root",
-            f"--port={port}",
-            "--ServerApp.token=",
-            "--ServerApp.password=",
-            "--ServerApp.disable_check_xsrf=True",
-            "--LabApp.news_url=",
-            "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
-            str(work),
-        ],
-        env=env,
-        stdout=open(tmp_path / "lab.log", "w"),
-        stderr=subprocess.STDOUT,
-    )
-    try:
-        for _ in range(120):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/api").read()
-                break
-            except OSError:
-                time.sleep(0.5)
-        with sync_playwright() as p:
-            browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-            page = browser.new_page(viewport={"width": 1300, "height": 1000})
-            page.goto(
-                f"http://127.0.0.1:{port}/lab/tree/train.ipynb", wait_until="domcontentloaded"
-            )
-            page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
-            page.wait_for_timeout(3000)
-            page.get_by_text("Run", exact=True).first.click()
-            page.get_by_text("Run All Cells", exact=True).click()
-            end = time.monotonic() + 180
-            while time.monotonic() < end and not list(
-                (tmp_path / "home" / "runs").glob("*/manifest.json")
-            ):
-                page.wait_for_timeout(500)
-            page.wait_for_timeout(1500)
-            plot = page.locator(".jp-OutputArea-output img").first
-            shot = os.environ.get("SCREENSHOT", str(tmp_path / "lab.png"))
-            page.screenshot(path=shot)  # to look at, should the plot not come
-            plot.wait_for(state="attached", timeout=20_000)
-            plot.scroll_into_view_if_needed()
-            page.wait_for_timeout(500)
-            page.screenshot(path=shot)
-            box, errors = (
-                plot.bounding_box(),
-                page.locator(
-                    ".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.error']"
-                ).count(),
-            )
-            browser.close()
-        assert errors == 0 and box["width"] > 300 and box["height"] > 100
-        (run,) = (tmp_path / "home" / "runs").iterdir()
-        assert (run / "manifest.json").is_file() and (
-            run / "figures" / "training.png"
-        ).stat().st_size > 5000
-    finally:
-        lab.terminate()
-        lab.wait()
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def lab(tmp_path, browser):
+    opened = []
+
+    def start(**parameters):
+        opened.append(Lab(tmp_path, browser, **parameters))
+        return opened[0]
+
+    yield start
+    for one in opened:
+        one.close()
+
+
+def test_two_runs_in_one_kernel_show_their_plots(lab):
+    lab = lab()
+    for n in (1, 2):
+        lab.choose("Run", "Run All Cells")
+        lab.until(lambda: len(lab.runs("*/manifest.json")) == n)
+        plot = lab.page.locator(".jp-OutputArea-output img").first
+        plot.wait_for(state="attached", timeout=20_000)
+        plot.scroll_into_view_if_needed()
+        lab.screenshot(f"run-{n}")
+        box = plot.bounding_box()
+        assert box["width"] > 300 and box["height"] > 100
+        assert lab.page.locator(ERROR).count() == 0
+    assert len(lab.runs()) == 2
+    for run in lab.runs():
+        assert (run / "figures" / "training.png").stat().st_size > 5000
+
+
+def test_an_interrupted_cell_goes_on_when_it_is_run_again(lab):
+    lab = lab(steps=100_000)
+    lab.choose("Run", "Run All Cells")
+    lab.until(lambda: lab.runs() and len(train_steps(lab.runs()[0])) > 20)
+    lab.choose("Kernel", "Interrupt Kernel")
+    lab.until(lambda: lab.page.locator(ERROR).count() > 0)
+    lab.screenshot("interrupted")
+    before = len(train_steps(lab.runs()[0]))
+    assert "run this cell again" in lab.text().lower()
+    lab.run_cell("state = cx.train_model")
+    lab.until(lambda: len(train_steps(lab.runs()[0])) > before + 20)
+    lab.screenshot("goes-on")
+    lab.choose("Kernel", "Interrupt Kernel")
+    lab.until(lambda: lab.page.locator(ERROR).count() > 0)
+    (run,) = lab.runs()
+    assert train_steps(run) == list(range(1, len(train_steps(run)) + 1))
+    # as after a crash: the kernel knows nothing any more
+    lab.choose("Kernel", "Restart Kernel and Run All Cells…")
+    lab.until(lambda: len(lab.runs()) == 2 or len(train_steps(run)) > before + 60)
+    lab.screenshot("restarted")
+    print(lab.text())
