@@ -149,8 +149,9 @@ def _print_outcome(outcome: "Outcome") -> None:
         summary = json.loads(path.read_bytes())
         metric = summary["metrics"].get("bits_per_byte") or {}
         if metric.get("value") is not None:
-            figure = with_interval(metric, summary.get("documents"), "bits per byte")
-            print(f"{path.parent.name}: {figure}")
+            n = summary.get("documents", 0)
+            figure = with_interval(metric, n, "bits per byte")
+            print(f"{path.parent.name}: {figure}, sealed, of {n:,} document{'s' * (n != 1)}")
     if speed := read_median_speed(outcome.folder / "metrics.ndjson"):
         print(f"{SPEED_TITLE}: {speed:,.0f}")
     print(f"{outcome.status}: {outcome.folder}")

@@ -324,7 +324,7 @@ class Evaluator:
         self.latest |= {f"validation_ema.{k}": v for k, v in average.items()}
         print_above_bar(
             f"step {step:5} of {state.total_steps}  "
-            f"validation {results['bits_per_byte']:.3f} bits per byte  "
+            f"validation during training: {results['bits_per_byte']:.3f} bits per byte  "
             f"{state.throughput.mean:,.0f} tokens/s  | {' '.join(sample.split())[:60]}"
         )
 
