@@ -26,6 +26,8 @@ from helpers import (
     wait_until,
 )
 
+from codex_nb.tracking.figures import four_digits
+
 SMALL = dict(
     steps=3,
     width=32,
@@ -134,7 +136,7 @@ def test_finished_run_is_kept_listed_evaluated_and_verified(tmp_path):
     summary = json.loads((folder / "evaluations" / "validation" / "summary.json").read_text())
     result = summary["metrics"]["bits_per_byte"]["value"]
     for shown in (done.stdout, listed.stdout):  # the sealed evaluation, and it says so
-        assert f"validation: {result:.4f} bits per byte" in shown
+        assert f"validation: {four_digits(result)} bits per byte" in shown
     (run,) = json.loads(codex("runs", "--json", home=tmp_path).stdout)
     assert run["evaluations"]["validation"]["bits_per_byte"] == result
     assert run["during_training"]["validation.bits_per_byte"] != result  # of fewer documents

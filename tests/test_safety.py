@@ -484,6 +484,7 @@ def test_no_secret_reaches_a_sink(name, tmp_path, monkeypatch):
             folder,
             {f"p{i}": t for i, (t, _) in enumerate(planted(7).values())},
             {f"t{i}": t for i, (t, _) in enumerate(planted(7).values())},
+            {f"p{i}": t for i, (t, _) in enumerate(planted(7).values())},
         ),
         [name],
     )

@@ -102,7 +102,7 @@ def in_mlflow(run):
     found = client.search_runs([experiment], f"tags.run_folder = '{run}'")
     if not found:
         return []
-    return [m.step for m in client.get_metric_history(found[0].info.run_id, "train.loss")]
+    return [m.step for m in client.get_metric_history(found[0].info.run_id, "loss/train")]
 
 
 def in_tensorboard(run):
@@ -229,7 +229,7 @@ def test_broken_sink_is_left_out_and_filled_again(name, seen, breaks, mends, alo
     if name != "mlflow":
         return wait_for_all_steps(seen, trained.folder)
     # this process still has the old database open
-    query = "select step from metrics where key = 'train.loss' order by step"
+    query = "select step from metrics where key = 'loss/train' order by step"
     with sqlite3.connect(workspace() / "mlflow.db") as db:
         assert [step for (step,) in db.execute(query)] == ALL_STEPS
 
@@ -288,8 +288,8 @@ def test_sealed_evaluation_is_exported_and_not_hidden_by_a_curve(trained):
         assert text == "figure,value\nvalidation.bits_per_byte,1.25\n"
     client, experiment = mlflow_experiment()
     sent = client.search_runs([experiment])[0].data.metrics
-    curve = {"validation.bits_per_byte": 1.9} if trained else {}
-    assert sent == {"evaluations.validation.bits_per_byte": 1.25} | curve
+    curve = {"while_training/validation.bits_per_byte": 1.9} if trained else {}
+    assert sent == {"sealed/validation.bits_per_byte": 1.25} | curve
 
 
 def test_damaged_samples_leave_the_sink_out_by_name(alone, capfd):

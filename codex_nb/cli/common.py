@@ -187,7 +187,9 @@ ParameterOption = Annotated[
     list[str],
     typer.Option("-p", "--parameter", metavar="NAME VALUE", help="A setting. May be repeated."),
 ]
-RunArgument = Annotated[str, typer.Argument(help="A run folder, or the end of its name.")]
+RunArgument = Annotated[
+    str, typer.Argument(help="A run folder, the end of its name, or last for the newest.")
+]
 TokenizerArgument = Annotated[
     str,
     typer.Argument(help="A folder, a SentencePiece .model file, or the beginning of a digest."),

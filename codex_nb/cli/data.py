@@ -466,10 +466,11 @@ def tracking_init() -> None:
     "Create MLflow's store, and print how to open it."
     from codex_nb.core.config import ConfigError
     from codex_nb.core.untrusted import explain_errors
-    from codex_nb.tracking.sinks import mlflow_experiment, mlflow_uri
+    from codex_nb.tracking.sinks import close_ended_runs, mlflow_experiment, mlflow_uri
 
     with explain_errors("MLflow's store", "check MLFLOW_TRACKING_URI", ConfigError):
         client, experiment = mlflow_experiment()
+        close_ended_runs(client, experiment)
         n = len(client.search_runs([experiment]))
     print(f"MLflow's store is ready, with {n} run{'' if n == 1 else 's'}")
     print(f"look at it: mlflow ui --backend-store-uri {mlflow_uri()}")

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/cli/92_generate.ipynb #27146771
 ModelArgument = Annotated[
-    str, typer.Argument(help="A run, a checkpoint folder, or the name of a model.")
+    str,
+    typer.Argument(help="A run, last for the newest that trained, a checkpoint or a model."),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="The seed for sampling.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="One of auto, cpu and cuda.")]
@@ -223,14 +224,27 @@ def compare(
         }
         print(json.dumps(result, default=str))
         return
-    for row in settings:
-        values = "  ".join(f"{v!s:>14}" for name, v in row.items() if name != "setting")
-        print(f"{row['setting']:20} {values}")
-    for row in metrics:
-        cells = [v if name == "run" else f"{name} {v}" for name, v in row.items() if v != ""]
-        print("  ".join(cells))
+    _print_columns([{"setting": row["setting"]} | _short(row) for row in settings])
+    print()
+    _print_columns(metrics)
+    print()
     for c in comparisons:
         print(c.verdict, *(f"  note: {note}" for note in c.notes), sep="\n")
+
+
+def _short(row: dict) -> dict[str, str]:
+    from codex_nb.tracking.figures import short_value
+
+    return {name: short_value(v) for name, v in row.items() if name != "setting"}
+
+
+def _print_columns(rows: list[dict[str, Any]]) -> None:
+    "Rows with the same names, under a header; without the columns that are empty."
+    names = [name for name in rows[0] if any(row[name] != "" for row in rows)] if rows else []
+    table = [names, *([str(row[name]) for name in names] for row in rows)]
+    widths = [max(len(line[i]) for line in table) for i in range(len(names))]
+    for line in table if names else []:
+        print("  ".join(f"{cell:{w}}" for cell, w in zip(line, widths)).rstrip())
 
 
 def _save_plots(

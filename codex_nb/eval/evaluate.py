@@ -32,6 +32,7 @@ from .metrics import Calibration, compressor_bits_per_byte, perplexity
 from .scoring import Record, score, target_text
 from .statistics import Interval, bootstrap_ratio, effective_documents
 from .tasks import Answer
+from ..tracking.figures import MIN_DOCUMENTS, four_digits
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -167,15 +168,15 @@ def summarize(
 
 # %% ../../nbs/eval/57_evaluate.ipynb #abbece80
 def _number(x: float | None) -> str:
-    return "" if x is None else f"{x:.3f}"
+    return "" if x is None else four_digits(x)
 
 
 def _table_row(name: str, value: float, interval: str = "") -> dict[str, str]:
     return {"metric": name, "value": _number(value), "95 % interval": interval}
 
 
-def _metric_row(name: str, m: dict[str, Any]) -> dict[str, str]:
-    has_interval = m["low"] is not None and m["high"] is not None
+def _metric_row(name: str, m: dict[str, Any], documents: int) -> dict[str, str]:
+    has_interval = None not in (m["low"], m["high"]) and documents >= MIN_DOCUMENTS
     interval = f"{_number(m['low'])} to {_number(m['high'])}" if has_interval else "none"
     return _table_row(name, m["value"], interval)
 
@@ -184,13 +185,15 @@ def summary_table(
     summary: dict[str, Any],  # From `summarize` or `summarize_answers`
 ) -> list[dict[str, str]]:  # Rows with `metric`, `value` and `95 % interval`, rounded
     "A summary as rows of a table."
-    rows = [_metric_row(name.replace("_", " "), m) for name, m in summary["metrics"].items()]
+    n = summary.get("documents", summary.get("questions"))
+    rows = [_metric_row(name.replace("_", " "), m, n) for name, m in summary["metrics"].items()]
     if "calibration" in summary:
         rows.append(_table_row("calibration error", summary["calibration"]["error"]))
     found = summary.get("contamination")
     if found and found["contaminated"] and found["clean"]:
         name = f"bits per byte, the {found['clean']['documents']:,} clean documents"
-        rows.append(_metric_row(name, found["clean"]["metrics"]["bits_per_byte"]))
+        clean = found["clean"]
+        rows.append(_metric_row(name, clean["metrics"]["bits_per_byte"], clean["documents"]))
     for name, value in summary.get("compressors", {}).items():
         rows.append(_table_row(f"bits per byte of {name}", value))
     return rows

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import ndtr, ndtri, stdtr, stdtrit
 
+from ..tracking.figures import MIN_DOCUMENTS, four_digits
+
 # %% ../../nbs/eval/52_statistics.ipynb #c22562af
 BLOCK = 60_000  # Draws per block of resamples: they fit the processor's cache
 MIN_RESAMPLES = 200  # Made even when the time is up
@@ -86,7 +88,9 @@ class Interval:
     notes: tuple[str, ...] = ()  # Warnings for the reader
 
     def __str__(self) -> str:
-        return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
+        if not self.low <= self.high:
+            return f"{four_digits(self.value)}, no interval"
+        return f"{four_digits(self.value)} [{four_digits(self.low)}, {four_digits(self.high)}]"
 
 
 def effective_documents(
@@ -214,8 +218,13 @@ class Difference:
     @property
     def shown(self) -> bool:  # By interval and test alike
         "Whether the difference is more than chance."
-        excludes_zero = not self.interval.low <= 0 <= self.interval.high
+        excludes_zero = self.interval.low > 0 or self.interval.high < 0
         return self.p < 1 - self.interval.level and excludes_zero
+
+    @property
+    def least_p(self) -> float:  # In (0, 1]
+        "The least p-value that this many documents can give, whatever the models are."
+        return min(1.0, 2.0 ** (1 - self.documents))
 
 # %% ../../nbs/eval/52_statistics.ipynb #20ad241b
 def sign_flip(
@@ -260,6 +269,9 @@ def paired_difference(
         raise ValueError(f"a has shape {a.shape}, b {b.shape}: compare the same documents")
     d = b - a
     interval = bootstrap_ratio(d, bottom, seed, resamples, level)
+    if len(d) == MIN_DOCUMENTS - 1:
+        nan, notes = float("nan"), ("two documents: no interval; too few to tell how others vary",)
+        interval = Interval(interval.value, nan, nan, level, notes=notes)
     lower = float((d < 0).mean() + (d == 0).mean() / 2) if len(d) else 0.5
     return Difference(interval, sign_flip(d, seed, resamples), len(d), lower)
 
@@ -324,10 +336,17 @@ def verdict(
 ) -> str:  # One line
     "A difference in words."
     i = d.interval
-    evidence = f"p = {d.p:.2g}, {d.documents:,} documents"
+    evidence = f"p = {d.p:.2g}, {d.documents:,} document{'s' * (d.documents != 1)}"
+    if d.least_p > 1 - i.level:
+        evidence += f", which can never give p below {d.least_p:.2g}: evaluate on more"
+    elif d.least_p > 0.001:
+        evidence += f" (at best p = {d.least_p:.2g})"
     if not d.shown:
-        values = f"{i.value:+.4f} [{i.low:+.4f}, {i.high:+.4f}]"
+        values = four_digits(i.value, "+")
+        if i.low <= i.high:
+            values += f" [{four_digits(i.low, '+')}, {four_digits(i.high, '+')}]"
         return f"no difference shown: {names[1]} minus {names[0]} is {values} {unit}, {evidence}"
     winner = names[(i.value < 0) == lower]
     low, high = sorted((abs(i.low), abs(i.high)))
-    return f"{winner} better by {abs(i.value):.4f} [{low:.4f}, {high:.4f}] {unit}, {evidence}"
+    values = f"{four_digits(abs(i.value))} [{four_digits(low)}, {four_digits(high)}]"
+    return f"{winner} better by {values} {unit}, {evidence}"

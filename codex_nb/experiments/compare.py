@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.artifacts import MANIFEST, Artifact, ArtifactError, read_manifest
-from ..core.store import workspace
 from ..eval.evaluate import read_evaluation
 from ..eval.scoring import Record
 from codex_nb.eval.statistics import (
@@ -33,6 +32,7 @@ from .attest import NOT_PROVEN, known_level
 from ..run.run_folder import find_run, list_runs
 from ..run.run_record import RunRecord, load_parents, load_states
 from ..run.settings import TRAINING_KINDS
+from ..tracking.figures import SPEED_TITLE, median_speed, with_interval
 from ..tracking.metrics_log import read_metrics
 
 if TYPE_CHECKING:
@@ -64,9 +64,7 @@ class EvaluatedModel:
     @property
     def tokens_per_second(self) -> float | None:  # Median over the run
         "The speed of training."
-        name = "tokens_per_second"
-        speeds = [r["values"][name] for r in self.metrics if name in r["values"]]
-        return float(np.median(speeds)) if speeds else None
+        return median_speed(self.metrics)
 
 # %% ../../nbs/experiments/74_compare.ipynb #9c89df2e
 def open_evaluated(
@@ -118,7 +116,7 @@ def _training_details(run: Path) -> tuple[dict[str, Any], list[dict]]:
 def _training_runs() -> Iterator[Path]:  # finished ones, the newest first
     for run in reversed(list_runs()):
         if run["status"] == "finished" and run["kind"] in TRAINING_KINDS:
-            yield workspace() / "runs" / run["name"]
+            yield Path(run["path"])
 
 
 def _training_run_of(digest: str) -> Path | None:  # the run that made a checkpoint
@@ -376,6 +374,7 @@ def comparison_json(
         "shown": comparison.shown,
         "bits_per_byte": _interval_json(difference.interval),
         "p": difference.p,
+        "least_p": difference.least_p,
         "documents": difference.documents,
         "b_lower_in": difference.lower,
         "seeds": list(comparison.seeds) if comparison.seeds else None,
@@ -398,11 +397,11 @@ def metrics_table(
     return [
         {
             "run": m.name,
-            "bits per byte": _format_metric(m.summary["metrics"].get("bits_per_byte")),
-            "accuracy": _format_metric(m.summary["metrics"].get("accuracy")),
+            "bits per byte": _format_metric(m.summary, "bits_per_byte"),
+            "accuracy": _format_metric(m.summary, "accuracy"),
             "documents": m.summary["documents"],
             **level,
-            "tokens/s (not proven)": ""
+            f"{SPEED_TITLE} (not proven)": ""
             if m.tokens_per_second is None
             else f"{m.tokens_per_second:,.0f}",
         }
@@ -410,11 +409,9 @@ def metrics_table(
     ]
 
 
-def _format_metric(metric: dict | None) -> str:
-    if metric is None:
-        return ""
-    value, low, high = metric["value"], metric["low"], metric["high"]
-    return f"{value:.4f}" + ("" if None in (low, high) else f" [{low:.4f}, {high:.4f}]")
+def _format_metric(summary: dict, name: str) -> str:
+    metric = summary["metrics"].get(name)
+    return "" if metric is None else with_interval(metric, summary["documents"])
 
 # %% ../../nbs/experiments/74_compare.ipynb #a71e305f
 def figure_levels(
@@ -449,7 +446,7 @@ def plot_curves(
         if len(bits):
             right.plot(tokens, bits, marker="o", ms=3, **style)
     left.set_ylabel("training loss (nats per token)")
-    right.set_ylabel("validation, bits per byte")
+    right.set_ylabel("during training, bits per byte")
     for ax in (left, right):
         ax.set_xlabel("training tokens")
         ax.xaxis.set_major_formatter(EngFormatter())

@@ -484,7 +484,7 @@ def launch(
     path = find_notebook(notebook)
     given = {k: v for k, v in (parameters or {}).items() if v is not None}
     cfg = check_parameters(settings_class(path), given)
-    folder = Path(folder).absolute() if folder else new_run_folder(path.stem, cfg.preset)
+    folder = Path(folder).absolute() if folder else new_run_folder(path.stem, cfg.run_name)
     if (status := run_status(folder)) != "interrupted":
         remedy = "wait until it has ended" if status == "running" else "choose another folder"
         raise RunError(f"{folder}: this run is already {status}; {remedy}")

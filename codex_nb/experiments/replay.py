@@ -269,6 +269,9 @@ def _result_level(run: Path, replayed: Path, tolerance: float, seed: int) -> Lev
     # of the replay's own figure: the one on show may be invented
     bits_per_byte = b.summary["metrics"]["bits_per_byte"]["value"]
     interval, margin = difference.interval, tolerance * bits_per_byte
+    if not interval.low <= interval.high:
+        few = f"an interval needs more documents than {difference.documents}"
+        return Level("L4", None, f"{few}: evaluate on more")
     return Level(
         "L4",
         bool(-margin <= interval.low and interval.high <= margin),

@@ -40,6 +40,7 @@ from codex_nb.experiments.launch import (
 from ..run.run_folder import Run
 from ..run.run_record import RunRecord
 from ..run.settings import KINDS, Settings, SweepConfig
+from ..tracking.figures import MIN_DOCUMENTS, four_digits, short_value
 from ..tracking.system_monitor import memory_here
 from codex_nb.train.interrupts import (
     RESUMABLE,
@@ -450,10 +451,10 @@ class _TrialProgress:
 
 
 def _format_trial(trial: Trial, metric: str) -> str:
-    parameters = "  ".join(f"{k}={v}" for k, v in trial.parameters.items())
+    parameters = "  ".join(f"{k}={short_value(v)}" for k, v in trial.parameters.items())
     value = trial_value(trial.folder, metric)
     if value is not None:
-        result = f"{metric} {value:.4f}"
+        result = f"{metric.replace('_', ' ')} {four_digits(value)}"
     else:
         meta = read_manifest(trial.folder).meta
         result = f"{meta['status']}: {meta.get('error', f'no {metric}')}"
@@ -483,8 +484,11 @@ def trial_interval(
         return None
     nan = float("nan")
     for path in sorted(folder.glob("evaluations/*/summary.json")):
-        if found := json.loads(path.read_bytes())["metrics"].get(metric):
+        summary = json.loads(path.read_bytes())
+        if found := summary["metrics"].get(metric):
             low, high = (nan if found[k] is None else found[k] for k in ("low", "high"))
+            if summary.get("documents", MIN_DOCUMENTS) < MIN_DOCUMENTS:
+                low = high = nan
             return Interval(found["value"], low, high, 0.95)
     return None
 

@@ -8,7 +8,7 @@ __all__ = ['find_base', 'resolve_compute_settings', 'open_base', 'resolve_packin
 
 # %% ../../nbs/run/63_bases.ipynb #0afc188e
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from itertools import combinations
 from pathlib import Path
@@ -40,13 +40,14 @@ from codex_nb.model.model_registry import (
 )
 from ..model.portable_mode import portable
 from codex_nb.run.run_folder import (
+    LAST,
     find_in_runs,
     find_run,
     latest_finished_run,
     list_runs,
     recorded_parent,
 )
-from .settings import RunConfig
+from .settings import TRAINING_KINDS, RunConfig
 from ..tracking.system_monitor import Memory, memory_here
 from ..train.checkpoint import latest_checkpoint
 
@@ -55,12 +56,15 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/run/63_bases.ipynb #24cc4dd4
 def find_base(
-    name: str | None,  # A path, a registered model, or a run; None: the newest finished run
+    # A path, a registered model, a run, or `last`; None: the newest finished run of `train`
+    name: str | None,
     run: Path | str | None = None,  # The folder of the run it is for; default: `$CODEX_NB_RUN`
 ) -> Path:  # A folder with a model; `ConfigError` lists where it was looked for
     "Find the model that a run starts from."
     if name is None:
-        return _recorded_base(run) or _newest_base()
+        return _recorded_base(run) or _newest_base(["train"])
+    if name == LAST:  # decided once: a resumed run and a replay start from what was newest then
+        return _recorded_base(run) or _newest_base(TRAINING_KINDS)
     runs = [r["name"] for r in list_runs() if r["name"].endswith(name)]
     path = Path(name)
     if len(runs) == 1 or (path / "config.json").is_file() and (path / "checkpoints").is_dir():
@@ -83,8 +87,8 @@ def _recorded_base(run: Path | str | None) -> Path | None:
     )
 
 
-def _newest_base() -> Path:
-    run = latest_finished_run(["train"])
+def _newest_base(kinds: Collection[str]) -> Path:
+    run = latest_finished_run(kinds)
     if run is None:
         raise ConfigError(
             f"base: none was given, and there is no finished training run in "

@@ -27,6 +27,7 @@ from ..eval.metrics import loss_of
 from ..eval.scoring import score
 from ..model.causal_lm import autocast
 from .run_folder import Run, in_use, last_values, run_status
+from .run_list import differing_settings
 from .run_record import RunRecord, load_states, record_state, repair_states
 from .settings import RunConfig
 from codex_nb.tracking.metrics_log import (
@@ -54,7 +55,8 @@ def run_info_of(
     "What a sink is told about a run."
     record = RunRecord.load(folder)
     tags = {"kind": record.kind, "preset": record.preset}
-    return RunInfo(Path(folder).absolute(), record.settings().values(), tags)
+    settings = record.settings().values()
+    return RunInfo(Path(folder).absolute(), settings, tags, differing_settings(record))
 
 
 def sinks_of(
@@ -177,7 +179,8 @@ class MetricsLogger:
         if self.sinks:
             if state.interrupted:
                 self.sinks.wait = 2.0  # who stops a run does not want to wait for a viewer
-            self.sinks.finish("FAILED" if failed else None)
+            stopped = "KILLED" if state.interrupted else None  # else its evaluation follows
+            self.sinks.finish("FAILED" if failed else stopped)
 
 
 def _in_live_notebook() -> bool:
@@ -321,7 +324,7 @@ class Evaluator:
         self.latest |= {f"validation_ema.{k}": v for k, v in average.items()}
         print_above_bar(
             f"step {step:5} of {state.total_steps}  "
-            f"validation {results['bits_per_byte']:.3f} bits per byte  "
+            f"validation during training: {results['bits_per_byte']:.3f} bits per byte  "
             f"{state.throughput.mean:,.0f} tokens/s  | {' '.join(sample.split())[:60]}"
         )
 

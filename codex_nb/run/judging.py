@@ -41,6 +41,7 @@ from ..model.model_registry import find_model, load_model, model_digest
 from ..model.portable_mode import arithmetic, in_portable_dtype
 from .recipe import finish, train_model
 from codex_nb.run.run_folder import (
+    LAST,
     Run,
     find_in_runs,
     find_run,
@@ -254,9 +255,10 @@ def find_checkpoint(
         return _recorded_checkpoint(recorded, name)
     if name and (Path(name) / "state.json").is_file():
         return open_artifact(name, "checkpoint")
-    if name and (model := _bare_model(name)):
+    if name and name != LAST and (model := _bare_model(name)):
         return model
-    run = find_run(name) if name else latest_finished_run(TRAINING_KINDS)
+    newest = name in (None, LAST)
+    run = latest_finished_run(TRAINING_KINDS) if newest else find_run(str(name))
     if run is None:
         raise ArtifactError(
             f"checkpoint: none was given, and there is no finished training run in "

@@ -36,7 +36,7 @@ from ..model.compute import set_linear_kernels
 from ..model.model_registry import load_model
 from .bases import find_base
 from .callbacks import sinks_of
-from .run_folder import RecordBackup, Run
+from .run_folder import LAST, RecordBackup, Run
 from .run_record import RunRecord
 from .settings import TRAINING_KINDS, RunConfig
 from .trainer import Trainer
@@ -228,9 +228,9 @@ def with_base(
     folder: Path,  # Its folder
 ) -> RunConfig:
     "The same with the base that the run's record names, also if a newer one would be found now."
-    if not cfg.has_base or cfg.model.base is not None:
+    if not cfg.has_base or cfg.model.base not in (None, LAST):
         return cfg
-    base = str(find_base(None, folder))
+    base = str(find_base(cfg.model.base, folder))
     return cfg.updated(model=cfg.model.model_copy(update={"base": base}))
 
 

@@ -185,6 +185,11 @@ class Settings(Config):
         return self._preset
 
     @property
+    def run_name(self) -> str:
+        "What the name of a run with these settings says, between its kind and its ending."
+        return self.preset
+
+    @property
     def sources(self) -> Mapping[str, str]:  # Leaf -> `default`, `preset NAME`, `given`, `auto`
         "Where each value came from."
         return self._sources
@@ -643,6 +648,13 @@ class SweepConfig(Settings):
     seed: int = Field(0, ge=0)  # Of the search
     determinism: Determinism = "deterministic"
     threads: int | None = Field(None, ge=1, le=1024)
+
+    @property
+    def run_name(self) -> str:  # e.g. `train-lr-seed`
+        "What is run, and the settings that vary."
+        varied = [name for name in (*self.grid, *self.space) if name.isidentifier()]
+        return "-".join([self.of, *varied])[:80]
+
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": dict(
             grid={"lr": [8e-3, 1e-3]},

@@ -43,7 +43,7 @@ from codex_nb.run.bases import (
     resolve_compute_settings,
     resolve_packing,
 )
-from .run_folder import Run
+from .run_folder import Run, register_external_run
 from .settings import RunConfig, Settings
 from ..train.distributed import World, this_world
 from ..train.engine import LossFn
@@ -96,7 +96,8 @@ def start_run(
     setup_process(cfg)
     if env_setting("CODEX_NB_RUN") and "ipykernel" in sys.modules:
         die_with_parent()
-    run = Run.start(kind, cfg, cfg.preset, folder)
+    run = Run.start(kind, cfg, cfg.run_name, folder)
+    register_external_run(run.folder)
     for role, artifact in parents.items():
         run.add_parent(role, artifact.digest)
     if isinstance(cfg, RunConfig) and cfg.has_base:
