@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['NOT_IN_DIGEST', 'ENVIRONMENT', 'canonical_json', 'digest_of', 'ConfigError',
            'not_in_digest_at', 'Config', 'identity', 'allowed', 'suggest', 'flat_names',
-           'unflatten', 'renamed_settings', 'resolve', 'save_config', 'load_config', 'diff_dicts',
-           'diff_config', 'notebook_parameters', 'env_setting', 'environment_with']
+           'unflatten', 'renamed_settings', 'resolve', 'without_cleared', 'save_config',
+           'load_config', 'diff_dicts', 'diff_config', 'notebook_parameters', 'env_setting',
+           'environment_with']
 
 # %% ../../nbs/core/00_config.ipynb #a6d6c713
 import ast
@@ -313,7 +314,7 @@ def resolve(
             problems.append(f"{name}: unknown parameter, given {_shown(value)}; {hint}")
     given = {name: value for name, value in given.items() if name in known}
     problems += _group_problems(cls, given)
-    values = _without_cleared(cls, base, given) | given
+    values = without_cleared(cls, base, given) | given
     values = {name: value for name, value in values.items() if name in known}
     try:
         cfg = cls.model_validate(unflatten(cls, values))
@@ -350,8 +351,13 @@ def _group_problems(cls: type[Config], given: Iterable[str]) -> list[str]:
     return lines
 
 
-def _without_cleared(cls: type[Config], base: dict, given: Iterable[str]) -> dict:
-    "The values of a lower layer without those that a parameter of the same group clears."
+def without_cleared(
+    cls: type[Config],  # The configuration class the names belong to
+    base: dict[str, Any],  # Flat name -> value, of a lower layer
+    given: Iterable[str],  # The names of a higher one
+) -> dict[str, Any]:  # Of the lower layer
+    "Leave out what a parameter of the same exclusive group clears."
+    given = set(given)
     for group in _exclusive_groups(cls):
         if any(name in given for name in group):
             base = {name: value for name, value in base.items() if name not in group}

@@ -41,12 +41,11 @@ from codex_nb.model.model_registry import (
 from ..model.portable_mode import portable
 from codex_nb.run.run_folder import (
     find_in_runs,
-    find_run,
     latest_finished_run,
-    list_runs,
     recorded_parent,
 )
 from .settings import RunConfig
+from .sources import run_or_model
 from ..tracking.system_monitor import Memory, memory_here
 from ..train.checkpoint import latest_checkpoint
 
@@ -61,14 +60,8 @@ def find_base(
     "Find the model that a run starts from."
     if name is None:
         return _recorded_base(run) or _newest_base()
-    runs = [r["name"] for r in list_runs() if r["name"].endswith(name)]
-    path = Path(name)
-    if len(runs) == 1 or (path / "config.json").is_file() and (path / "checkpoints").is_dir():
-        return _base_in_run(find_run(name))
-    try:
-        return find_model(name)
-    except ConfigError as e:
-        raise ConfigError(f"base: {e}") from None
+    folder, is_run = run_or_model(name)
+    return _base_in_run(folder) if is_run else folder
 
 
 def _recorded_base(run: Path | str | None) -> Path | None:
