@@ -66,10 +66,10 @@ BAD = {
         "data {}/shortish.txt -p seq_len 512",
         "tokens cannot fill a row of 512: give more text or a smaller seq_len",
     ),
-    "seq_len": ("seq_len 0", "model.seq_len: given 0; must be int, >= 2"),
+    "seq_len": ("seq_len 0", "codex-nb: seq_len: given 0; must be int, >= 2"),
     "preset": ("preset tinny", "there is no preset 'tinny'; did you mean tiny?"),
     "device": ("device cuda:9", "device: 'cuda:9' cannot be used"),
-    "wrong type": ("steps many", "fit.steps: given 'many'; must be int, >= 1"),
+    "wrong type": ("steps many", "codex-nb: steps: given 'many'; must be int, >= 1"),
     "two limits": ("epochs 1 -p steps 1", "epochs were both given"),
 }
 

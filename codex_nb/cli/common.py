@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['ISSUES', 'JsonOption', 'QuietOption', 'PolicyOption', 'DataOption', 'ParameterOption',
            'RunArgument', 'TokenizerArgument', 'SignersOption', 'RequireOption', 'PlotOption',
-           'join_parameters', 'parse_parameters', 'print_error', 'fail', 'read_input', 'save_plot',
-           'report_fault', 'print_fault', 'command_group']
+           'SettingsArgument', 'ConfigOption', 'join_parameters', 'parse_parameters',
+           'read_parameters', 'print_error', 'fail', 'read_input', 'save_plot', 'report_fault',
+           'print_fault', 'command_group', 'complete_setting']
 
 # %% ../../nbs/cli/90_common.ipynb #c39e1237
 import os
@@ -47,19 +48,42 @@ def join_parameters(
 def parse_parameters(
     pairs: list[str],  # As from `join_parameters`
 ) -> dict[str, Any]:  # Name -> plain value
-    "Read `name=value` pairs; `ConfigError` for what is no pair, or given twice."
+    "Read `name=value` pairs; `ConfigError` for all that are no pairs, or given twice."
     from codex_nb.core.config import ConfigError
     from codex_nb.experiments.launch import parse_value
 
     parameters: dict[str, Any] = {}
+    problems = []
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
-            raise ConfigError(f"-p {pair}: give a name and a value, as in -p epochs 3")
-        if name in parameters:
-            raise ConfigError(f"{name}: given twice; give it once")
-        parameters[name] = parse_value(value)
+            problems.append(f"{pair}: give a name and a value, as in epochs=3")
+        elif name in parameters:
+            problems.append(f"{name}: given twice; give it once")
+        else:
+            try:
+                parameters[name] = parse_value(value)
+            except ConfigError as e:
+                problems.append(f"{name}: {e}")
+    if problems:
+        raise ConfigError(*problems)
     return parameters
+
+# %% ../../nbs/cli/90_common.ipynb #1b08a385
+def read_parameters(
+    notebook: str,  # The run notebook that takes them
+    pairs: list[str],  # `NAME=VALUE`, from the command line
+    config: Path | None = None,  # A file of settings, which lie below
+) -> dict[str, Any]:  # Name -> plain value, not checked yet
+    "All settings that a command was given."
+    parameters = parse_parameters(pairs)
+    if config is None:
+        return parameters
+    from codex_nb.experiments.launch import find_notebook, settings_class
+    from codex_nb.experiments.settings_file import overlay, read_settings
+
+    cls = settings_class(find_notebook(notebook))
+    return overlay(cls, read_settings(config, cls), parameters)
 
 # %% ../../nbs/cli/90_common.ipynb #8358a7dd
 def print_error(
@@ -207,3 +231,31 @@ RequireOption = Annotated[
     ),
 ]
 PlotOption = Annotated[Path | None, typer.Option("--plot", help="Save a plot as this PNG file.")]
+
+# %% ../../nbs/cli/90_common.ipynb #ba263ace
+def complete_setting(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+    "The settings that begin with what was typed, for the completion of a shell."
+    from codex_nb.run.setting_table import setting_table
+    from codex_nb.run.settings import KINDS
+
+    cls = KINDS.get(context.params.get("notebook") or "train", KINDS["train"])
+    table = setting_table(cls)
+    return [(f"{s.name}=", s.meaning) for s in table if s.name.startswith(incomplete)]
+
+
+SettingsArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[NAME=VALUE]...",
+        autocompletion=complete_setting,
+        help="Settings, such as lr=1e-3. codex-nb settings lists them.",
+    ),
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="Read settings from this YAML or JSON file. Those on the command line win.",
+    ),
+]

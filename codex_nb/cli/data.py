@@ -18,16 +18,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from codex_nb.cli.common import (
+    ConfigOption,
     DataOption,
     JsonOption,
     ParameterOption,
     PlotOption,
     PolicyOption,
+    SettingsArgument,
     TokenizerArgument,
     command_group,
     fail,
-    parse_parameters,
     read_input,
+    read_parameters,
     save_plot,
 )
 
@@ -92,7 +94,9 @@ def data_check(
     notebook: Annotated[
         str, typer.Option("--notebook", help="The run to try the data for: train or finetune.")
     ] = "train",
+    setting: SettingsArgument = None,
     parameter: ParameterOption = [],
+    config: ConfigOption = None,
     rows: Annotated[
         bool,
         typer.Option(
@@ -118,7 +122,9 @@ def data_check(
     counted_with = find_tokenizer(tokenizer) if tokenizer else None
     if counted_with and not Path(str(tokenizer)).exists():  # the beginning of a digest
         given["tokenizer_path"] = str(counted_with.path)
-    cfg = check_parameters(training_class(notebook), given | parse_parameters(parameter))
+    cls = training_class(notebook)
+    given |= read_parameters(notebook, [*(setting or []), *parameter], config)
+    cfg = check_parameters(cls, given)
     prepare = _rows_maker(cfg) if rows else None
     report = check_data(cfg.corpus, counted_with, near, near_limit, prepare=prepare)
     if plot:

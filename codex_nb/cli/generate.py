@@ -20,6 +20,7 @@ from codex_nb.cli.common import (
     ParameterOption,
     PolicyOption,
     RequireOption,
+    SettingsArgument,
     SignersOption,
     fail,
     parse_parameters,
@@ -41,7 +42,9 @@ ModelArgument = Annotated[
     typer.Argument(help="A run, last for the newest that trained, a checkpoint or a model."),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="The seed for sampling.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="One of auto, cpu and cuda.")]
+DeviceOption = Annotated[
+    str, typer.Option("--device", help="One of auto, cpu, cuda, cuda:N and mps.")
+]
 
 
 def _load_model(name: str, device: str) -> "tuple[PreTrainedModel, Tokenizer]":
@@ -117,6 +120,7 @@ def generate(
             help="The text to continue; - reads standard input. By default, a document begins.",
         ),
     ] = None,
+    setting: SettingsArgument = None,
     parameter: ParameterOption = [],
     n: Annotated[int, typer.Option("-n", min=1, help="Generate so many texts.")] = 1,
     policy: PolicyOption = None,
@@ -124,7 +128,10 @@ def generate(
     device: DeviceOption = "auto",
 ) -> None:
     "Generate text with a model."
-    cfg, rules = _sampling(parameter), _load_policy(policy)
+    from codex_nb.run.sources import run_or_model
+
+    cfg, rules = _sampling([*(setting or []), *parameter]), _load_policy(policy)
+    run_or_model(run)  # before torch is imported
     text = read_input() if prompt == "-" else prompt
     if text == "":
         fail("--prompt: is empty; give some text, or leave it out to begin a document")
@@ -147,6 +154,7 @@ def chat(
     system: Annotated[
         str | None, typer.Option("--system", help="Instructions for the assistant.")
     ] = None,
+    setting: SettingsArgument = None,
     parameter: ParameterOption = [],
     policy: PolicyOption = None,
     seed: SeedOption = 0,
@@ -154,9 +162,12 @@ def chat(
 ) -> None:
     "Chat with a model until you enter an empty line."
     from codex_nb.data.documents import Message
-    from codex_nb.eval.generate import reply
+    from codex_nb.run.sources import run_or_model
 
-    cfg, rules = _sampling(parameter), _load_policy(policy)
+    cfg, rules = _sampling([*(setting or []), *parameter]), _load_policy(policy)
+    run_or_model(run)
+    from codex_nb.eval.generate import reply  # torch: only now, when the input is known
+
     model, tokenizer = _load_model(run, device)
     messages = [Message("system", system)] if system else []
     while line := _read_line():
@@ -193,8 +204,15 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     "Compare runs. Shows what differs in settings and metrics, and whether by more than chance."
+    from codex_nb.core.config import ConfigError
+    from codex_nb.run.settings import CompareConfig
+    from codex_nb.run.sources import check_sources
+
+    if len(runs) < 2:
+        raise ConfigError(f"{len(runs)} given: name two runs or more, from codex-nb runs")
+    check_sources(CompareConfig.check(runs=runs, split=split))
     from codex_nb.experiments.attest import require_level, weakest
-    from codex_nb.experiments.compare import (
+    from codex_nb.experiments.compare import (  # torch: only now, when the runs are known
         compare_all,
         comparison_json,
         figure_levels,

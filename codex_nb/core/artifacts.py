@@ -26,15 +26,16 @@ from pathlib import Path
 from typing import Any
 
 import codex_nb
+from .brief_errors import UserError
 from .config import digest_of
 from .safety import redact_json
 
 # %% ../../nbs/core/02_artifacts.ipynb #6acaad45
-class ArtifactError(Exception):
+class ArtifactError(UserError):
     "An artifact that is missing, damaged, of another kind, or in the way."
 
 
-class DiskError(OSError):
+class DiskError(UserError, OSError):
     "The disk refused a write: full, over a quota or size limit, read-only, or failing."
 
 # %% ../../nbs/core/02_artifacts.ipynb #1a2fcdd0

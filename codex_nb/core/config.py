@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['NOT_IN_DIGEST', 'ENVIRONMENT', 'canonical_json', 'digest_of', 'ConfigError',
            'not_in_digest_at', 'Config', 'identity', 'allowed', 'suggest', 'flat_names',
-           'unflatten', 'renamed_settings', 'resolve', 'save_config', 'load_config', 'diff_dicts',
-           'diff_config', 'notebook_parameters', 'env_setting', 'environment_with']
+           'unflatten', 'renamed_settings', 'resolve', 'without_cleared', 'save_config',
+           'load_config', 'diff_dicts', 'diff_config', 'notebook_parameters', 'env_setting',
+           'environment_with']
 
 # %% ../../nbs/core/00_config.ipynb #a6d6c713
 import ast
@@ -14,7 +15,8 @@ import difflib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, reduce
 from pathlib import Path
@@ -25,6 +27,8 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
+
+from .brief_errors import UserError
 
 # %% ../../nbs/core/00_config.ipynb #8cd46eb4
 def canonical_json(
@@ -43,8 +47,13 @@ def digest_of(
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 # %% ../../nbs/core/00_config.ipynb #264c403d
-class ConfigError(ValueError):
-    "A configuration or a parameter that cannot be used."
+class ConfigError(UserError, ValueError):
+    "Settings that cannot be used; made with a line for each problem."
+
+    def __str__(self) -> str:
+        if len(self.args) < 2:
+            return super().__str__()
+        return "\n  ".join([f"{len(self.args)} settings cannot be used:", *map(str, self.args)])
 
 
 # Marks a setting that cannot change a result: `Field(..., json_schema_extra=NOT_IN_DIGEST)`
@@ -138,6 +147,8 @@ def allowed(
         members = [a for a in get_args(annotation) or (annotation,) if a is not type(None)]
     parts = [" or ".join(_type_name(a) for a in members)]
     for bound in field.metadata:
+        if words := re.fullmatch(r"\^\(([\w|]+)\)\$", getattr(bound, "pattern", None) or ""):
+            return "one of " + ", ".join(map(repr, words[1].split("|")))
         if type(bound) in _BOUNDS:
             attribute, sign = _BOUNDS[type(bound)]
             parts.append(f"{sign} {getattr(bound, attribute)}")
@@ -179,10 +190,11 @@ def _command_line_form(field: FieldInfo, given: Any) -> str:
 
 def _explain(cls: type[Config], error: ValidationError) -> str:
     "All problems pydantic found, in one line."
-    return f"{cls.__name__}: " + "; ".join(_explain_one(cls, e) for e in error.errors())
+    lines = [_explain_one(cls, e, ".".join(map(str, e["loc"]))) for e in error.errors()]
+    return f"{cls.__name__}: " + "; ".join(lines)
 
 
-def _explain_one(cls: type[Config], problem: ErrorDetails) -> str:
+def _explain_one(cls: type[Config], problem: ErrorDetails, where: str) -> str:
     # The last part of the location is the setting, the parts before it lead to its configuration.
     *path, name = problem["loc"] or ("",)
     owner: Any = cls
@@ -190,7 +202,6 @@ def _explain_one(cls: type[Config], problem: ErrorDetails) -> str:
         nested = getattr(owner, "model_fields", {}).get(part)
         owner = nested.annotation if nested is not None else owner
     fields = getattr(owner, "model_fields", {})
-    where = ".".join(map(str, problem["loc"]))
     given = f"given {_shown(problem['input'])}"
     if problem["type"] == "extra_forbidden":
         return f"{where}: unknown name, {given}; {suggest(str(name), fields)}"
@@ -284,24 +295,39 @@ def resolve(
     presets: dict[str, dict[str, Any]],  # Preset name -> flat name -> value
     preset: str,  # The name of the chosen preset
     given: dict[str, Any],  # Flat name -> value; None means not given
+    found: Sequence[str] = (),  # Problems of other parameters, to be reported with those of these
 ) -> tuple[_ConfigT, dict[str, str]]:  # Flat name -> `default`, `preset NAME` or `given`
-    "Lay parameters over a preset over the defaults; raises `ConfigError` for unusable ones."
-    if not isinstance(preset, str) or preset not in presets:
-        raise ConfigError(f"preset: there is no preset {preset!r}; {suggest(str(preset), presets)}")
+    "Lay parameters over a preset over the defaults; raises `ConfigError` with all that is wrong."
+    problems, base = list(found), dict[str, Any]()
     known, renamed = flat_names(cls), renamed_settings(cls)
+    if isinstance(preset, str) and preset in presets:
+        base = _use_current_names(presets[preset], renamed)
+    else:
+        hint = suggest(str(preset), presets)
+        problems.append(f"preset: there is no preset {preset!r}; {hint}")
     given = {name: value for name, value in given.items() if value is not None}
+    typed = {renamed.get(name, name): name for name in given}
     given = _use_current_names(given, renamed)
-    base = _use_current_names(presets[preset], renamed)
     for name, value in (base | given).items():
         if name not in known:
             hint = suggest(name, [*known, "preset"], cls.also_called)
-            raise ConfigError(f"{name}: unknown parameter, given {_shown(value)}; {hint}")
-    values = _without_cleared(cls, base, given) | given
+            problems.append(f"{name}: unknown parameter, given {_shown(value)}; {hint}")
+    given = {name: value for name, value in given.items() if name in known}
+    problems += _group_problems(cls, given)
+    values = without_cleared(cls, base, given) | given
+    values = {name: value for name, value in values.items() if name in known}
+    try:
+        cfg = cls.model_validate(unflatten(cls, values))
+    except ValidationError as e:
+        # What a misspelled parameter would have been, combinations of the others cannot know.
+        problems += _explain_flat(cls, e, typed, combinations=not problems)
+        raise ConfigError(*problems) from None
+    # Only now: whether a setting has an effect depends on the values of others.
+    problems = problems or _ignored(cfg, given, typed)
+    if problems:
+        raise ConfigError(*problems)
     sources = dict.fromkeys(known, "default")
     sources |= dict.fromkeys(values, f"preset {preset}") | dict.fromkeys(given, "given")
-    cfg = cls.from_dict(unflatten(cls, values))
-    # Only now: whether a setting has an effect depends on the values of others.
-    _refuse_ignored(cfg, given)
     return cfg, sources
 
 # %% ../../nbs/core/00_config.ipynb #d50579a7
@@ -314,30 +340,56 @@ def _exclusive_groups(cls: type[Config]) -> list[tuple[str, ...]]:
     return groups
 
 
-def _without_cleared(cls: type[Config], base: dict, given: dict) -> dict:
-    "A preset's values without those that a parameter of the same exclusive group clears."
+def _group_problems(cls: type[Config], given: Iterable[str]) -> list[str]:
+    "A line for each exclusive group of which several were given."
+    lines = []
     for group in _exclusive_groups(cls):
         chosen = [name for name in group if name in given]
         if len(chosen) > 1:
-            raise ConfigError(
-                f"{' and '.join(chosen)} were both given: choose one of {', '.join(group)}"
-            )
-        if chosen:
+            names = ", ".join(group)
+            lines.append(f"{' and '.join(chosen)} were both given: choose one of {names}")
+    return lines
+
+
+def without_cleared(
+    cls: type[Config],  # The configuration class the names belong to
+    base: dict[str, Any],  # Flat name -> value, of a lower layer
+    given: Iterable[str],  # The names of a higher one
+) -> dict[str, Any]:  # Of the lower layer
+    "Leave out what a parameter of the same exclusive group clears."
+    given = set(given)
+    for group in _exclusive_groups(cls):
+        if any(name in given for name in group):
             base = {name: value for name, value in base.items() if name not in group}
     return base
 
 
-def _refuse_ignored(cfg: Config, given: Iterable[str]) -> None:
-    "Raise `ConfigError` for parameters that have no effect in `cfg`."
-    known, problems = flat_names(type(cfg)), []
+def _ignored(cfg: Config, given: Iterable[str], typed: Mapping[str, str]) -> list[str]:
+    "A line for each parameter that has no effect in `cfg`."
+    known, lines = flat_names(type(cfg)), []
     for name in given:
         owner = reduce(getattr, known[name][:-1], cfg)
-        if name in owner.ignored_when:
-            is_ignored, why = owner.ignored_when[name]
-            if is_ignored(owner):
-                problems.append(f"{name}: given, but has no effect: {why}")
-    if problems:
-        raise ConfigError("; ".join(problems))
+        is_ignored, why = owner.ignored_when.get(name, (lambda _: False, ""))
+        if is_ignored(owner):
+            lines.append(f"{typed[name]}: given, but has no effect: {why}")
+    return lines
+
+
+def _explain_flat(
+    cls: type[Config], error: ValidationError, typed: Mapping[str, str], combinations: bool
+) -> list[str]:
+    "A line for each problem that pydantic found, with the names as they were typed."
+    names, lines = {path: name for name, path in flat_names(cls).items()}, []
+    for problem in error.errors():
+        loc: Any = problem["loc"]
+        path = next((loc[:n] for n in range(len(loc), 0, -1) if loc[:n] in names), None)
+        if path is None and combinations:  # of several settings, which the message names
+            lines.append(_explain_one(cls, problem, ""))
+        elif path is not None:
+            name = names[path]
+            where = ".".join([typed.get(name, name), *map(str, loc[len(path) :])])
+            lines.append(_explain_one(cls, problem, where))
+    return lines
 
 # %% ../../nbs/core/00_config.ipynb #9990bd88
 def save_config(
@@ -410,12 +462,14 @@ def notebook_parameters(
     renamed = renamed_settings(cls)
     known = {*flat_names(cls), *renamed, "preset"}
     names = _parameter_names([c for c in namespace.get("In", []) if c.strip()])
-    for name in names:
-        if name not in known:
-            hint = suggest(name, known, cls.also_called)
-            raise ConfigError(
-                f"{name}: unknown parameter, given {_shown(namespace.get(name))}; {hint}"
-            )
+    unknown = {
+        name: f"{name}: unknown parameter, given {_shown(namespace.get(name))}; "
+        + suggest(name, known, cls.also_called)
+        for name in names
+        if name not in known
+    }
+    if unknown:
+        raise ConfigError(*unknown.values())
     values = {n: namespace[n] for n in names or known if namespace.get(n) is not None}
     return values.pop("preset", None), _use_current_names(values, renamed)
 

@@ -15,10 +15,11 @@ from functools import lru_cache
 from importlib import metadata
 from typing import Any
 
+from .brief_errors import UserError
 from .config import env_setting, suggest
 
 # %% ../../nbs/core/04_plugins.ipynb #e085e815
-class PluginError(ValueError):
+class PluginError(UserError, ValueError):
     "A plug-in that is unknown, in conflict, or cannot be loaded."
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from ..core.brief_errors import UserError
 from ..core.config import canonical_json, suggest
 
 # %% ../../nbs/data/10_documents.ipynb #92dcb760
@@ -375,7 +376,7 @@ def _called(call: dict[str, Any]) -> Any:
     return function.get("name") if isinstance(function, dict) else None
 
 # %% ../../nbs/data/10_documents.ipynb #c39d538d
-class ReadError(ValueError):
+class ReadError(UserError, ValueError):
     "Input that cannot be read; the message has the file, the place and the reason."
 
 

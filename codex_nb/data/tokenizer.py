@@ -28,6 +28,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
 from ..core.artifacts import ArtifactError
+from ..core.brief_errors import UserError
 from ..core.library_warnings import library_warnings
 from codex_nb.core.untrusted import (
     MAX_FILE_BYTES,
@@ -53,7 +54,7 @@ END = "<|end|>"  # Closes a message
 SPECIALS = (EOT, *TURNS.values(), END)
 
 # %% ../../nbs/data/15_tokenizer.ipynb #b9364098
-class TokenizerError(ValueError):
+class TokenizerError(UserError, ValueError):
     "A tokenizer cannot be used, or cannot encode what it is asked to."
 
 # %% ../../nbs/data/15_tokenizer.ipynb #fe2dee9c

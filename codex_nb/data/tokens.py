@@ -179,6 +179,7 @@ class RowsConfig(Config):
     "How documents are packed into rows."
 
     renamed = {"keep_apart": "isolate_documents"}
+    # `stream`: documents one after another; `best-fit`: whole documents, densely; `pad`: one a row
     packing: Literal["stream", "best-fit", "pad"] = "stream"
     isolate_documents: bool = True  # Documents in one row do not attend to each other
 

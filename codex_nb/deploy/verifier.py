@@ -196,6 +196,7 @@ import argparse, base64, hashlib, json, os, re, subprocess, sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Iterator, Mapping, Sequence
+UserError = Exception
 '''
 _TAIL = """if __name__ == "__main__":
     if hasattr(sys.stdout, "reconfigure"):

@@ -21,7 +21,7 @@ class GenerateConfig(Config):
     min_p: float = Field(0.0, ge=0, lt=1)
     # Logits of tokens already in the text are divided by it (multiplied where negative)
     repetition_penalty: float = Field(1.0, ge=1, le=10)
-    max_new_tokens: int = Field(128, ge=1)  # Upper limit
+    max_new_tokens: int = Field(128, ge=1)  # Most tokens of a text
     stop_strings: list[str] = []  # The text ends before the first of them
 
     @field_validator("stop_strings")
@@ -43,7 +43,7 @@ class TaskConfig(Config):
     task: str | None = Field(None, json_schema_extra=NOT_IN_DIGEST)
     shots: int = Field(0, ge=0, le=100)  # Examples before each question
     task_metrics: list[str] = ["exact_match"]  # Registered metrics for written answers
-    max_questions: int = Field(1000, ge=1)  # Upper limit; a larger file is sampled by seed
+    max_questions: int = Field(1000, ge=1)  # Most questions; a larger file is sampled by seed
     answer_tokens: int = Field(32, ge=1)  # Longest written answer
     # Ends an answer to a `prompt`; in a conversation the end of the turn does
     answer_stop: list[str] = ["\n"]
@@ -52,8 +52,10 @@ class TaskConfig(Config):
 class EvaluateConfig(Config):
     "How a model is evaluated on documents."
 
-    split: str = Field("validation", pattern="^(train|validation|test|all)$")  # Which documents
-    max_documents: int = Field(2000, ge=1)  # Upper limit; a larger split is sampled by seed
+    split: str = Field(
+        "validation", pattern="^(train|validation|test|all)$"
+    )  # Documents to evaluate on
+    max_documents: int = Field(2000, ge=1)  # Most documents; a larger split is sampled by seed
     stride: int | None = Field(None, ge=1)  # Tokens a window moves on; default: half the context
     slices: list[str] = []  # Fields of `meta`, or `group`, to repeat the metrics for
     # Shared consecutive words that make a document contaminated; 0 turns the search off
@@ -61,6 +63,7 @@ class EvaluateConfig(Config):
     # Windows per forward pass; no result depends on it
     eval_batch: int = Field(16, ge=1, json_schema_extra=NOT_IN_DIGEST)
     resamples: int = Field(2000, ge=100)  # Bootstrap resamples
-    # During training: steps between evaluations, and documents in each
+    # During training: steps between evaluations
     eval_every: int = Field(500, ge=1, json_schema_extra=NOT_IN_DIGEST)
+    # During training: validation documents of each evaluation
     eval_documents: int = Field(32, ge=1, json_schema_extra=NOT_IN_DIGEST)

@@ -34,6 +34,7 @@ from codex_nb.core.config import (
     flat_names,
     identity,
     renamed_settings,
+    resolve,
     suggest,
 )
 from ..core.library_warnings import library_warnings
@@ -55,6 +56,7 @@ from codex_nb.run.run_folder import (
     seal_run,
 )
 from ..run.run_record import RunError, RunRecord
+from ..run.sources import check_sources
 from ..tracking.system_monitor import memory_here
 from codex_nb.train.interrupts import (
     EXIT_CODES,
@@ -146,12 +148,19 @@ def parse_value(
 def check_parameters(
     cls: "type[S]",  # What the notebook takes
     parameters: dict[str, Any],  # Name -> value; `preset` may be among them
-) -> "S":  # `ConfigError` on the first parameter that is unknown, impossible or unsafe
+) -> "S":  # `ConfigError` with every parameter that is unknown, impossible or unsafe
     "Check parameters and build the configuration they describe."
+    settings, problems = dict(parameters), list[str]()
     for name, value in parameters.items():
-        check_values(cls, name, [value])
-    settings = {k: v for k, v in parameters.items() if k != "preset"}
-    return cls.check(parameters.get("preset"), **settings)
+        try:
+            check_values(cls, name, [value])
+        except ConfigError as e:
+            problems.append(str(e))
+            del settings[name]
+    preset = settings.pop("preset", None)
+    if problems:  # with those of the other parameters
+        resolve(cls, cls.presets, preset or "smoke", settings, problems)
+    return cls.check(preset, **settings)
 
 
 def check_values(
@@ -484,6 +493,9 @@ def launch(
     path = find_notebook(notebook)
     given = {k: v for k, v in (parameters or {}).items() if v is not None}
     cfg = check_parameters(settings_class(path), given)
+    is_new = folder is None or not (Path(folder) / "config.json").exists()
+    if is_new and cwd is None:  # before a kernel has imported torch
+        check_sources(cfg)
     folder = Path(folder).absolute() if folder else new_run_folder(path.stem, cfg.run_name)
     if (status := run_status(folder)) != "interrupted":
         remedy = "wait until it has ended" if status == "running" else "choose another folder"
@@ -698,7 +710,6 @@ def prepare_run(
     folder: Path | str,  # The run folder to make
 ) -> Path:  # Its `config.json`; `ConfigError`, and `RunError` when the folder is not empty
     "Write a run's settings without running it."
-    from codex_nb.run.bases import resolve_compute_settings, resolve_packing
     from codex_nb.run.settings import RunConfig
 
     path, folder = find_notebook(notebook), Path(folder).absolute()
@@ -707,6 +718,8 @@ def prepare_run(
         raise ConfigError(f"notebook: {notebook} trains nothing; give train or finetune")
     if folder.exists() and any(folder.iterdir()):
         raise RunError(f"{folder}: the folder is not empty; choose another")
+    from codex_nb.run.bases import resolve_compute_settings, resolve_packing  # torch: only now
+
     cfg = resolve_packing(resolve_compute_settings(cfg.resolve_auto()))
     folder.mkdir(parents=True, exist_ok=True)
     RunRecord.of(path.stem, cfg, folder).save(folder)

@@ -25,8 +25,8 @@ class ModelConfig(Config):
     base: str | None = Field(None, json_schema_extra=NOT_IN_DIGEST)
     arch: str = "llama"  # `llama`, `qwen3`, `qwen3_moe`, `gpt2`, or the name of a plug-in
     width: int = Field(192, ge=8, le=16384)  # Size of the residual stream
-    layers: int = Field(4, ge=1, le=256)
-    heads: int = Field(4, ge=1, le=256)
+    layers: int = Field(4, ge=1, le=256)  # Blocks of attention and feed-forward
+    heads: int = Field(4, ge=1, le=256)  # Of attention, in each layer; they divide `width`
     # Not `gpt2`: heads of keys and values (grouped-query attention); default `heads`
     kv_heads: int | None = Field(None, ge=1, le=256)
     ffn: int | None = Field(None, ge=8)  # Feed-forward width; default: see `ffn_width`

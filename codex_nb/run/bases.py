@@ -42,12 +42,11 @@ from ..model.portable_mode import portable
 from codex_nb.run.run_folder import (
     LAST,
     find_in_runs,
-    find_run,
     latest_finished_run,
-    list_runs,
     recorded_parent,
 )
 from .settings import TRAINING_KINDS, RunConfig
+from .sources import run_or_model
 from ..tracking.system_monitor import Memory, memory_here
 from ..train.checkpoint import latest_checkpoint
 
@@ -65,14 +64,8 @@ def find_base(
         return _recorded_base(run) or _newest_base(["train"])
     if name == LAST:  # decided once: a resumed run and a replay start from what was newest then
         return _recorded_base(run) or _newest_base(TRAINING_KINDS)
-    runs = [r["name"] for r in list_runs() if r["name"].endswith(name)]
-    path = Path(name)
-    if len(runs) == 1 or (path / "config.json").is_file() and (path / "checkpoints").is_dir():
-        return _base_in_run(find_run(name))
-    try:
-        return find_model(name)
-    except ConfigError as e:
-        raise ConfigError(f"base: {e}") from None
+    folder, is_run = run_or_model(name)
+    return _base_in_run(folder) if is_run else folder
 
 
 def _recorded_base(run: Path | str | None) -> Path | None:

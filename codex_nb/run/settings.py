@@ -129,7 +129,7 @@ ALSO_CALLED = {
     **dict.fromkeys(["tokenizer_name", "tokenizer_name_or_path"], "tokenizer_path"),
     **dict.fromkeys(["val_split", "val_set_size", "validation_split"], "validation_fraction"),
     "deterministic": "determinism",
-    "config": "settings are given one by one, or as a preset",
+    "config": "settings are given one by one, as a preset, or in a file: --config",
 }
 
 
@@ -272,10 +272,10 @@ class RunConfig(Settings):
     "Settings of a training run."
 
     finds_base: ClassVar[bool] = False  # Whether a base is looked for when none is given
-    seed: int = Field(0, ge=0)  # Of everything random
+    seed: int = Field(0, ge=0)  # Seed of everything random
     # `portable`: the same bytes on every machine, several times slower; `off`: faster on a GPU
     determinism: Determinism = "deterministic"
-    threads: int | None = Field(None, ge=1, le=1024)  # Of torch on the CPU; default: torch's choice
+    threads: int | None = Field(None, ge=1, le=1024)  # Torch's, on a CPU; default: its choice
     corpus: CorpusConfig = CorpusConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     rows: RowsConfig = RowsConfig()
@@ -583,9 +583,9 @@ class JudgeConfig(Settings):
     data: str | None = Field(None, json_schema_extra=NOT_IN_DIGEST)
     seed: int = Field(0, ge=0)  # Of the choice of documents, the bootstrap and the samples
     determinism: Determinism = "deterministic"  # As for training
-    threads: int | None = Field(None, ge=1, le=1024)
-    device: str = "auto"
-    dtype: Literal["auto", "fp32", "bf16"] = "fp32"
+    threads: int | None = Field(None, ge=1, le=1024)  # Torch's, on a CPU; default: its choice
+    device: str = "auto"  # `auto`, `cpu`, `cuda`, `cuda:1`, `mps`
+    dtype: Literal["auto", "fp32", "bf16"] = "fp32"  # Of matrix products
     # Processes that share the documents; on GPUs, one each.
     nproc: int = Field(1, ge=1, le=1024, json_schema_extra=NOT_IN_DIGEST)
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -622,12 +622,12 @@ class CompareConfig(Settings):
     # Runs or evaluations; the others are compared with the first. Default: the two newest
     # training runs evaluated on the same text. Identity: the digests of their evaluations.
     runs: list[str] = Field([], json_schema_extra=NOT_IN_DIGEST)
-    # Which evaluation of a run
+    # Which evaluation of a run: the one of these documents
     split: str = Field("validation", pattern="^(train|validation|test|all)$")
     seed: int = Field(0, ge=0)  # Of the bootstrap
     resamples: int = Field(10_000, ge=100)  # Of the bootstrap
-    determinism: Determinism = "deterministic"
-    threads: int | None = Field(None, ge=1, le=1024)
+    determinism: Determinism = "deterministic"  # As for training
+    threads: int | None = Field(None, ge=1, le=1024)  # Torch's, on a CPU; default: its choice
     presets: ClassVar[dict[str, dict[str, Any]]] = {"smoke": dict(resamples=1000), "full": {}}
 
 # %% ../../nbs/run/60_settings.ipynb #4f5d16ac
@@ -646,8 +646,8 @@ class SweepConfig(Settings):
     # A search's database; default: SQLite in the run folder
     study: str | None = Field(None, json_schema_extra=NOT_IN_DIGEST)
     seed: int = Field(0, ge=0)  # Of the search
-    determinism: Determinism = "deterministic"
-    threads: int | None = Field(None, ge=1, le=1024)
+    determinism: Determinism = "deterministic"  # As for training
+    threads: int | None = Field(None, ge=1, le=1024)  # Torch's, on a CPU; default: its choice
 
     @property
     def run_name(self) -> str:  # e.g. `train-lr-seed`

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..core.brief_errors import UserError
 from ..core.device import is_cuda, synchronize
 from ..core.repro import fork_rng
 from ..core.types import IGNORE, Batch
@@ -50,7 +51,7 @@ def total_samples(
     raise ValueError("no limit: give one of " + ", ".join(FitConfig.exclusive))
 
 # %% ../../nbs/train/47_engine.ipynb #04874529
-class GuardError(ArithmeticError):
+class GuardError(UserError, ArithmeticError):
     "A step that must not be applied; it has not changed the weights."
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from ..core.brief_errors import UserError
 from ..tracking.system_monitor import Memory
 
 # %% ../../nbs/train/46_interrupts.ipynb #ac00a356
@@ -37,7 +38,7 @@ class Interrupted(KeyboardInterrupt):
 EXIT_CODES = {"SIGHUP": 129, "SIGINT": 130, "SIGTERM": 143}
 
 
-class ProcessKilled(RuntimeError):
+class ProcessKilled(UserError, RuntimeError):
     "A process of a run was killed, as the system does when memory runs out."
 
 

@@ -13,13 +13,14 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from ..core.brief_errors import UserError
 from ..core.config import env_setting
 from ..core.safety import redact
 from ..core.untrusted import describe_error, is_failure, is_own_error
 from .interrupts import RESUMABLE, SIGNAL_MARKER, Interrupted, Signals
 
 # %% ../../nbs/train/48_workers.ipynb #8fa64f59
-class WorkerError(RuntimeError):
+class WorkerError(UserError, RuntimeError):
     "A worker process that failed."
 
     def __init__(
