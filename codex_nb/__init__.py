@@ -2,8 +2,30 @@
 
     import codex_nb as cx
 
+    cfg = cx.RunConfig.from_preset("smoke", steps=60)
+    run = cx.train_and_judge(cfg, corpus=["a text", "another", ...])
+    run.summary, run.metrics
+
 Names are loaded when they are first used, so this import is fast and needs neither torch nor
-transformers. Each name is documented in its module; `help(cx.RunConfig)` shows it.
+transformers. `help(cx.evaluate)`, or `cx.evaluate?` in Jupyter, shows a function with its
+parameters.
+
+Read data        read_path, build_corpus, open_corpus, Corpus, CorpusConfig, Document, Message
+Tokenize         train_tokenizer, import_tokenizer, Tokenizer, TokenizerConfig, build_tokens,
+                 TokenStore, PackedDataset
+Build a model    build_model, load_model, ModelConfig, count_parameters, flops_per_token,
+                 adapter_report
+Settings         RunConfig, FinetuneConfig, JudgeConfig, CompareConfig, SweepConfig
+Train            train_and_judge, or step by step: prepare_data, tokenizer_for, dataset_for,
+                 start_run, model_for, train_model, judge, judge_task, export_merged, finish
+Only the loop    fit, Trainer, TrainState, Hook, prepare_training, LearnedText
+Evaluate         evaluate, score, sample_documents, summary_table, summary_lines, as_table
+Compare          bootstrap, bootstrap_ratio, paired_difference
+Generate         generate, reply, GenerateConfig
+Runs             Run, RunRecord, find_run, list_runs, new_run_folder, find_base,
+                 require_checkpoint, read_metrics, read_samples, plot_metrics, plot_system
+Check a run      verify_run, replay
+Errors           ConfigError, ReadError
 """
 
 from importlib import import_module
@@ -31,7 +53,7 @@ _EXPORTS = {
     "eval.evaluate": ["as_table", "evaluate", "summary_lines", "summary_table"],
     "eval.generate": ["generate", "reply"],
     "eval.scoring": ["sample_documents", "score"],
-    "eval.statistics": ["bootstrap_ratio", "paired_difference"],
+    "eval.statistics": ["bootstrap", "bootstrap_ratio", "paired_difference"],
     "run.settings": ["CompareConfig", "FinetuneConfig", "JudgeConfig", "RunConfig", "SweepConfig"],
     "run.run_record": ["RunRecord"],
     "run.run_folder": ["Run", "find_run", "list_runs", "new_run_folder"],
@@ -64,9 +86,22 @@ def __getattr__(name: str):
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise AttributeError(f"module 'codex_nb' has no attribute {name!r}{hint}")
     value = getattr(import_module(f"codex_nb.{_MODULE_OF[name]}"), name)
+    _complete_docs(value)
     globals()[name] = value  # found at once from now on
     return value
 
 
+def _complete_docs(value) -> None:
+    "So that `help` shows the parameters, also of what a function returns."
+    import re
+
+    from codex_nb.core.docstrings import complete_doc
+
+    complete_doc(value)
+    returned = str(getattr(value, "__annotations__", {}).get("return", ""))
+    for name in {*re.findall(r"\w+", returned)} & _MODULE_OF.keys():
+        complete_doc(getattr(import_module(f"codex_nb.{_MODULE_OF[name]}"), name))
+
+
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return [*__all__, "__all__", "__doc__", "__file__", "__name__", "__path__", "__version__"]

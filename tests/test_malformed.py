@@ -26,6 +26,9 @@ def msg(*turns):
     return json.dumps({"messages": messages}).encode()
 
 
+# Four fields end in a backslash: counting quotes cannot tell that there are four.
+TWICE = rb'{"id": "a\\", "group": "b\\", "text": "c\\", "text": "d\\"}'
+
 # (what, the line, the reason; None where the line is good)
 LINES = [
     ("not UTF-8", b'{"text": "caf\xe9"}', "byte 0xe9 is not UTF-8 at column 14"),
@@ -128,12 +131,19 @@ LINES = [
     ),
     ("a blank line", b"", "an empty line"),
     ("a line of spaces", b" \t ", "an empty line"),
-    ("a repeated name", b'{"text": "a", "text": "b"}', None),
-    ("a repeated name, first of the wrong type", b'{"text": 1, "text": "b"}', None),
     (
-        "a repeated name, last of the wrong type",
-        b'{"text": "b", "text": 1}',
-        "`text` must be a string, is a number",
+        "a repeated name",
+        b'{"text": "a", "text": "b"}',
+        "'text' is given twice; remove one; the second",
+    ),
+    ("a repeated name of another type", b'{"text": 1, "text": "b"}', "'text' is given twice"),
+    ("a repeated name in another spelling", b'{"text": "a", "te\\u0078t": "b"}', "is given twice"),
+    ("a repeated name, and backslashes", TWICE, "'text' is given twice; remove one; the second"),
+    ("a repeated name in meta", b'{"text": "a", "meta": {"k": 1, "k": 2}}', "'k' is given twice"),
+    (
+        "a repeated role",
+        msg(("user", "a"), ("assistant", "b")).replace(b'{"role"', b'{"role": "x", "role"', 1),
+        "'role' is given twice",
     ),
     ("missing field", b"{}", "no fields: no known format; known are: `text`; `messages` of"),
     ("null", b'{"text": null}', "`text` must be a string, is null"),
@@ -537,6 +547,9 @@ SHREDS = [
     b'{"text": "' + b"long" * 400 + b'"}',
     b'{"text": "\xe9"}',
     b'{"text": 1, "text": "a"}',
+    b'{"text": "a", "text": "b"}',
+    b'{"id": "i", "text": "a", "id": "j"}',
+    TWICE,
     b'{"text": "a", "meta": {"k": 1e400}}',
     b'{"text": "a", "meta": {"k": 99999999999999999999999}}',
     b'{"text": "a", "meta": {"k": "\\udfff"}}',

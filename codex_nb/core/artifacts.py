@@ -27,7 +27,7 @@ from typing import Any
 
 import codex_nb
 from .brief_errors import UserError
-from .config import digest_of
+from .config import digest_of, parse_json
 from .safety import redact_json
 
 # %% ../../nbs/core/02_artifacts.ipynb #6acaad45
@@ -308,7 +308,7 @@ def read_manifest(
     if not path.is_file():
         raise ArtifactError(f"{folder}: no {MANIFEST}: not an artifact, or never finished")
     try:
-        body = json.loads(path.read_bytes())
+        body = parse_json(path.read_bytes())
         schema = body["schema"]
         if schema > SCHEMA:
             raise ArtifactError(

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field
 
-from .config import Config, ConfigError, digest_of, suggest
+from .config import Config, ConfigError, UniqueNamesLoader, digest_of, suggest
 from .safety import RULES, Finding, Rule, find, merge_findings, replace_findings
 
 # %% ../../nbs/core/07_policy.ipynb #5c4563c4
@@ -289,20 +289,13 @@ def _try_examples(rule: PolicyRule, compiled: list[Rule], place: str) -> None:
 _MAX_BYTES = 1 << 18
 
 
-class _PolicyLoader(yaml.SafeLoader):
-    "Refuses what could make a policy another one than it looks: double keys, and aliases."
+class _PolicyLoader(UniqueNamesLoader):
+    "Refuses what could make a policy another one than it looks: repeated names, and aliases."
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("an alias (*name); write the value itself")
         return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        names = Counter(str(self.construct_object(key, deep=True)) for key, _ in node.value)
-        for name, n in names.most_common(1):
-            if n > 1:
-                raise yaml.YAMLError(f"{name!r} is given twice; remove one")
-        return super().construct_mapping(node, deep)
 
 
 def load_policy(

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from .artifacts import ArtifactError, disk_error
+from .config import parse_json
 
 # %% ../../nbs/core/09_untrusted.ipynb #57cfe771
 MAX_FILE_BYTES = 512 << 20  # Of a file that is read as a whole; the largest real one has 35 MB
@@ -173,7 +174,7 @@ def read_json_object(
     "Read a file that holds a JSON object."
     path = require_file(path, max_bytes)
     with explain_errors(f"{path}: not JSON", "bring an intact copy of the file"):
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
     if not isinstance(content, dict):
         raise ArtifactError(
             f"{path}: holds a {type(content).__name__}, must hold an object; "
@@ -197,9 +198,10 @@ def read_json_lines(
     for number, line in enumerate(lines, 1):
         torn = "" if line.endswith(b"\n") else ", cut off while it was written"
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            raise error(f"{path}:{number}: not a record{torn}; restore the file") from None
+            record = parse_json(line)
+        except (ValueError, RecursionError) as e:
+            reason = f": {e}" if "given twice" in str(e) else torn
+            raise error(f"{path}:{number}: not a record{reason}; restore the file") from None
         for name, kind in types.items():
             value = record.get(name) if isinstance(record, dict) else None
             if not isinstance(value, kind) or isinstance(value, bool):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'MAX_LINE', 'MAX_DEPTH', 'Message', 'Document', 'as_documents', 'BadLine',
-           'check_json', 'parse_line', 'document_of', 'ReadError', 'Reject']
+           'check_json', 'parse_line', 'expected_quotes', 'document_of', 'ReadError', 'Reject']
 
 # %% ../../nbs/data/10_documents.ipynb #f44a4301
 import hashlib
@@ -18,7 +18,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from ..core.brief_errors import UserError
-from ..core.config import canonical_json, suggest
+from ..core.config import canonical_json, parse_json, suggest
 
 # %% ../../nbs/data/10_documents.ipynb #92dcb760
 class Message(msgspec.Struct, forbid_unknown_fields=True, gc=False):
@@ -169,6 +169,7 @@ def check_json(
     "Check the syntax of a JSON text; raises `BadLine` when it breaks the grammar of RFC 8259."
     i, expected = 0, "value"
     closers: list[str] = []  # The bracket that closes each open object or array
+    names: list[set[str]] = []  # Of the members so far, for each of them
     limit: BadLine | None = None
     while (i := _match_end(_SPACE, s, i)) < len(s):
         c, end, exceeded = s[i], i + 1, None
@@ -177,6 +178,7 @@ def check_json(
             raise BadLine(found, i + 1)
         if closers and c == closers[-1] and expected in ("comma", "first"):
             closers.pop()
+            names.pop()
             expected = "comma" if closers else "end"
         elif expected == "comma":
             if c != ",":
@@ -190,9 +192,14 @@ def check_json(
             if c != '"':
                 raise BadLine(f"expected a name in double quotes, found {c!r}", i + 1)
             end, exceeded = _check_string(s, i)
+            name = json.loads(s[i:end]) if "\\" in s[i:end] else s[i + 1 : end - 1]
+            if name in names[-1]:
+                exceeded = exceeded or f"{name[:60]!r} is given twice; remove one; the second is"
+            names[-1].add(name)
             expected = "colon"
         elif c in "{[":
             closers.append("}" if c == "{" else "]")
+            names.append(set())
             expected = "first"  # The first member, or the closing bracket
             if len(closers) > MAX_DEPTH:
                 exceeded = f"nested deeper than {MAX_DEPTH}"
@@ -224,9 +231,26 @@ def parse_line(
     # `meta` and tools may hold any JSON, so its depth, numbers and strings are checked as well.
     if doc.meta or doc.tools or any(m.tool_calls for m in doc.messages or ()):
         return _read_slowly(line, convert)
-    if texts and doc.text and doc.messages is doc.prompt is doc.completion is UNSET:
+    is_text = texts and doc.text and doc.messages is doc.prompt is doc.completion is UNSET
+    if is_text and _count_quotes(line) == expected_quotes(doc):
         return doc
-    return convert(msgspec.json.decode(line))
+    try:
+        parse_json(line)
+    except ValueError:
+        return _read_slowly(line, convert)
+    return doc if is_text else convert(msgspec.json.decode(line))
+
+
+def expected_quotes(
+    doc: Document,  # A plain text without `meta`
+) -> int:
+    "Quotation marks in a line that has each of a document's fields once."
+    return 4 + (4 if doc.id else 0) + (0 if doc.group is None else 4)
+
+
+def _count_quotes(line: bytes) -> int:
+    "Quotation marks that are not escaped; -1 where that is not known without parsing."
+    return -1 if b'\\\\"' in line else line.count(b'"') - line.count(b'\\"')
 
 
 def _read_slowly(line: bytes, convert: Callable[[Any], Document]) -> Document:

@@ -38,6 +38,7 @@ from codex_nb.data.documents import (
     Document,
     ReadError,
     Reject,
+    expected_quotes,
     parse_line,
 )
 from .record_formats import RecordReader, unknown_format
@@ -272,7 +273,7 @@ def _chunks(f: io.BufferedReader, source: _Source) -> Iterator[tuple[bytes, bool
 
 
 def _decode_chunk(chunk: bytes) -> Sequence[Document]:
-    "The records of a chunk when each line is known to hold exactly one; else nothing."
+    "The records of a chunk when each line is known to hold one plain text; else nothing."
     codes = np.frombuffer(chunk, np.uint8)
     ends = np.flatnonzero(codes == ord("\n"))
     if (
@@ -285,7 +286,26 @@ def _decode_chunk(chunk: bytes) -> Sequence[Document]:
         docs = _decode_lines(chunk)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return ()
-    return docs if len(docs) == len(ends) else ()
+    if len(docs) != len(ends):
+        return ()
+    quotes = 0
+    for doc in docs:
+        # Only plain texts are complete when msgspec accepts them.
+        is_text = doc.messages is doc.prompt is doc.completion is UNSET
+        if not (doc.text and is_text) or doc.meta:
+            return ()
+        quotes += expected_quotes(doc)
+    # More of them, and a line has a name twice, or what a plain text must not have.
+    return docs if _count_quotes(codes) == quotes else ()
+
+
+def _count_quotes(codes: np.ndarray) -> int:
+    "Quotation marks that are not escaped; -1 where that is not known without parsing."
+    is_quote, is_backslash = codes == ord('"'), codes == ord("\\")
+    escaped = is_quote[1:] & is_backslash[:-1]
+    if (escaped[1:] & is_backslash[:-2]).any():
+        return -1
+    return np.count_nonzero(is_quote) - np.count_nonzero(escaped)
 
 
 def _parse_or_reject(line: bytes, n: int, source: _Source) -> Document | None:
@@ -310,14 +330,7 @@ def _read_jsonl(
             count = len(decoded) or (1 if is_single else chunk.count(b"\n"))
             lines = [chunk] if is_single else None
             for n, doc in enumerate(decoded or repeat(None, count), first):
-                # Only plain texts are complete when msgspec accepts them.
-                is_complete = (
-                    doc is not None
-                    and doc.text
-                    and not doc.meta
-                    and doc.messages is doc.prompt is doc.completion is UNSET
-                )
-                if is_complete:
+                if doc is not None:
                     source.reject_blank(blank)
                 else:
                     lines = lines or chunk.split(b"\n")

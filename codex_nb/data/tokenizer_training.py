@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EDGE_CASES', 'TokenizerConfig', 'training_texts', 'bpe_tokenizer', 'byte_tokenizer',
            'char_tokenizer', 'sentencepiece_tokenizer', 'sentencepiece_model', 'check_parity',
-           'train_tokenizer', 'check_tokenizer', 'import_tokenizer', 'find_tokenizer', 'quality',
-           'plot_quality']
+           'train_tokenizer', 'check_tokenizer', 'import_tokenizer', 'as_tokenizer',
+           'find_tokenizer', 'quality', 'plot_quality']
 
 # %% ../../nbs/data/16_tokenizer_training.ipynb #ca73af5a
 import io
@@ -442,6 +442,22 @@ def import_tokenizer(
 
     artifact = store_by_content("tokenizer", {"imported": True}, build)
     return Tokenizer(artifact.path, artifact.digest)
+
+
+def as_tokenizer(
+    tokenizer: "Tokenizer | PreTrainedTokenizerBase",  # Of this package, or of transformers
+) -> Tokenizer:  # The same, or a copy in the store; `TypeError` for anything else
+    "Take a tokenizer of transformers for one of this package."
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    if not hasattr(tokenizer, "save_pretrained"):
+        raise TypeError(
+            f"tokenizer is a {type(tokenizer).__name__}, must be one of this package or of "
+            "transformers; import_tokenizer opens the folder of one"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return import_tokenizer(folder)
 
 
 def find_tokenizer(

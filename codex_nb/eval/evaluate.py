@@ -26,6 +26,7 @@ from ..core.safety import redact_json
 from ..core.untrusted import explain_errors
 from ..data.documents import Document, as_documents
 from ..data.tokenizer import Tokenizer
+from ..data.tokenizer_training import as_tokenizer
 from .contamination import Overlap
 from .eval_config import EvaluateConfig
 from .metrics import Calibration, compressor_bits_per_byte, perplexity
@@ -37,7 +38,7 @@ from ..tracking.figures import MIN_DOCUMENTS, four_digits
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas.io.formats.style import Styler
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # %% ../../nbs/eval/57_evaluate.ipynb #cfca918e
 def _column(records: Sequence[Record], name: str) -> np.ndarray:
@@ -331,7 +332,7 @@ def token_html(
 # %% ../../nbs/eval/57_evaluate.ipynb #088b88a9
 def evaluate(
     model: "PreTrainedModel",  # A causal language model
-    tokenizer: Tokenizer,  # Its tokenizer
+    tokenizer: "Tokenizer | PreTrainedTokenizerBase",  # Its own, of this package or transformers
     documents: Iterable[Document | str],  # Held-out documents or texts
     stride: int | None = None,  # Tokens between windows; default: half the context
     batch_size: int = 16,  # Windows per forward pass; no result depends on it
@@ -340,13 +341,8 @@ def evaluate(
     seed: int = 0,  # Of the bootstrap
 ) -> tuple[list[Record], dict[str, Any]]:  # A record for each document; as `summarize`
     "Score documents and summarise them; `ValueError` when there are none."
-    if not isinstance(tokenizer, Tokenizer):
-        raise TypeError(
-            f"tokenizer is a {type(tokenizer).__name__}, must be a codex_nb Tokenizer: "
-            "import_tokenizer(FOLDER) makes one of a Hugging Face folder"
-        )
-    given = list(as_documents(documents))
-    records = score(model, tokenizer, given, stride, batch_size, dtype, detail=True)
+    given = list(as_documents([documents] if isinstance(documents, str) else documents))
+    records = score(model, as_tokenizer(tokenizer), given, stride, batch_size, dtype, detail=True)
     return records, summarize(records, [target_text(d) for d in given], resamples, seed)
 
 # %% ../../nbs/eval/57_evaluate.ipynb #ee6a91cb

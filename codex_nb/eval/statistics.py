@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'MIN_RESAMPLES', 'MIN_EFFECTIVE', 'MIN_EFFECTIVE_SHARE', 'MIN_TO_RESAMPLE',
-           'resample_sums', 'Interval', 'effective_documents', 'bootstrap_ratio', 'Difference',
-           'sign_flip', 'paired_difference', 'mean_of_seeds', 'difference_of_seeds', 'verdict']
+           'resample_sums', 'Interval', 'effective_documents', 'bootstrap_ratio', 'bootstrap',
+           'Difference', 'sign_flip', 'paired_difference', 'mean_of_seeds', 'difference_of_seeds',
+           'verdict']
 
 # %% ../../nbs/eval/52_statistics.ipynb #56d78078
 import time
@@ -204,6 +205,20 @@ def bootstrap_ratio(
     low, high = value + _ends(method, residual, bottom, sums[sums[:, 1] > 0], level)
     notes = _notes(bottom, resamples, len(sums), seconds)
     return Interval(value, float(low), float(high), level, len(sums), notes)
+
+# %% ../../nbs/eval/52_statistics.ipynb #98a88d5a
+def bootstrap(
+    values: Sequence[float] | np.ndarray,  # float, shape (n,): e.g. one for each document or seed
+    seed: int = 0,  # Of the resamples
+    resamples: int = 2000,  # How many to make
+    level: float = 0.95,  # Nominal coverage
+    method: str = "studentized",  # Or `percentile`, `bca`
+) -> Interval:  # Its ends are nan for a single value
+    "Mean of some numbers with its interval; `ValueError` for none, or one that is not finite."
+    numbers = np.asarray(values, float)
+    if numbers.ndim != 1 or not len(numbers) or not np.isfinite(numbers).all():
+        raise ValueError(f"values must be one or more finite numbers, got {values!r:.60}")
+    return bootstrap_ratio(numbers, np.ones(len(numbers)), seed, resamples, level, method)
 
 # %% ../../nbs/eval/52_statistics.ipynb #7e0be691
 @dataclass(frozen=True)

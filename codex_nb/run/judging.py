@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,8 @@ from ..core.config import ConfigError, digest_of
 from ..core.device import gpu_of
 from ..core.repro import set_determinism
 from ..core.store import find_stored, store_folder, workspace
-from ..data.corpus import Corpus, CorpusConfig, open_corpus
+from ..data.corpus import Corpus, CorpusConfig, build_corpus, open_corpus
+from ..data.documents import Document
 from ..data.tokenizer import Tokenizer
 from ..data.tokenizer_training import import_tokenizer
 from ..eval.contamination import find_overlaps
@@ -122,9 +124,11 @@ def train_and_judge(
     cfg: RunConfig,  # The settings
     folder: Path | str | None = None,  # As for `start_run`
     judged: bool = True,  # False leaves the evaluation out
-    corpus: Corpus | None = None,  # Default: the one that the settings name
+    corpus: Corpus | Iterable[Document | str] | None = None,  # Default: what the settings name
 ) -> Run[RunConfig]:  # Sealed
-    "All that `train.ipynb` does."
+    "Train on a corpus or on texts, evaluate, and seal: all that `train.ipynb` does."
+    if not (corpus is None or isinstance(corpus, Corpus)):
+        corpus = build_corpus(corpus)
     corpus, tokenizer, dataset = prepare_data(cfg, corpus)
     run = start_run("train", cfg, folder, corpus=corpus, tokenizer=tokenizer, tokens=dataset.store)
     model = model_for(run.cfg, tokenizer)

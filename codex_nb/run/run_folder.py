@@ -19,7 +19,7 @@ from collections.abc import Collection
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from filelock import FileLock, Timeout
 
@@ -47,6 +47,7 @@ from codex_nb.run.run_record import (
     load_states,
     record_parent,
 )
+from .run_view import RunView
 from ..tracking.figures import SPEED
 from ..tracking.metrics_log import read_metrics
 
@@ -86,7 +87,7 @@ def new_run_folder(
 C = TypeVar("C", bound=Config)
 
 
-class Run(Generic[C]):
+class Run(RunView, Generic[C]):
     "A run in progress, and its folder."
 
     def __init__(
@@ -142,6 +143,21 @@ class Run(Generic[C]):
                 shutil.rmtree(path, ignore_errors=True)
             raise
         return run
+
+    @classmethod
+    def open(
+        cls,
+        name: Path | str,  # As for `find_run`
+    ) -> "Run":  # `RunError` when there is none
+        "Look at a run that exists, such as one of last week."
+        folder = find_run(name)
+        record = RunRecord.load(folder)
+        return cls(folder, record.kind, cast(C, record.settings()), None, True)
+
+    @property
+    def status(self) -> str:
+        "`running`, `interrupted`, `finished` or `failed`."
+        return run_status(self.folder)
 
     def _write_environment(self):
         path, text = self.folder / "environment.json", json_text(environment())

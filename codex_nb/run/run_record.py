@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.artifacts import ArtifactError, DiskError, json_text, write_file
-from ..core.config import Config, ConfigError, identity
+from ..core.config import Config, ConfigError, identity, parse_json
 from ..core.plugins import PluginError
 from ..core.store import workspace
 from ..core.untrusted import describe_error, is_failure
@@ -56,7 +56,7 @@ def require_plain(
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
+        value = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise RunError(f"{path}: there is no such file, so this folder holds no run") from None
     except (OSError, ValueError, RecursionError) as e:
@@ -112,7 +112,7 @@ def load_states(
     last = 0
     for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else [], 1):
         try:
-            step, digest = (json.loads(line)[name] for name in ("step", "digest"))
+            step, digest = (parse_json(line)[name] for name in ("step", "digest"))
         except (ValueError, KeyError, TypeError, RecursionError):
             raise RunError(f"{path}:{number}: not a state; restore the file") from None
         if type(step) is not int or type(digest) is not str or step <= last:
