@@ -82,6 +82,7 @@ def add_adapter(
     cfg: AdapterConfig,  # `adapter` is not `none`
     seed: int,  # The run's seed
     base: str = "",  # Path of the base, written into the adapter's configuration
+    draws: str = "philox",  # Or `torch`, as for `fresh_draws`
 ) -> "PeftModel":  # In training mode
     "Add an adapter to a model's layers; `ConfigError` for a target that is no layer."
     layers = linear_layers(model)
@@ -102,7 +103,7 @@ def add_adapter(
         use_rslora=cfg.adapter == "rslora",
         use_dora=cfg.adapter == "dora",
     )
-    with fresh_draws(seed, "adapter"), library_warnings(base), _seen_as_fp32(model):
+    with fresh_draws(seed, "adapter", draws), library_warnings(base), _seen_as_fp32(model):
         adapted = peft.get_peft_model(model, settings).train()
     adapted.peft_config["default"].base_model_name_or_path = base or None
     return adapted

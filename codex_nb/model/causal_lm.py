@@ -181,6 +181,7 @@ def build_model(
     eot: int,  # Id that opens and closes documents
     seed: int,  # The run's seed
     device: str = "cpu",  # Where the model goes
+    draws: str = "philox",  # Or `torch`, as for `fresh_draws`
 ) -> PreTrainedModel:  # fp32, in training mode
     "Build a model with fresh weights; `PluginError` for an architecture that cannot be loaded."
     common = dict(
@@ -192,7 +193,7 @@ def build_model(
         use_cache=True,
     )
     hf_config: PretrainedConfig = get("model", cfg.arch)(cfg, common)
-    with fresh_draws(seed, "weights"), library_warnings(f"arch={cfg.arch}"):
+    with fresh_draws(seed, "weights", draws), library_warnings(f"arch={cfg.arch}"):
         model = AutoModelForCausalLM.from_config(
             hf_config, dtype=torch.float32, attn_implementation="sdpa"
         )

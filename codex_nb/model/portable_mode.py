@@ -880,10 +880,11 @@ _DRAWN = "normal_", "uniform_", "randn", "rand"
 def fresh_draws(
     seed: int,  # The run's seed
     name: str,  # What is drawn
+    by: str = "philox",  # `torch`: as it draws on this processor
 ) -> Iterator[None]:
     "Draw normal and uniform numbers that depend on seed and name alone, on every machine."
-    draws = nullcontext() if is_portable() else _Draws()  # portable arithmetic draws so already
-    with torch.random.fork_rng(devices=[]), draws:
+    as_it_is = by == "torch" or is_portable()  # portable arithmetic draws so already
+    with torch.random.fork_rng(devices=[]), nullcontext() if as_it_is else _Draws():
         # `torch.manual_seed` would also seed the GPUs, and dropout draws there.
         torch.default_generator.manual_seed(seed_for(seed, name))
         yield

@@ -265,6 +265,8 @@ def _complete_settings(config: dict[str, Any]) -> None:
     adapter = config.get("adapter")
     if isinstance(adapter, dict) and adapter.get("adapter", "none") != "none":
         adapter.setdefault("base_dtype", "fp32")
+    if "optim" in config:  # a run that trains
+        config.setdefault("initial_draws", "torch")
 
 
 def _launch_dir(folder: Path) -> str | None:

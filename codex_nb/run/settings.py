@@ -17,6 +17,7 @@ from codex_nb.core.config import (
     Config,
     ConfigError,
     flat_names,
+    not_in_digest_at,
     notebook_parameters,
     resolve,
 )
@@ -276,6 +277,10 @@ class RunConfig(Settings):
     # `portable`: the same bytes on every machine, several times slower; `off`: faster on a GPU
     determinism: Determinism = "deterministic"
     threads: int | None = Field(None, ge=1, le=1024)  # Torch's, on a CPU; default: its choice
+    # Random numbers of new weights: the same on every machine; `torch`: as in runs made before
+    initial_draws: Literal["philox", "torch"] = Field(
+        "philox", json_schema_extra=not_in_digest_at("torch")
+    )
     corpus: CorpusConfig = CorpusConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     rows: RowsConfig = RowsConfig()

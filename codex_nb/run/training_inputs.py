@@ -167,7 +167,8 @@ def model_for(
 def _model_for(cfg: RunConfig, tokenizer: Tokenizer) -> "PreTrainedModel":
     if not cfg.has_base:
         _check_stride(cfg, cfg.model.seq_len)
-        model = build_model(cfg.model, tokenizer.vocab_size, tokenizer.eot, cfg.seed)
+        vocab_size, eot, draws = tokenizer.vocab_size, tokenizer.eot, cfg.initial_draws
+        model = build_model(cfg.model, vocab_size, eot, cfg.seed, draws=draws)
         apply_compute(model, cfg.compute)
         return _to_device(model, cfg)
     base = find_base(cfg.model.base)
@@ -185,7 +186,8 @@ def _model_for(cfg: RunConfig, tokenizer: Tokenizer) -> "PreTrainedModel":
     apply_compute(model, cfg.compute)
     if cfg.adapter.adapter == "none":
         return _to_device(model, cfg)
-    return _to_device(add_adapter(model, cfg.adapter, cfg.seed, str(base.absolute())), cfg)
+    place, draws = str(base.absolute()), cfg.initial_draws
+    return _to_device(add_adapter(model, cfg.adapter, cfg.seed, place, draws), cfg)
 
 
 def _check_stride(cfg: RunConfig, context: int) -> None:
