@@ -6,6 +6,7 @@ Names are loaded when they are first used, so this import is fast and needs neit
 transformers. Each name is documented in its module; `help(cx.RunConfig)` shows it.
 """
 
+import sys
 from importlib import import_module
 
 __version__ = "0.1.0"
@@ -56,6 +57,16 @@ _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in nam
 __all__ = list(_MODULE_OF)
 
 
+def system_problem() -> str | None:
+    "Why the package cannot be used on this system, in a sentence; None where it can."
+    if sys.platform != "win32":
+        return None
+    return (
+        "codex_nb runs on Linux and macOS, and not on Windows itself: use it in the Windows "
+        "Subsystem for Linux, which wsl --install sets up"
+    )
+
+
 def __getattr__(name: str):
     if name not in _MODULE_OF:
         from difflib import get_close_matches
@@ -63,6 +74,8 @@ def __getattr__(name: str):
         near = get_close_matches(name, _MODULE_OF, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise AttributeError(f"module 'codex_nb' has no attribute {name!r}{hint}")
+    if problem := system_problem():
+        raise ImportError(problem)
     value = getattr(import_module(f"codex_nb.{_MODULE_OF[name]}"), name)
     globals()[name] = value  # found at once from now on
     return value
