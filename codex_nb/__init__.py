@@ -28,6 +28,7 @@ Check a run      verify_run, replay
 Errors           ConfigError, ReadError
 """
 
+import sys
 from importlib import import_module
 
 __version__ = "0.1.0"
@@ -78,6 +79,16 @@ _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in nam
 __all__ = list(_MODULE_OF)
 
 
+def system_problem() -> str | None:
+    "Why the package cannot be used on this system, in a sentence; None where it can."
+    if sys.platform != "win32":
+        return None
+    return (
+        "codex_nb runs on Linux and macOS, and not on Windows itself: use it in the Windows "
+        "Subsystem for Linux, which wsl --install sets up"
+    )
+
+
 def __getattr__(name: str):
     if name not in _MODULE_OF:
         from difflib import get_close_matches
@@ -85,6 +96,8 @@ def __getattr__(name: str):
         near = get_close_matches(name, _MODULE_OF, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise AttributeError(f"module 'codex_nb' has no attribute {name!r}{hint}")
+    if problem := system_problem():
+        raise ImportError(problem)
     value = getattr(import_module(f"codex_nb.{_MODULE_OF[name]}"), name)
     _complete_docs(value)
     globals()[name] = value  # found at once from now on

@@ -1,5 +1,6 @@
 """Faults of the disk and of the process: an artifact is complete, or the fault is named."""
 
+import ctypes
 import errno
 import json
 import os
@@ -13,9 +14,11 @@ import time
 import pytest
 from helpers import PROGRAMS, command, counts, environment, start
 
+from codex_nb.core import artifacts
 from codex_nb.core.artifacts import (
     ArtifactError,
     DiskError,
+    clear_leftovers,
     open_artifact,
     problems,
     publish,
@@ -210,6 +213,62 @@ def test_damage_is_found(tmp_path, damage):
         assert len(problems(tmp_path / "a")) == 1
         with pytest.raises(ArtifactError):
             open_artifact(tmp_path / "a")
+
+
+class OtherSystem:
+    "A C library without `renameat2`, or one whose disk cannot exchange names."
+
+    def __init__(self, libc, kind):
+        self.calls = 0
+        if kind == "macOS":
+            self.renamex_np = lambda a, b, swap: self.call(libc.renameat2(-100, a, -100, b, swap))
+        elif kind == "disk":
+            self.renameat2 = lambda *names: self.call(libc.renameat2(*names[:4], 1 << 20))
+
+    def call(self, result):
+        self.calls += 1
+        return result
+
+
+@pytest.mark.parametrize("kind", ["macOS", "disk", "neither"])
+def test_replacing_on_another_system(kind, tmp_path, monkeypatch):
+    "One artifact is replaced by the next, and a failure in between restores it."
+    system = OtherSystem(ctypes.CDLL(None, use_errno=True), kind)
+    monkeypatch.setattr(artifacts.ctypes, "CDLL", lambda *_, **__: system)
+
+    def write(text):
+        with publish(tmp_path / "a-b", "words", replace=True) as d:
+            (d.path / "text").write_text(text)
+
+    write("one")
+    write("two")
+    assert (tmp_path / "a-b" / "text").read_text() == "two"
+    assert problems(tmp_path / "a-b") == [] and os.listdir(tmp_path) == ["a-b"]
+    assert system.calls == (kind != "neither")
+    if kind == "macOS":  # it is one step
+        return
+    rename, moved = os.rename, []
+
+    def fail_once(source, target):
+        moved.append(target)
+        if len(moved) == 2:  # the old one is aside
+            raise OSError(errno.EIO, "a fault")
+        rename(source, target)
+
+    with monkeypatch.context() as m, pytest.raises(OSError):
+        m.setattr(os, "rename", fail_once)
+        write("three")
+    assert (tmp_path / "a-b" / "text").read_text() == "two" and os.listdir(tmp_path) == ["a-b"]
+    child = os.fork()
+    if not child:  # it dies between the two steps
+        moved.clear()
+        m.setattr(os, "rename", lambda s, t: os._exit(7) if moved else moved.append(rename(s, t)))
+        write("four")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert not (tmp_path / "a-b").exists()
+    clear_leftovers(tmp_path)
+    assert (tmp_path / "a-b" / "text").read_text() == "two" and os.listdir(tmp_path) == ["a-b"]
+    assert problems(tmp_path / "a-b") == []
 
 
 def test_second_writer_is_refused_within_a_second(tmp_path):

@@ -5,6 +5,7 @@ import json
 import pytest
 from helpers import PROVE, codex, counts
 
+from codex_nb.deploy import doctor
 from codex_nb.deploy.doctor import EXTRAS, NEEDED, remedy_for
 
 
@@ -33,11 +34,24 @@ def test_doctor_is_content_without_the_extras_and_says_how_to_install_them(names
     assert not (tmp_path / "home").exists()
 
 
+def test_a_mac_has_a_check_of_its_gpu(monkeypatch):
+    "By simulation: the name of the system, and what torch says."
+    import torch
+
+    monkeypatch.setattr(doctor.platform, "system", lambda: "Darwin")
+    for available, expected in ((True, "device=mps"), (False, "training uses the CPU")):
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda a=available: a)
+        monkeypatch.setattr(doctor, "_check_package", lambda *_: doctor.Check("package", ""))
+        checks = {c.name: c for c in doctor.probe()}
+        assert expected in checks["mps"].found and checks["mps"].available is available
+        assert "cuda" not in checks and "run on Linux only" in checks["python"].found
+
+
 COMMANDS = {
     "run": ["run", "train"],
     "finetune": ["run", "finetune"],
     "evaluate": ["run", "evaluate"],
-    "prepare": ["prepare", "RUN"],
+    "prepare": ["prepare", "NEW"],
     "preflight": ["preflight"],
     "sweep": ["sweep", "train", "-g", "lr=1e-3"],
     "compare": ["compare", "RUN", "RUN"],
@@ -47,12 +61,15 @@ COMMANDS = {
 
 def test_commands_without_torch_say_how_to_install_it(tmp_path):
     where = dict(home=tmp_path / "home", PYTHONPATH=blocking(tmp_path, "torch"))
+    (tmp_path / "RUN" / "checkpoints").mkdir(parents=True)  # what is there at the first look
+    for name in ("config.json", "manifest.json"):
+        (tmp_path / "RUN" / name).write_text("{}")
     done = codex("doctor", **where)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "BAD  torch" in done.stdout and "pip install torch" in done.stdout
     assert codex("--help", **where).returncode == 0 and codex("runs", **where).returncode == 0
     for name in counts(list(COMMANDS)[::6], list(COMMANDS)):
-        words = [tmp_path / "RUN" if w == "RUN" else w for w in COMMANDS[name]]
+        words = [tmp_path / w if w in ("RUN", "NEW") else w for w in COMMANDS[name]]
         done = codex(*words, **where)
         assert done.returncode == 1 and "Traceback" not in done.stderr, (name, done.stderr)
         assert "torch is not installed" in done.stderr, (name, done.stderr)

@@ -56,7 +56,10 @@ BAD = {
     "processes": ("-p nproc 3", "batch_size: 16 rows cannot be divided equally among 3 processes"),
     "kernels": ("-p products onednn -p dtype bf16", "products: onednn is for fp32 on a CPU"),
     "rank": ("-p rank 0", "codex-nb: rank: given 0; must be int, >= 1"),
-    "on_bad": ("-p on_bad ignore", "on_bad: given 'ignore'; must be one of 'stop', 'skip'"),
+    "on_bad": (
+        "-p on_bad ignore",
+        "codex-nb: on_bad: given 'ignore'; must be one of 'stop', 'skip'",
+    ),
 }
 
 

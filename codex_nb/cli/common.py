@@ -246,7 +246,7 @@ def complete_setting(context: typer.Context, incomplete: str) -> list[tuple[str,
 SettingsArgument = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[NAME=VALUE]...",
+        metavar="NAME=VALUE",
         autocompletion=complete_setting,
         help="Settings, such as lr=1e-3. codex-nb settings lists them.",
     ),

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import codex_nb
 from codex_nb.cli.common import (
     ConfigOption,
     JsonOption,
@@ -912,6 +913,9 @@ def main(
     argv: list[str] | None = None,  # Default: the arguments of this process
 ) -> None:
     "The command `codex-nb`; exits with one of the codes above."
+    if problem := codex_nb.system_problem():
+        print_error(problem)
+        sys.exit(1)
     # Until a run starts, and after it has ended, a signal ends the command. In between, the
     # launcher has its own handlers. Only the main thread may set any.
     previous = {}

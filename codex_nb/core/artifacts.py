@@ -462,12 +462,23 @@ def publish(
 def clear_leftovers(
     parent: Path,  # A folder in which artifacts are published
 ) -> None:
-    "Remove the incomplete folders of dead processes on this machine."
+    "Remove or restore what processes of this machine that are dead have left half done."
     for path in parent.glob(".tmp-*"):
         # `.tmp-HOST-PID-RANDOM`, where HOST may contain dashes
         host, _, pid = path.name.removeprefix(".tmp-").rpartition("-")[0].rpartition("-")
         if host == socket.gethostname() and pid.isdigit() and not _process_exists(int(pid)):
             shutil.rmtree(path, ignore_errors=True)
+    for path in parent.glob(f"{_ASIDE}*@{socket.gethostname()}@*"):
+        name, _, pid = path.name.removeprefix(_ASIDE).rpartition("@")
+        target = parent / name.rpartition("@")[0]
+        if pid.isdigit() and not _process_exists(int(pid)):
+            if target.exists():
+                shutil.rmtree(path, ignore_errors=True)
+            else:  # the process died between moving this aside and putting the new one there
+                os.rename(path, target)
+
+
+_ASIDE = ".replaced-"  # `.replaced-NAME@HOST@PID`: an artifact while it is replaced in steps
 
 
 def _process_exists(pid: int) -> bool:
@@ -511,12 +522,34 @@ def _move_into_place(tmp: Path, target: Path, replace: bool) -> None:
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # from Linux's fcntl.h and fs.h
 
 
-def _exchange_names(a: Path, b: Path) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, "renameat2"):
-        raise ArtifactError(
-            f"{b}: exists, and this system cannot replace a folder in one step; choose another name"
-        )
-    names = _AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b)
-    if libc.renameat2(*names, _RENAME_EXCHANGE):
-        raise OSError(ctypes.get_errno(), f"cannot exchange {a} and {b}")
+_RENAME_SWAP = 2  # from macOS's stdio.h
+# What a system or a disk answers that cannot exchange names
+_CANNOT_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}
+
+
+def _exchange_names(new: Path, target: Path) -> None:
+    libc, a, b = ctypes.CDLL(None, use_errno=True), os.fsencode(new), os.fsencode(target)
+    ctypes.set_errno(errno.ENOSYS)
+    failed = True
+    if hasattr(libc, "renameat2"):
+        failed = libc.renameat2(_AT_FDCWD, a, _AT_FDCWD, b, _RENAME_EXCHANGE)
+    elif hasattr(libc, "renamex_np"):
+        failed = libc.renamex_np(a, b, _RENAME_SWAP)
+    if failed and ctypes.get_errno() in _CANNOT_EXCHANGE:
+        _replace_in_steps(new, target)
+    elif failed:
+        raise OSError(ctypes.get_errno(), f"cannot exchange {new} and {target}")
+
+
+def _replace_in_steps(new: Path, target: Path) -> None:
+    owner = f"{socket.gethostname()}@{os.getpid()}"
+    aside = target.with_name(f"{_ASIDE}{target.name}@{owner}")
+    os.rename(target, aside)
+    try:
+        os.rename(new, target)
+    except BaseException:
+        if not target.exists():
+            os.rename(aside, target)
+        raise
+    sync(target.parent)  # before the old one is removed
+    os.rename(aside, new)

@@ -122,6 +122,16 @@ def _check_cuda() -> Check:
     )
 
 
+def _check_mps() -> Check:  # the GPU of a Mac
+    import torch
+
+    if torch.backends.mps.is_available():
+        return Check("mps", "the GPU can be used: device=mps")
+    built = torch.backends.mps.is_built()
+    found = "torch finds no GPU for it here" if built else "torch is not built for it"
+    return Check("mps", f"{found}; training uses the CPU", available=False, active=False)
+
+
 def _check_bf16() -> Check:
     import torch
 
@@ -326,7 +336,7 @@ def probe(
     checks: dict[str, Callable[[], Check]] = {}
     if not quick:
         checks |= {
-            "cuda": _check_cuda,
+            **({"mps": _check_mps} if platform.system() == "Darwin" else {"cuda": _check_cuda}),
             "bf16": _check_bf16,
             "compile": lambda: _check_compile(thorough),
             "threads": _check_threads,
@@ -352,11 +362,16 @@ def probe(
 def _check_python() -> Check:
     return Check(
         "python",
-        f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+        + _about_system(platform.system()),
         needed=True,
         available=(3, 11) <= sys.version_info[:2] <= (3, 13),
         remedy="use Python 3.11 to 3.13",
     )
+
+
+def _about_system(name: str) -> str:
+    return "" if name == "Linux" else "; the tests of this package run on Linux only"
 
 
 def _run_check(name: str, check: Callable[[], Check]) -> Check:
