@@ -135,6 +135,14 @@ def test_finished_run_is_kept_listed_evaluated_and_verified(tmp_path):
     assert "finished" in listed.stdout and "mine" in listed.stdout
     summary = json.loads((folder / "evaluations" / "validation" / "summary.json").read_text())
     result = summary["metrics"]["bits_per_byte"]["value"]
+    # The executed notebook opens with the result, which its last step wrote there.
+    top = next(
+        c for c in json.loads((folder / "train.ipynb").read_text())["cells"] if c.get("outputs")
+    )
+    assert f"{result:.4g} bits per byte, 95 % interval" in "".join(
+        top["outputs"][0]["data"]["text/html"]
+    )
+    assert "mine" in "".join(top["outputs"][0]["data"]["text/plain"])
     for shown in (done.stdout, listed.stdout):  # the sealed evaluation, and it says so
         assert f"validation: {four_digits(result)} bits per byte" in shown
     (run,) = json.loads(codex("runs", "--json", home=tmp_path).stdout)

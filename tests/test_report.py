@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 from described import HOSTILE, find
 from forger import MANIFEST, copy, edit, edit_lines, reseal
-from helpers import codex, counts
+from helpers import NBS, codex, counts
 
 ENDS = ("trained", "tuned", "judged", "asked", "failed", "interrupted")
 
@@ -86,6 +86,17 @@ def test_a_finished_run_is_shown_with_its_digests_and_what_is_not_proven(plain):
     assert "width32given" in text and "batch_size" not in text
 
 
+def test_the_result_with_its_interval_comes_first(plain):
+    run = find(plain, "trained")
+    m = json.loads((run / "evaluations" / "validation" / "summary.json").read_text())["metrics"]
+    m = m["bits_per_byte"]
+    text = Page(report(run)).text.partition(f"Run {run.name}")[2].partition("Figures")[0]
+    text = text.removeprefix(f"Run {run.name}")
+    result = f"{m['value']:.4g} bits per byte, 95 % interval {m['low']:.4g} to {m['high']:.4g}, on "
+    assert text.startswith(result)
+    assert "bits per byte, 95 %" not in report(find(plain, "failed"))
+
+
 def test_hardest_documents_are_those_of_the_records(plain):
     run = find(plain, "trained")
     lines = (run / "evaluations" / "validation" / "records.csv").read_text().splitlines()
@@ -118,6 +129,102 @@ def test_curves_are_drawn_from_the_log(plain, tmp_path):
 
     edit_lines(run / "metrics.ndjson", level)
     assert len(set(heights(report(run)))) == 1
+
+
+CLAIMS = re.compile(
+    r"(?i)\b(level|steady|stead|stable|constant|flat|stay|fall|fell|drop|ris(e|ing)|rose|grow|"
+    r"increas|decreas|improv|converg|better|worse|smooth)"
+)
+
+
+def test_a_speed_that_collapsed_is_not_called_level(plain, tmp_path):
+    run = copy(find(plain, "interrupted"), tmp_path / "run")
+    lines = (run / "metrics.ndjson").read_text().splitlines()[:-1]
+    (run / "metrics.ndjson").write_text("\n".join(lines) + "\n")
+
+    def collapse(rows):
+        for r in rows:
+            if r["split"] == "train":
+                r["values"]["tokens_per_second"] = 12_000 if r["step"] < 5 else 240
+
+    edit_lines(run / "metrics.ndjson", collapse)
+    text = report(run)
+    captions = re.findall("<figcaption>(.*?)</figcaption>", text)
+    labels = [attrs["aria-label"] for tag, attrs in Page(text).tags if tag == "svg"]
+    assert len(captions) == len(labels) == 5
+    speed = "speed: 12,000 at step 1, 240 at step 6 (-98%); lowest 240 at step 5, highest 12,000"
+    assert sum(speed in c for c in captions) == sum(speed in a for a in labels) == 1
+    assert not [c for c in captions + labels if CLAIMS.search(c)]
+
+
+def test_texts_about_the_figures_of_a_run_describe_the_axes():
+    "They are written before the run, so they cannot know what it will show."
+    notebooks = [*NBS.glob("*.ipynb"), NBS / "tutorials" / "1_your_text.ipynb"]
+    found = 0
+    for path in notebooks:
+        for cell in json.loads(path.read_text())["cells"]:
+            for text in re.findall(r"^#\| fig-(?:alt|cap): (.*)", "".join(cell["source"]), re.M):
+                found += 1
+                assert not CLAIMS.search(text), f"{path.name}: {text}"
+    assert found > 20
+
+
+def test_pauses_and_what_was_noted_are_on_the_page(plain, tmp_path):
+    run = copy(find(plain, "interrupted"), tmp_path / "run")
+    lines = (run / "metrics.ndjson").read_text().splitlines()[:-1]
+    (run / "metrics.ndjson").write_text("\n".join(lines) + "\n")
+    assert "None: no interruption" in report(run)
+
+    def pause(rows):
+        late = 0
+        for i, r in enumerate(rows):
+            late = late or 7200 * (r["step"] > 3)
+            r["time"] = 1e9 + i + late
+
+    edit_lines(run / "metrics.ndjson", pause)
+    note = {"step": 5, "rule": "speed", "text": "<b>slow"}
+    (run / "health.ndjson").write_text(json.dumps(note) + "\n")
+    text = Page(report(run)).text
+    assert "between step 3 and step 4, nothing was recorded for 2:00:01" in text
+    assert "step 5: <b>slow" in text
+    assert "2 notes on how it went" in text.partition("Figures")[0]
+
+
+def test_the_executed_code_is_folded_into_the_page(plain, tmp_path):
+    run = copy(find(plain, "interrupted"), tmp_path / "run")
+    assert "the run was started from a program" in report(run)
+    cells = [{"cell_type": "code", "source": ["steps = 3\n", "'<script>'"]}]
+    (run / "train.ipynb").write_text(json.dumps({"cells": cells}))
+    folded = report(run).partition("<summary>1 cells of train.ipynb</summary>")[2]
+    assert folded.startswith("<pre>steps = 3\n&#x27;&lt;script&gt;&#x27;</pre></details>")
+
+
+def test_a_pdf_is_printed_by_the_browser_or_refused(plain, tmp_path, monkeypatch):
+    from codex_nb.cli.main import main
+    from codex_nb.deploy.report import page_as_pdf
+    from codex_nb.run.run_record import RunError
+
+    browser = tmp_path / "bin" / "chromium"
+    browser.parent.mkdir()
+    browser.write_text(
+        "#!/bin/sh\nfor a; do case $a in --print-to-pdf=*) out=${a#*=};; file://*) in=${a#file://};;"
+        " esac; done\n(printf '%%PDF-1.4 '; /bin/cat $in) > $out\n"
+    )
+    browser.chmod(0o755)
+    monkeypatch.setenv("PATH", str(browser.parent))
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.iterdir())
+    with pytest.raises(SystemExit) as end:
+        main(["report", str(find(plain, "trained")), "--pdf", "--out", "run.pdf"])
+    assert not end.value.code
+    assert set(tmp_path.iterdir()) - before == {tmp_path / "run.pdf"}
+    assert (tmp_path / "run.pdf").read_bytes().startswith(b"%PDF-1.4 <!doctype html>")
+    browser.write_text("#!/bin/sh\nexit 3\n")
+    with pytest.raises(RunError, match="ended with 3 and wrote no PDF; write it with --html"):
+        page_as_pdf("page", tmp_path)
+    browser.unlink()
+    with pytest.raises(RunError, match="no Chromium or Chrome here .* --html, open it in a"):
+        page_as_pdf("page", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -714,20 +714,29 @@ def card(
 
 
 @app.command()
-def report(run: RunArgument, out: OutOption = None) -> None:
-    "Write a run on one HTML page that loads nothing. Replaces an existing file."
+def report(
+    run: RunArgument,
+    out: OutOption = None,
+    pdf: Annotated[
+        bool,
+        typer.Option("--pdf/--html", help="Print it to a PDF, with the Chromium or Chrome here."),
+    ] = False,
+) -> None:
+    "Write a run on one page that loads nothing and can be mailed. Replaces an existing file."
     from codex_nb.experiments.attest import known_level
     from codex_nb.run.run_folder import find_run
-    from codex_nb.run.run_record import readable, require_plain
+    from codex_nb.run.run_record import RunError, readable, require_plain
 
     folder = find_run(run)
-    target = _target_file(folder, out, ".html", force=True)
-    from codex_nb.deploy.report import report_page  # torch: only now, when the run is known
+    target = _target_file(folder, out, ".pdf" if pdf else ".html", force=True)
+    if pdf and target is None:
+        raise RunError("pdf: is not written to standard output; give a file with --out")
+    from codex_nb.deploy.report import page_as_pdf, report_page  # torch: when the run is known
 
     with readable(folder):
         require_plain(folder)
         text = report_page(folder, known_level(folder))
-    _write_text(target, text)
+    _write_text(target, page_as_pdf(text, target.parent) if pdf and target else text)
 
 
 def _target_file(folder: Path, out: Path | None, suffix: str, force: bool) -> Path | None:
@@ -753,10 +762,11 @@ def _target_file(folder: Path, out: Path | None, suffix: str, force: bool) -> Pa
     return target
 
 
-def _write_text(target: Path | None, text: str) -> None:
+def _write_text(target: Path | None, text: str | bytes) -> None:
     from codex_nb.core.artifacts import write_file
 
     if target is None:
+        assert isinstance(text, str)
         print(text, end="")
         return
     write_file(target, text)

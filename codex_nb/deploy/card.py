@@ -260,6 +260,7 @@ def _code(m: Manifest) -> str:
 # %% ../../nbs/deploy/85_card.ipynb #35729975
 def data_rows(
     digest: str,  # Of a corpus
+    licences: bool = True,  # Whether every document is read to count them
 ) -> list[tuple[str, str]]:  # Name, value; only the digest where the corpus is not in the store
     "A summary of a corpus."
     rows = [("corpus, by its digest", digest or "none")]
@@ -288,7 +289,9 @@ def data_rows(
     if "shares" in meta:
         shares = ", ".join(f"{s} {share:.1%}" for s, share in meta["shares"]["train"].items())
         rows.append(("mixture, by bytes of the training split", shares))
-    return [*rows, ("licences, as the documents say", _licences(corpus))]
+    if licences:
+        rows.append(("licences, as the documents say", _licences(corpus)))
+    return rows
 
 
 def _licences(corpus: Corpus) -> str:
