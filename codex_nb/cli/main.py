@@ -128,6 +128,8 @@ def resume(
 
 
 def _print_outcome(outcome: "Outcome") -> None:
+    from codex_nb.core.config import env_setting
+    from codex_nb.run.next_steps import next_lines
     from codex_nb.train.interrupts import RESUMABLE
 
     if outcome.error:
@@ -151,6 +153,8 @@ def _print_outcome(outcome: "Outcome") -> None:
         print(line)
     print(f"{outcome.status}: {outcome.folder}")
     print(f"look at: {next(outcome.folder.glob('*.ipynb'))}")
+    if env_setting("CODEX_NB_PROGRESS") != "off":
+        print("\n".join(next_lines(outcome.folder)))
 
 # %% ../../nbs/cli/93_main.ipynb #6f19ca53
 @app.command()
@@ -294,6 +298,7 @@ def export(
     from codex_nb.run.callbacks import export_run
     from codex_nb.run.run_folder import find_run
     from codex_nb.run.run_record import readable, require_plain
+    from codex_nb.tracking.sinks import open_command, sink_names
 
     folder = find_run(run)
     with readable(folder):
@@ -302,6 +307,9 @@ def export(
     if failed:
         fail(f"{folder.name}: not all of it is in {', '.join(failed)}, as said above; mend that")
     print(f"{folder.name} is in {to}, below {workspace()}")
+    for name in sink_names(to):
+        if command := open_command(name, folder):
+            print(f"open {name}: {command}")
 
 # %% ../../nbs/cli/93_main.ipynb #6c8bd48b
 @app.command()
@@ -865,6 +873,7 @@ def bundle(
     allow_secrets: Annotated[
         bool, typer.Option("--allow-secrets", help="Pack data even if they contain a secret.")
     ] = False,
+    quiet: QuietOption = False,
 ) -> None:
     "Pack everything that a machine without a network needs."
     from codex_nb.deploy.bundle import make_bundle
