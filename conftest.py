@@ -32,6 +32,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # What a slow machine would show of it is not among the outputs that are expected.
+    os.environ.setdefault("CODEX_NB_PROGRESS", "off")
     if not config.option.warm:
         return
     import warm

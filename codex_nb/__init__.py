@@ -59,6 +59,7 @@ _EXPORTS = {
     "run.run_record": ["RunRecord"],
     "run.run_folder": ["Run", "find_run", "list_runs", "new_run_folder"],
     "run.bases": ["find_base"],
+    "run.next_steps": ["print_next"],
     "run.training_inputs": [
         "dataset_for",
         "model_for",

@@ -124,9 +124,10 @@ def test_papermill_by_hand(where, notebook, tmp_path):
 def test_finished_run_is_kept_listed_evaluated_and_verified(tmp_path):
     folder = tmp_path / "runs" / "mine"
     words = ["run", "train", *flags(SMALL), "--folder", folder]
-    done = codex(*words, home=tmp_path)
+    done = codex(*words, home=tmp_path, CODEX_NB_PROGRESS="")
     assert done.returncode == 0, done.stderr
     assert f"finished: {folder}" in done.stdout and (folder / "train.ipynb").is_file()
+    assert done.stdout.endswith("\nnext: codex-nb report mine\n      codex-nb generate mine\n")
     before = files_below(folder)
     again = codex(*words, home=tmp_path)
     assert again.returncode == 1 and "this run is already finished" in again.stderr

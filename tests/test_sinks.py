@@ -226,6 +226,7 @@ def test_broken_sink_is_left_out_and_filled_again(name, seen, breaks, mends, alo
     mends(run)
     done = codex("export", run.name, "--to", name, home=workspace())
     assert done.returncode == 0, done.stderr
+    assert f"open {name}: " in done.stdout
     if name != "mlflow":
         return wait_for_all_steps(seen, trained.folder)
     # this process still has the old database open

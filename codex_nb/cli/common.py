@@ -199,7 +199,20 @@ def command_group(
 
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", help="Print only the result.")]
+
+
+def _hide_progress(context: typer.Context, quiet: bool) -> bool:
+    "Where `--quiet` is given, progress is off until the command ends, in what it starts as well."
+    if quiet:
+        from codex_nb.core.config import environment_with
+
+        context.with_resource(environment_with(CODEX_NB_PROGRESS="off"))
+    return quiet
+
+
+QuietOption = Annotated[
+    bool, typer.Option("--quiet", help="Print only the result.", callback=_hide_progress)
+]
 PolicyOption = Annotated[
     str | None,
     typer.Option("--policy", metavar="FILE", help="Apply the data policy in this YAML file."),

@@ -24,6 +24,7 @@ from codex_nb.cli.common import (
     ParameterOption,
     PlotOption,
     PolicyOption,
+    QuietOption,
     SettingsArgument,
     TokenizerArgument,
     command_group,
@@ -105,6 +106,7 @@ def data_check(
             "the store would, in TMPDIR, until it ends.",
         ),
     ] = True,
+    quiet: QuietOption = False,
 ) -> None:
     """Report documents, lengths, duplicates, leakage, secrets, personal data and rejected lines.
 
@@ -219,6 +221,7 @@ def tokenizer_train(
         bool, typer.Option("--dry-run", help="Print what would be done, and do nothing.")
     ] = False,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     "Train a tokenizer on the training split of a corpus."
     from codex_nb.data.corpus import CorpusConfig, open_corpus
@@ -228,7 +231,7 @@ def tokenizer_train(
         {"tokenizer": kind, "vocab_size": vocab_size, "max_train_bytes": max_train_bytes}
     )
     corpus = open_corpus(CorpusConfig(data=source))
-    trained = train_tokenizer(corpus, cfg, streaming, dry_run, progress=sys.stderr.isatty())
+    trained = train_tokenizer(corpus, cfg, streaming, dry_run)
     if isinstance(trained, dict):  # of a dry run
         lines = [f"{k}: {v:,}" if isinstance(v, int) else f"{k}: {v}" for k, v in trained.items()]
         print(json.dumps(trained) if as_json else "\n".join(lines))

@@ -7,6 +7,7 @@ __all__ = ['ModelArgument', 'SeedOption', 'DeviceOption', 'generate', 'chat', 'c
 
 # %% ../../nbs/cli/92_generate.ipynb #8140ded8
 import json
+import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -169,6 +170,7 @@ def chat(
     from codex_nb.eval.generate import reply  # torch: only now, when the input is known
 
     model, tokenizer = _load_model(run, device)
+    _warn_of_plain_text(run)
     messages = [Message("system", system)] if system else []
     while line := _read_line():
         messages.append(Message("user", _apply_policy(rules, line, "prompt")))
@@ -179,6 +181,20 @@ def chat(
         if left_out:
             print(f"({left_out} earlier turns no longer fit in the context)", file=sys.stderr)
         messages.append(Message("assistant", answer or " "))
+
+
+def _warn_of_plain_text(name: str) -> None:
+    "Say it where a model has only learned to go on with a text."
+    from codex_nb.run.bases import find_base
+    from codex_nb.run.next_steps import has_seen_conversations
+
+    if has_seen_conversations(find_base(name)) is False:
+        command = f"codex-nb run finetune -p base={shlex.quote(name)} -p data=CHATS.jsonl"
+        print(
+            "note: this model has never seen a conversation, so it goes on with your text instead "
+            f"of answering; teach it with: {command}",
+            file=sys.stderr,
+        )
 
 
 def _read_line() -> str:  # empty at the end

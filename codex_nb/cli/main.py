@@ -145,6 +145,8 @@ def resume(
 
 
 def _print_outcome(outcome: "Outcome") -> None:
+    from codex_nb.core.config import env_setting
+    from codex_nb.run.next_steps import next_lines
     from codex_nb.train.interrupts import RESUMABLE
 
     if outcome.error:
@@ -171,6 +173,8 @@ def _print_outcome(outcome: "Outcome") -> None:
         print(f"{SPEED_TITLE}: {speed:,.0f}")
     print(f"{outcome.status}: {outcome.folder}")
     print(f"look at: {next(outcome.folder.glob('*.ipynb'))}")
+    if env_setting("CODEX_NB_PROGRESS") != "off":
+        print("\n".join(next_lines(outcome.folder)))
 
 # %% ../../nbs/cli/93_main.ipynb #6f19ca53
 @app.command()
@@ -301,7 +305,7 @@ def export(
     from codex_nb.core.store import workspace
     from codex_nb.run.run_folder import find_run
     from codex_nb.run.run_record import readable, require_plain
-    from codex_nb.tracking.sinks import sink_names
+    from codex_nb.tracking.sinks import open_command, sink_names
 
     folder, _ = find_run(run), sink_names(to)
     from codex_nb.run.callbacks import export_run  # torch: only now, when the run is known
@@ -312,6 +316,9 @@ def export(
     if failed:
         fail(f"{folder.name}: not all of it is in {', '.join(failed)}, as said above; mend that")
     print(f"{folder.name} is in {to}, below {workspace()}")
+    for name in sink_names(to):
+        if command := open_command(name, folder):
+            print(f"open {name}: {command}")
 
 # %% ../../nbs/cli/93_main.ipynb #6c8bd48b
 @app.command()
@@ -879,6 +886,7 @@ def bundle(
     allow_secrets: Annotated[
         bool, typer.Option("--allow-secrets", help="Pack data even if they contain a secret.")
     ] = False,
+    quiet: QuietOption = False,
 ) -> None:
     "Pack everything that a machine without a network needs."
     from codex_nb.run.sources import run_or_model

@@ -24,6 +24,7 @@ from ..core import plugins
 from ..core.artifacts import Artifact, Draft
 from ..core.config import NOT_IN_DIGEST, Config, ConfigError, canonical_json, identity
 from ..core.policy import Policy, load_policy
+from ..core.progress import track
 from ..core.store import store_by_content
 from .documents import Document, ReadError, as_documents
 from .duplicates import ExactDuplicates, NearDuplicates, match_documents
@@ -256,18 +257,18 @@ AssignSplit = Callable[[int, Document], str]
 
 def _dedup_and_split(
     cfg: CorpusConfig,
-    path: Path,
+    documents: Iterable[Document],
     copies: dict[int, int],
     assign_split: AssignSplit,
     out: _SplitWriter,
 ) -> int:
-    "Write each buffered document to its split, or drop it; the number of pairs across splits."
+    "Write each document to its split, or drop it; the number of pairs across splits."
     near = NearDuplicates(cfg.near_threshold) if cfg.dedup == "near" else None
     originals = {*copies.values()}
     # Number -> id and split, of the documents that a later one may repeat
     repeatable: dict[int, tuple[str, str]] = {}
     cross_split_duplicates = 0
-    for i, doc, match in match_documents(_stream(path), copies, near):
+    for i, doc, match in match_documents(documents, copies, near):
         split = assign_split(i, doc)
         if i in originals or (near and match is None):
             repeatable[i] = (doc.id, split)
@@ -345,7 +346,11 @@ def build_corpus(
         buffer, exact = draft.path / ".spool", ExactDuplicates(draft.path / ".hashes")
         if rejects:
             rejects.path = draft.path / "rejects.ndjson"
-        buffered = _buffer(as_documents(documents), buffer, exact)
+        buffered = _buffer(track(as_documents(documents), "reading: document"), buffer, exact)
+
+        def again() -> Iterator[Document]:
+            return track(_stream(buffer), "splitting: document", buffered.documents)
+
         copies = dict(exact.find().tolist())
         how: str = cfg.split_by
         if how == "auto":
@@ -354,16 +359,16 @@ def build_corpus(
         with _SplitWriter(draft.path) as out:
             if how == "hash":
                 assign = assign_split or (lambda i, doc: split_of(doc, cfg))
-                cross_split_duplicates = _dedup_and_split(cfg, buffer, copies, assign, out)
+                cross_split_duplicates = _dedup_and_split(cfg, again(), copies, assign, out)
             else:
-                for split, part in split_by_position(_stream(buffer), buffered.characters, cfg):
+                for split, part in split_by_position(again(), buffered.characters, cfg):
                     out.write(split, part)
         if how == "hash" and not assign_split and _empty_splits(cfg, out):
             few = _split_few(buffer, cfg, copies if cfg.dedup != "off" else ())
             if few:
                 how = "rank"
                 with _SplitWriter(draft.path) as out:
-                    cross_split_duplicates = _dedup_and_split(cfg, buffer, copies, few, out)
+                    cross_split_duplicates = _dedup_and_split(cfg, again(), copies, few, out)
         buffer.unlink()
         exact.path.unlink()
         _require_text(cfg, out, how, rejects)

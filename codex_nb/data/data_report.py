@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..core.artifacts import ArtifactError
 from ..core.policy import PERSONAL, Policy, load_policy
+from ..core.progress import track
 from ..core.safety import RULES, find, merge_findings, redact
 from ..core.store import TemporaryWorkspace, workspace
 from codex_nb.data.corpus import (
@@ -184,7 +185,8 @@ def check_data(
     index = NearDuplicates(cfg.near_threshold) if near else None
     with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "ids", "w+b") as ids:
         duplicates = _DuplicateCounts(Path(folder) / "hashes", ids)
-        for i, doc, match in match_documents(documents, near=index, near_limit=near_limit):
+        shown_documents = track(documents, "checking: document")
+        for i, doc, match in match_documents(shown_documents, near=index, near_limit=near_limit):
             split = split_of(doc, cfg)
             statistics.add(doc, split)
             duplicates.add(i, doc, split, match)

@@ -25,12 +25,12 @@ import numpy as np
 from pydantic import Field, field_validator
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as FastTokenizer
-from tqdm import tqdm
 
 from ..core.artifacts import ArtifactError, Draft
 from ..core.config import NOT_IN_DIGEST, Config, ConfigError
 from ..core.library_warnings import library_warnings
 from ..core.plugins import get, known
+from ..core.progress import Progress
 from ..core.store import cached, find_stored, store_by_content, stored_artifacts
 from codex_nb.core.untrusted import (
     check_plain_files,
@@ -311,7 +311,6 @@ def train_tokenizer(
     cfg: TokenizerConfig,
     streaming: bool = True,
     dry_run: Literal[False] = False,
-    progress: bool = False,
 ) -> Tokenizer: ...
 @overload
 def train_tokenizer(
@@ -319,14 +318,12 @@ def train_tokenizer(
     cfg: TokenizerConfig,
     streaming: bool = True,
     dry_run: bool = False,
-    progress: bool = False,
 ) -> Tokenizer | dict: ...
 def train_tokenizer(
     corpus: Corpus,  # Only its training split is used
     cfg: TokenizerConfig,  # Which kind to train, or what to import
     streaming: bool = True,  # Read the text while training; otherwise all of it first
     dry_run: bool = False,  # Only report what would be done
-    progress: bool = False,  # Show a bar on standard error while the text is read
 ) -> Tokenizer | dict:  # From the store; a dict with `dry_run`
     "Train a tokenizer on a corpus, or open the one made earlier."
     if cfg.tokenizer_path:
@@ -343,18 +340,16 @@ def train_tokenizer(
         total = min(cfg.max_train_bytes, corpus.counts["train"]["bytes"])
         read = 0
 
-        def counted() -> Iterator[str]:
+        def counted(progress: Progress) -> Iterator[str]:
             nonlocal read
-            with tqdm(
-                total=total, unit="B", unit_scale=True, desc="reading", disable=not progress
-            ) as bar:
-                for t in texts if streaming else list(texts):
-                    size = len(t.encode())
-                    read += size
-                    bar.update(size)
-                    yield t
+            for t in texts if streaming else list(texts):
+                read += len(t.encode())
+                progress.at(read / 1e6)
+                yield t
+            progress.what, progress.total = "training a tokenizer on", None  # all of it is read
 
-        made = _make(counted(), cfg, draft.path)
+        with Progress("reading", total / 1e6, unit=" MB") as progress:
+            made = _make(counted(progress), cfg, draft.path)
         documents = (d.full_text[:20_000] for d in corpus.split("train"))
         compared = check_parity(
             made.array,

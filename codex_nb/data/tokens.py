@@ -16,6 +16,7 @@ import numpy as np
 
 from ..core.artifacts import Artifact, Draft
 from ..core.config import Config, ConfigError
+from ..core.progress import track
 from ..core.store import cached
 from ..core.types import IGNORE
 from .corpus import Corpus
@@ -162,7 +163,10 @@ def build_tokens(
     parents = {"corpus": corpus.digest, "tokenizer": tokenizer.digest}
 
     def build(draft: Draft) -> None:
-        draft.meta.update(_write_stream(corpus.split(split), tokenizer, draft.path))
+        documents = track(
+            corpus.split(split), "encoding: document", corpus.counts[split]["documents"]
+        )
+        draft.meta.update(_write_stream(documents, tokenizer, draft.path))
 
     artifact = cached(
         "tokens",

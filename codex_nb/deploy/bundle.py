@@ -21,6 +21,7 @@ import codex_nb
 from ..core.artifacts import Artifact, ArtifactError, publish, sha256_file
 from ..core.config import ConfigError
 from ..core.policy import load_policy
+from ..core.progress import Progress
 from ..core.repro import lock_file, plain_name, read_lock
 from ..core.safety import find_secrets
 from ..core.untrusted import require_file, require_inside
@@ -294,12 +295,14 @@ def make_bundle(
         "data": sorted(found_data),
         "extras": sorted(extras),
     }
-    with publish(out, "bundle", chosen) as draft:
+    with Progress("packing: part", total=3) as progress, publish(out, "bundle", chosen) as draft:
         folder = draft.path
         (folder / "wheels").mkdir()
+        progress.at(1, f"getting {len(needed)} packages")
         fetch(needed, folder / "wheels", wheels)
         lines = requirement_lines(folder / "wheels", needed)
         (folder / "requirements.txt").write_text("\n".join(lines) + "\n")
+        progress.at(2, "copying")
         _copy_all(found_models, folder / "models", TRAINING_STATE)
         _copy_all(found_tokenizers, folder / "tokenizers")
         _copy_all(found_data, folder / "data")
@@ -308,4 +311,5 @@ def make_bundle(
             shutil.copyfile(policy, folder / "policy.yaml")
         _write_descriptions(folder, needed)
         draft.meta["packages"] = len(needed)
+        progress.at(3, "hashing every file")
     return draft.artifact

@@ -13,6 +13,7 @@ from functools import cache
 
 import numpy as np
 
+from ..core.progress import track
 from ..data.documents import Document
 
 # %% ../../nbs/eval/55_contamination.ipynb #31689dcb
@@ -192,7 +193,7 @@ def find_overlaps(
     ids: list[str] = []
     contents: list[str] = []
     size = 0
-    for d in training:
+    for d in track(training, "searching for contamination: document"):
         ids.append(d.id)
         contents.append(d.full_text)
         size += len(contents[-1])

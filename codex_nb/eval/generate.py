@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ..core.library_warnings import library_warnings
+from ..core.progress import track
 from ..core.repro import generator
 from ..data.documents import Message
 from ..data.tokenizer import Tokenizer, chat_ids, prompt_ids
@@ -371,7 +372,8 @@ def generate_batch(
     try:
         if batch_size > 1 and len({*map(len, ids)}) > 1 and not _reads_padding(model):
             batch_size = 1
-        for at in range(0, len(by_length), batch_size):
+        starts = range(0, len(by_length), batch_size)
+        for at in track(starts, "generating: batch", len(starts)):
             batch = by_length[at : at + batch_size]
             batch_ids, batch_draws = [ids[i] for i in batch], [draws[i] for i in batch]
             made = _generate_one_batch(model, tokenizer, batch_ids, cfg, batch_draws, end_ids)

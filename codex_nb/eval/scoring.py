@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from ..core.artifacts import ArtifactError, disk_error
 from ..core.library_warnings import library_warnings
+from ..core.progress import Progress, track
 from ..core.repro import seed_for
 from ..core.safety import redact_json
 from ..core.types import IGNORE
@@ -262,7 +263,8 @@ def _run_model(
     was_training = model.training
     model.eval()
     try:
-        for at in range(0, len(plan), batch_size):
+        starts = range(0, len(plan), batch_size)
+        for at in track(starts, "scoring: batch", len(starts)):
             batch = plan[at : at + batch_size]
             inputs_BT, targets_BT = _pad_batch(batch, ids, is_target, tokenizer.eot)
             options = {}
@@ -437,12 +439,14 @@ def score_shard(
     path = Path(folder) / f"part-{part}-of-{parts}.ndjson"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a+b") as f:
+        total = len(documents)
+        with open(path, "a+b") as f, Progress("evaluating: document", total) as progress:
             f.seek(0)
             f.truncate(f.read().rfind(b"\n") + 1)  # drop an incomplete line
             if f.seek(0, os.SEEK_END) == 0:
                 f.write(f"{key}\n".encode())
-            for group in score_groups(len(documents), part, parts):
+            for group in score_groups(total, part, parts):
+                progress.at(min(total, group.start))
                 if done.keys() >= {*group}:
                     continue
                 # The whole group, also where a part of it is done: its members share batches.

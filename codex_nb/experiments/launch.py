@@ -38,6 +38,7 @@ from codex_nb.core.config import (
     suggest,
 )
 from ..core.library_warnings import library_warnings
+from ..core.progress import follow_progress, print_above
 from codex_nb.core.safety import (
     RedactedStream,
     find_secrets,
@@ -45,7 +46,7 @@ from codex_nb.core.safety import (
     redact,
     redact_notebook,
 )
-from ..core.store import is_locked, workspace
+from ..core.store import is_locked, lock_owner, workspace
 from ..core.untrusted import describe_error, explain_errors
 from codex_nb.run.run_folder import (
     LOCK,
@@ -261,14 +262,14 @@ class RedactingStdout:
         self._redacted = RedactedStream()  # A token may come in two writes
 
     def write(self, text: str) -> None:
-        sys.stdout.write(self._redacted.write(text))
+        print_above(self._redacted.write(text), end="")
 
     def flush(self) -> None:
         sys.stdout.flush()
 
     def close(self) -> None:
         "Write what was held back."
-        sys.stdout.write(self._redacted.close())
+        print_above(self._redacted.close(), end="")
 
 # %% ../../nbs/experiments/70_launch.ipynb #7c2bb6e5
 IDLE_SECONDS = 8  # After an interrupt, a kernel that uses no CPU for so long has lost its cell
@@ -329,11 +330,10 @@ class SignalForwarder:
         self.name = name
         if name == "SIGHUP":
             leave_terminal()
-        print(
+        print_above(
             f"codex-nb: {name}: stopping after this step, saving first; "
             "a second signal ends it at once",
             file=sys.stderr,
-            flush=True,
         )
         threading.Thread(target=self._interrupt_kernel, daemon=True).start()
 
@@ -498,7 +498,8 @@ def launch(
         check_sources(cfg)
     folder = Path(folder).absolute() if folder else new_run_folder(path.stem, cfg.run_name)
     if (status := run_status(folder)) != "interrupted":
-        remedy = "wait until it has ended" if status == "running" else "choose another folder"
+        held = f"in use by {lock_owner(folder / LOCK)}" if status == "running" else ""
+        remedy = held or "choose another folder"
         raise RunError(f"{folder}: this run is already {status}; {remedy}")
     if message := loopback_error():
         raise RunError(
@@ -594,7 +595,13 @@ def _execute(
         options.append("--IPKernelApp.ignore_cwd=True")
     terminal = RedactingStdout() if echo else None
     try:
-        with library_warnings(), signals, memory, environment_with(**variables):
+        with (
+            library_warnings(),
+            follow_progress() as progress,
+            signals,
+            memory,
+            environment_with(**variables, CODEX_NB_PROGRESS=progress),
+        ):
             papermill.execute_notebook(
                 str(notebook.absolute()),
                 f"{_RunWriter.scheme}{notebook.name}",
@@ -665,7 +672,9 @@ def resume(
     folder = Path(folder)
     _wait_for_lock(folder)
     if (status := run_status(folder)) != "interrupted":
-        raise RunError(f"{folder}: the run is {status}; only an interrupted run can be resumed")
+        held = f"in use by {lock_owner(folder / LOCK)}" if status == "running" else ""
+        reason = held or "only an interrupted run can be resumed"
+        raise RunError(f"{folder}: the run is {status}; {reason}")
     record = RunRecord.load(folder)
     fixed, names = identity(record.settings()), flat_names(type(record.settings()))
     for name in changes or {}:

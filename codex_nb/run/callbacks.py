@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['run_info_of', 'sinks_of', 'export_run', 'MetricsLogger', 'Evaluator', 'EarlyStopping',
-           'CheckpointCallback']
+           'CheckpointCallback', 'progress_hooks']
 
 # %% ../../nbs/run/65_callbacks.ipynb #9a06af0e
 import math
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..core.artifacts import Artifact, problems, read_manifest
-from ..core.config import ConfigError, env_setting
+from ..core.config import ConfigError
+from ..core.device import is_cuda
+from ..core.progress import Progress, is_open_in_editor, print_above
 from ..core.repro import tensors_digest
 from ..data.batches import FINGERPRINT_MODULUS
 from ..data.documents import Document
@@ -41,7 +42,7 @@ from ..tracking.sinks import RunInfo, Sinks, sink_names
 from ..train.async_checkpoint import AsyncCheckpointer
 from ..train.checkpoint import ResumeMetadata, model_tensors, snapshot
 from ..train.distributed import World, run_assembled
-from ..train.engine import TrainState, is_interactive, print_above_bar
+from ..train.engine import Hook, TrainState
 from ..train.interrupts import Signals
 from ..train.retention import prune
 
@@ -97,6 +98,7 @@ class MetricsLogger:
         self.writer: MetricsWriter | None = None
         self.sinks: Sinks | None = None
         self.plot: LivePlot | None = None
+        self.speed: float | None = None  # Tokens per second, between the last two calls of `log`
         # Set by the checkpoint callback: values of the saves that have ended since the last call.
         self.drain_saves: Callable[[], list[tuple[int, dict[str, float]]]] = list
 
@@ -111,7 +113,7 @@ class MetricsLogger:
             self.writer = MetricsWriter(self.path)
             self.sinks = sinks_of(self.run)
             has_start = any(read_metrics(self.path, "start"))
-            if self.run.cfg.tracking.live_plot and _in_live_notebook():
+            if self.run.cfg.tracking.live_plot and is_open_in_editor():
                 self.plot = LivePlot(self.path)
         if state.step == 0:
             # Every rank takes part: a sharded model is gathered tensor by tensor.
@@ -127,6 +129,7 @@ class MetricsLogger:
     ) -> None:
         "Write the steps that have finished since the last call. All ranks must call it."
         steps, speed = state.drain_metrics(), state.throughput.lap()
+        self.speed = speed or self.speed
         fingerprints = self._fingerprints([s["fed"] for s in steps], alone)
         if self.writer is None:
             return
@@ -181,11 +184,6 @@ class MetricsLogger:
                 self.sinks.wait = 2.0  # who stops a run does not want to wait for a viewer
             stopped = "KILLED" if state.interrupted else None  # else its evaluation follows
             self.sinks.finish("FAILED" if failed else stopped)
-
-
-def _in_live_notebook() -> bool:
-    launched = env_setting("CODEX_NB_RUN")
-    return is_interactive() and "ipykernel" in sys.modules and not launched
 
 # %% ../../nbs/run/65_callbacks.ipynb #8ef48322
 class _StopTogether(Exception):
@@ -322,7 +320,7 @@ class Evaluator:
         write_sample(self.logger.samples_path, step, sample)
         self.latest = {f"validation.{k}": v for k, v in results.items()}
         self.latest |= {f"validation_ema.{k}": v for k, v in average.items()}
-        print_above_bar(
+        print_above(
             f"step {step:5} of {state.total_steps}  "
             f"validation during training: {results['bits_per_byte']:.3f} bits per byte  "
             f"{state.throughput.mean:,.0f} tokens/s  | {' '.join(sample.split())[:60]}"
@@ -476,3 +474,31 @@ class CheckpointCallback:
 
 def _is_last(state: TrainState) -> bool:
     return state.step >= state.total_steps or bool(state.stop_reason and not state.interrupted)
+
+# %% ../../nbs/run/65_callbacks.ipynb #7a20c003
+def progress_hooks(
+    logger: MetricsLogger,  # Knows the speed
+) -> list[Hook]:  # To be called before other hooks of a step, so that it is shown while they work
+    "Show how far training is."
+    cfg = logger.run.cfg
+    limit = cfg.fit.minutes * 60 if cfg.fit.minutes else None
+    progress: Progress | None = None  # None before it starts
+
+    def start(state: TrainState) -> None:
+        nonlocal progress
+        progress = Progress("step", state.total_steps, state.step, limit=limit).start()
+
+    def update(state: TrainState) -> None:
+        speed = logger.speed
+        if not speed and not is_cuda(cfg.model.device):  # a GPU has only been told what to do
+            speed = state.throughput.mean
+        loss = "" if state.loss is None else f"loss {state.loss:.3f}"
+        parts = (loss, f"{speed:,.0f} tokens/s" if speed else "")
+        if progress:
+            progress.at(state.step, "  ".join(filter(None, parts)))
+
+    def end(state: TrainState) -> None:
+        if progress:  # None when an earlier start hook has failed
+            progress.close(stopped=state.step < state.total_steps)
+
+    return [Hook(start, when="start"), Hook(update), Hook(end, when="end"), Hook(end, when="error")]

@@ -28,7 +28,13 @@ from ..eval.scoring import sample_documents
 from ..model.causal_lm import flops_per_token
 from ..model.cuda_graphs import CUDAGraphs
 from ..model.portable_mode import arithmetic, suspended
-from .callbacks import CheckpointCallback, EarlyStopping, Evaluator, MetricsLogger
+from codex_nb.run.callbacks import (
+    CheckpointCallback,
+    EarlyStopping,
+    Evaluator,
+    MetricsLogger,
+    progress_hooks,
+)
 from .run_folder import Run, replay_hints
 from .run_record import load_parents
 from .settings import RunConfig
@@ -43,7 +49,6 @@ from codex_nb.train.engine import (
     TrainState,
     estimate_steps,
     fit,
-    progress_hooks,
     total_samples,
 )
 from ..train.interrupts import SIGNAL_MARKER, Interrupted, Signals
@@ -227,6 +232,7 @@ class Trainer:
             Hook(checkpoints.on_train_start, when="start"),
             Hook(evaluator.on_train_start, when="start"),
             Hook(checkpoints.save_again, when="start"),
+            *(progress_hooks(logger) if self.world.main else ()),
             Hook(logger.log, cfg.tracking.log_every, part="logging"),
             Hook(evaluator.evaluate, cfg.evaluate.eval_every, part="evaluating"),
             Hook(checkpoints.save, cfg.checkpoint.save_every, part="saving"),
@@ -237,8 +243,6 @@ class Trainer:
             hooks.append(Hook(partial(_stop_at, plan["stop"])))
         if "leave" in plan:
             hooks.append(Hook(partial(_leave_at, plan["leave"])))
-        if self.world.main:
-            hooks += progress_hooks()
 
         def close(state: TrainState, failed: bool = False) -> None:
             try:

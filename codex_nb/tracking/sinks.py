@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['PARAMS', 'TrackingConfig', 'sink_names', 'RunInfo', 'Row', 'Sink', 'read_rows', 'Sinks',
            'CSVSink', 'mlflow_uri', 'mlflow_experiment', 'chart_name', 'close_ended_runs',
-           'MLflowSink', 'TensorBoardSink', 'WandbSink', 'check_sink']
+           'MLflowSink', 'TensorBoardSink', 'WandbSink', 'open_command', 'check_sink']
 
 # %% ../../nbs/tracking/33_sinks.ipynb #8399a005
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -489,7 +490,7 @@ class WandbSink:
     ):
         home = workspace() / "wandb"
         home.mkdir(parents=True, exist_ok=True)
-        run_id = hashlib.sha256(str(run_info.folder).encode()).hexdigest()[:12]
+        run_id = _wandb_id(run_info.folder)
         for old in home.glob(f"wandb/offline-run-*-{run_id}"):
             shutil.rmtree(old)
         tags = redact_json(run_info.tags).values()
@@ -535,6 +536,10 @@ class WandbSink:
         self.run.finish(exit_code=int(status == "FAILED"))
 
 
+def _wandb_id(folder: Path) -> str:
+    return hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:12]
+
+
 def _import_wandb() -> "ModuleType":
     try:
         import wandb
@@ -557,6 +562,23 @@ def _private_settings(wandb: Any) -> Any:  # offline, and nothing collected but 
         x_save_requirements=False,
         reinit="create_new",
     )
+
+# %% ../../nbs/tracking/33_sinks.ipynb #7a40c003
+def open_command(
+    name: str,  # A sink
+    folder: Path | str,  # The run folder that was exported
+) -> str | None:  # A command, or the place of a table; None for a plug-in
+    "How to look at what a sink has filled."
+    home, folder = workspace().absolute(), Path(folder)
+    if name == "mlflow":
+        uri = mlflow_uri()
+        return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+    if name == "tensorboard":
+        return f"tensorboard --logdir {shlex.quote(str(home / 'tensorboard'))}"
+    if name == "wandb":  # nothing here shows an offline run: uploading it is up to you
+        found = sorted((home / "wandb" / "wandb").glob(f"offline-run-*-{_wandb_id(folder)}"))
+        return f"wandb sync {shlex.quote(str(found[-1]))}" if found else None
+    return str(home / "csv" / f"{folder.name}.csv") if name == "csv" else None
 
 # %% ../../nbs/tracking/33_sinks.ipynb #5e3f54d2
 def check_sink(

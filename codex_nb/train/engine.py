@@ -5,12 +5,10 @@
 # %% auto #0
 __all__ = ['LossFn', 'SyncFn', 'SPIKE_WINDOW', 'total_samples', 'GuardError', 'NonFiniteError',
            'LossSpikeError', 'train_step', 'describe_samples', 'TrainState', 'guard_error', 'Hook',
-           'fit', 'estimate_steps', 'is_interactive', 'print_above_bar', 'progress_hooks']
+           'fit', 'estimate_steps']
 
 # %% ../../nbs/train/47_engine.ipynb #9ab4b2d4
 import math
-import os
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -20,7 +18,6 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ..core.brief_errors import UserError
 from ..core.device import is_cuda, synchronize
@@ -191,6 +188,14 @@ class TrainState:
         "End after this step."
         self.stop_reason = self.stop_reason or reason
         self.interrupted = self.interrupted or now
+
+    @property
+    def loss(self) -> float | None:  # None as long as none is known here
+        "The newest loss; on a GPU that of the last drained step, so that nothing waits for it."
+        newest = self._pending[-1]["loss"] if self._pending else None
+        if newest is not None and newest.device.type == "cpu":
+            return float(newest)
+        return self.recent[-1] if self.recent else None
 
     def drain_metrics(self) -> list[dict[str, Any]]:  # A record for each step since the last call
         """Bring the values of finished steps from the device.
@@ -392,48 +397,3 @@ def estimate_steps(
     median = sorted(times[1:])[probes // 2]
     # 5 % more for what is not timed here, such as the optimizer.
     return max(1, int(minutes * 60 / (1.05 * median)))
-
-# %% ../../nbs/train/47_engine.ipynb #f490c827
-def is_interactive() -> bool:  # False in a run without a viewer
-    "Whether a progress bar would be seen: in a terminal, or a notebook that is open in an editor."
-    if "ipykernel" not in sys.modules:
-        return sys.stderr.isatty()
-    opened = os.environ.get("JPY_SESSION_NAME") or os.environ.get("VSCODE_PID")
-    launched = os.environ.get("CODEX_NB_RUN")
-    return bool(opened) and not launched
-
-# %% ../../nbs/train/47_engine.ipynb #27251e8e
-def print_above_bar(
-    text: str,  # One line
-) -> None:
-    "Print a line, above the progress bar if there is one."
-    tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()
-
-# %% ../../nbs/train/47_engine.ipynb #eccd9dba
-def progress_hooks(
-    interactive: bool | None = None,  # Whether to draw a bar; default: `is_interactive()`
-) -> list[Hook]:  # To be given to `fit`
-    "Hooks that draw a progress bar."
-    if not (is_interactive() if interactive is None else interactive):
-        return []
-    bar: tqdm[Any] | None = None
-
-    def begin(state: TrainState) -> None:
-        nonlocal bar
-        bar = tqdm(
-            total=state.total_steps,
-            initial=state.step,
-            unit="step",
-            file=sys.stdout if "ipykernel" in sys.modules else sys.stderr,
-        )
-
-    def move(state: TrainState) -> None:
-        assert bar is not None
-        bar.update(state.step - bar.n)
-
-    def end(state: TrainState) -> None:
-        if bar is not None:  # None when an earlier start hook has failed
-            bar.close()
-
-    return [Hook(begin, when="start"), Hook(move), Hook(end, when="end"), Hook(end, when="error")]

@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any
 
 from ..core.brief_errors import UserError
+from ..core.progress import is_open_in_editor, print_above
 from ..tracking.system_monitor import Memory
 
 # %% ../../nbs/train/46_interrupts.ipynb #ac00a356
@@ -30,7 +31,8 @@ class Interrupted(KeyboardInterrupt):
         self,
         name: str,  # e.g. `SIGTERM`
     ) -> None:
-        super().__init__(f"stopped by {name}")
+        again = "; all is saved, run this cell again to go on" if is_open_in_editor() else ""
+        super().__init__(f"stopped by {name}{again}")
         self.name = name
 
 
@@ -119,10 +121,9 @@ class Signals:
             leave_terminal()
         if self.noted:
             self.noted.write_text(name)
-        print(
+        print_above(
             f"{name}: the run stops after this step and saves; a second signal ends it at once",
             file=sys.stderr,
-            flush=True,
         )
         if self.stop:
             self.stop(f"stopped by {name}")

@@ -11,10 +11,12 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from ..core.brief_errors import UserError
 from ..core.config import env_setting
+from ..core.progress import follow_progress, print_above
 from ..core.safety import redact
 from ..core.untrusted import describe_error, is_failure, is_own_error
 from .interrupts import RESUMABLE, SIGNAL_MARKER, Interrupted, Signals
@@ -49,11 +51,13 @@ def run_workers(
     launched = env_setting("CODEX_NB_RUN") is not None
     marker = run_folder / SIGNAL_MARKER if run_folder and launched else None
     workers = []
+    shown = ExitStack()
     try:
+        progress = shown.enter_context(follow_progress())
         for i, (command, e) in enumerate(zip(commands, environments)):
             # Their working folder is the run's, which may be a stranger's: import nothing there.
-            safe = {**e, "PYTHONSAFEPATH": "1"}
-            workers.append(_Worker(i, command, safe, folder))
+            more = {"PYTHONSAFEPATH": "1", "CODEX_NB_PROGRESS": "off" if i else progress}
+            workers.append(_Worker(i, command, {**e, **more}, folder))
 
         def terminate(reason: str) -> None:
             for w in workers:
@@ -80,6 +84,7 @@ def run_workers(
     finally:
         for w in workers:
             w.close()
+        shown.close()
 
 
 class _Worker:
@@ -118,7 +123,7 @@ class _Worker:
 def _echo(workers: list[_Worker]) -> None:
     for w in workers:
         if text := w.new_output():
-            print(text, end="", flush=True)
+            print_above(text, end="")
 
 # %% ../../nbs/train/48_workers.ipynb #48facf51
 def worker_main(
