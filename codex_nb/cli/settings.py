@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/cli/92_settings.ipynb #08d99125
 def setting_lines(
-    table: "list[SettingInfo]",  # From `setting_table`
+    table: list["SettingInfo"],  # From `setting_table`
     width: int,  # Columns
 ) -> list[str]:
     "Settings by section: name, default and meaning."
@@ -52,7 +52,7 @@ def _columns() -> int:
 
 # %% ../../nbs/cli/92_settings.ipynb #80e200c4
 def setting_text(
-    found: "dict[str, SettingInfo]",  # Kind of run -> the setting, from `find_setting`
+    found: dict[str, "SettingInfo"],  # Kind of run -> the setting, from `find_setting`
 ) -> list[str]:
     "One setting in full."
     info = next(iter(found.values()))
