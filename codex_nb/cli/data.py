@@ -456,10 +456,10 @@ def plugins_check(
 
 
 def _find_plugin(name: str) -> tuple[str, str]:  # kind and name
-    from codex_nb.core.plugins import PluginError, list_plugins
+    from codex_nb.core.plugins import PluginError, plugin_names
 
     wanted_kind, _, short_name = name.rpartition(":")
-    kinds = {p.kind for p in list_plugins() if p.name == short_name and p.kind != "contract"}
+    kinds = {kind for kind, n in plugin_names() if n == short_name and kind != "contract"}
     if wanted_kind:
         kinds &= {wanted_kind}
     if not kinds:

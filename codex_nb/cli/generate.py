@@ -77,9 +77,11 @@ def _load_policy(path: str | None) -> "Policy | None":
 
 
 def _sampling(pairs: list[str]) -> "GenerateConfig":
+    from codex_nb.core.config import resolve
     from codex_nb.eval.eval_config import GenerateConfig
 
-    return GenerateConfig.from_dict(parse_parameters(pairs))
+    cfg, _ = resolve(GenerateConfig, {"default": {}}, "default", parse_parameters(pairs))
+    return cfg
 
 # %% ../../nbs/cli/92_generate.ipynb #75513002
 def _apply_policy(policy: "Policy | None", text: str, where: "Place") -> str:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PluginError', 'Entry', 'register', 'entries', 'known', 'get', 'PluginStatus',
-           'list_plugins', 'check']
+           'plugin_names', 'list_plugins', 'check']
 
 # %% ../../nbs/core/04_plugins.ipynb #f497cfd3
 import os
@@ -167,6 +167,11 @@ class PluginStatus:
     state: str
     # Why it fails, or which distributions offer the same name
     error: str = ""
+
+# %% ../../nbs/core/04_plugins.ipynb #72455596
+def plugin_names() -> set[tuple[str, str]]:  # Kind and name
+    "Everything registered or installed; nothing is imported."
+    return {(entry.kind, entry.name) for entry in (*_registered.values(), *_installed())}
 
 # %% ../../nbs/core/04_plugins.ipynb #a338e2bd
 def list_plugins() -> list[PluginStatus]:  # By kind, name and source

@@ -196,7 +196,6 @@ import argparse, base64, hashlib, json, os, re, subprocess, sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Iterator, Mapping, Sequence
-UserError = Exception
 '''
 _TAIL = """if __name__ == "__main__":
     if hasattr(sys.stdout, "reconfigure"):
@@ -224,6 +223,10 @@ def _compact(part: Callable[..., Any]) -> str:
         if isinstance(node, ast.ClassDef):
             unused = [n for n in node.body if getattr(n, "name", "") == "to_dict"]
             node.body = [n for n in node.body if n not in unused]
+            # how a notebook shows it means nothing here
+            node.bases = [
+                ast.Name("Exception") if "UserError" in ast.unparse(b) else b for b in node.bases
+            ]
         if isinstance(node, ast.FunctionDef) and node.name.startswith("_"):
             node.body = node.body[1:] if ast.get_docstring(node) else node.body
     out: list[str] = []

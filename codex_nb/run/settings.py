@@ -7,7 +7,7 @@ __all__ = ['ALSO_CALLED', 'SET_BY_BASE', 'KINDS', 'TRAINING_KINDS', 'Settings', 
            'FinetuneConfig', 'JudgeConfig', 'CompareConfig', 'SweepConfig']
 
 # %% ../../nbs/run/60_settings.ipynb #880a4cb4
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, PrivateAttr
@@ -308,37 +308,38 @@ class RunConfig(Settings):
 
     def complete(self) -> Self:
         "Refuse combinations of settings that make no sense."
+        if problems := [*self._contradictions(), *self._not_portable()]:
+            raise ConfigError(*problems)
+        return self
+
+    def _contradictions(self) -> Iterator[str]:
         if not any(getattr(self.fit, n) for n in FitConfig.exclusive):
-            raise ConfigError(f"no limit: give one of {', '.join(FitConfig.exclusive)}")
+            yield f"no limit: give one of {', '.join(FitConfig.exclusive)}"
         shaped = [n for n in SET_BY_BASE if self._sources.get(n) == "given"]
         if self.has_base and shaped:
-            raise ConfigError(
-                f"{', '.join(shaped)}: given together with base, which has its own; leave one out"
-            )
+            yield f"{', '.join(shaped)}: given together with base, which has its own; leave one out"
         if self.adapter.adapter != "none" and not self.has_base:
-            raise ConfigError(
+            yield (
                 "adapter: an adapter needs a base: give base=NAME, or train a whole new model "
                 "with adapter=none"
             )
         if self.adapter.base_dtype == "nf4" and self.distributed.parallel == "fsdp":
-            raise ConfigError(
+            yield (
                 "base_dtype: nf4 together with parallel=fsdp: a base in four bits is not divided "
                 "among processes; give parallel=ddp, or base_dtype=bf16"
             )
         if not self.corpus.validation_fraction:
-            raise ConfigError(
+            yield (
                 "validation_fraction: 0 leaves no documents to evaluate on during training; "
                 "give a fraction, such as 0.05"
             )
         if self.fit.batch_size % self.distributed.nproc:
-            raise ConfigError(
+            yield (
                 f"batch_size: {self.fit.batch_size} rows cannot be divided equally among "
                 f"{self.distributed.nproc} processes"
             )
-        self._check_portable()
-        return self
 
-    def _check_portable(self) -> None:
+    def _not_portable(self) -> Iterator[str]:
         if self.determinism != "portable":
             return
         random = "its random numbers depend on how a batch is divided"
@@ -355,7 +356,7 @@ class RunConfig(Settings):
             ("parallel", self.distributed.parallel, "ddp", "shards are summed in another order"),
         ):
             if value not in ("auto", wanted):
-                raise ConfigError(
+                yield (
                     f"{name}: {value} is not possible with determinism=portable, since {why}; "
                     f"give {name}={wanted}"
                 )
