@@ -125,7 +125,8 @@ def _row(folder: Path, labels: dict[str, dict[str, Any]], speed: bool) -> dict[s
     row["tags"], row["note"] = labels_of(labels, folder)
     if speed:
         row["median_tokens_per_second"] = None
-        with suppress(ValueError, KeyError, TypeError, OSError):  # a damaged log
+        # A damaged log has no speed.
+        with suppress(ValueError, LookupError, TypeError, OSError, ArithmeticError, RecursionError):
             row["median_tokens_per_second"] = read_median_speed(folder / "metrics.ndjson")
     return row
 
