@@ -68,8 +68,8 @@ def test_what_is_no_clean_end_is_seen(code, out, err, wrong):
 
 def test_a_fault_of_ours_is_printed_with_a_report_that_can_be_sent(tmp_path):
     lines = (
-        "import codex_nb.run.run_folder as r, codex_nb.cli.main as m",
-        "r.list_runs = lambda: {}['hf_' + 'a1B2' * 10]",
+        "import codex_nb.run.run_list as r, codex_nb.cli.main as m",
+        "r.run_rows = lambda **_: {}['hf_' + 'a1B2' * 10]",
         "m.main(['runs', '--json', '--parameter', 'my_token=abcd'][:2])",
     )
     env = environment(tmp_path)

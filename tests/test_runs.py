@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from codex_nb.cli.main import main
 from codex_nb.core.artifacts import open_artifact, publish
-from codex_nb.run.callbacks import export_run
+from codex_nb.core.plugins import register
+from codex_nb.run.callbacks import MetricsLogger, export_run
 from codex_nb.run.run_folder import Run, find_run, list_runs, register_external_run, verify_files
 from codex_nb.run.run_list import label_run, remove_run, rename_run, run_rows
 from codex_nb.run.run_record import RunError
@@ -186,3 +188,29 @@ def test_mlflow_shows_when_a_run_was_and_how_it_ended(home):
     assert found.data.metrics["speed/median_tokens_per_second"] == 950
     assert found.data.params["lr"] == "0.001" and len(found.data.params) < 12
     assert "settings.json" in [a.path for a in client.list_artifacts(found.info.run_id)]
+
+
+class Told:
+    "A sink that keeps what it is told at the end."
+
+    statuses = []
+
+    def __init__(self, run_info):
+        self.fed = {}
+
+    def write(self, rows):
+        return
+
+    def close(self, status, files):
+        self.statuses.append(status)
+
+
+def test_sinks_are_told_how_training_ended():
+    register("sink", "told", Told)
+    for interrupted, failed in ((True, False), (False, True), (False, False)):
+        state = SimpleNamespace(step=1, tokens=0, interrupted=interrupted)
+        state.drain_metrics, state.throughput = list, SimpleNamespace(lap=lambda: 0.0)
+        logger = MetricsLogger(start(f"run-{interrupted}-{failed}", sinks="told"), None)
+        logger.on_train_start(state)
+        logger.close(state, failed)
+    assert Told.statuses == ["KILLED", "FAILED", None]  # None: its evaluation follows

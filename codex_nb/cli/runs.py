@@ -9,11 +9,12 @@ __all__ = ['runs_app', 'STAMPED', 'runs_list', 'table_lines', 'runs_tag', 'runs_
 # %% ../../nbs/cli/92_runs.ipynb #c918f8cb
 import json
 import re
+import sys
 from typing import Annotated, Any
 
 import typer
 
-from .common import JsonOption, RunArgument
+from .common import JsonOption, RunArgument, fail
 
 # %% ../../nbs/cli/92_runs.ipynb #3ad62cce
 runs_app = typer.Typer(
@@ -141,6 +142,14 @@ def runs_rename(
     print(rename_run(find_run(run), name))
 
 
+def _confirm(question: str) -> bool:
+    try:
+        return typer.confirm(question, err=True)
+    except typer.Abort:  # no answer, as where there is no terminal
+        print(file=sys.stderr)
+        return False
+
+
 @runs_app.command("rm")
 def runs_rm(
     run: Annotated[list[str], typer.Argument(help="Runs, named as elsewhere.")],
@@ -158,8 +167,8 @@ def runs_rm(
             if not yes and not children(folder):
                 size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
                 question = f"Remove {folder.name} with {size / 1e6:,.1f} MB?"
-                if not typer.confirm(question, err=True):
-                    raise typer.Exit(1)
+                if not _confirm(question):
+                    fail("nothing more was removed; --yes removes without asking")
             remove_run(folder)
             print(f"removed {folder.name}")
             folders.remove(folder)

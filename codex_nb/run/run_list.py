@@ -120,14 +120,32 @@ def _row(folder: Path, labels: dict[str, dict[str, Any]], speed: bool) -> dict[s
         record = RunRecord.load(folder)
         row |= {"preset": record.preset, "settings": setting_values(record.kind, record.config)}
         row["differs"] = differing_settings(record)
+    if row["status"] in ("running", "interrupted"):
+        row |= _progress(folder / "metrics.ndjson")
     found = judged_figure(row["evaluations"])
     row["figure"] = dict(zip(("evaluation", "metric", "value"), found)) if found else None
     row["tags"], row["note"] = labels_of(labels, folder)
     if speed:
         row["median_tokens_per_second"] = None
-        with suppress(ValueError, KeyError, TypeError, OSError):  # a damaged log
+        # A damaged log has no speed.
+        with suppress(ValueError, LookupError, TypeError, OSError, ArithmeticError, RecursionError):
             row["median_tokens_per_second"] = read_median_speed(folder / "metrics.ndjson")
     return row
+
+
+def _progress(log: Path) -> dict[str, Any]:
+    "The last step and validation of a run that has no manifest yet, from two lines of its log."
+    found: dict[str, Any] = {}
+    # Of a log that is damaged, or being written, nothing is shown.
+    with suppress(ValueError, LookupError, TypeError, OSError, RecursionError):
+        lines = log.read_bytes().splitlines() if log.is_file() else []
+        measured = [line for line in lines if b'"split": "validation"' in line]
+        if lines:
+            found["steps"] = int(json.loads(lines[-1])["step"])
+        if measured:
+            values = json.loads(measured[-1])["values"]
+            found["during_training"] = {f"validation.{k}": float(v) for k, v in values.items()}
+    return found
 
 
 def setting_values(

@@ -341,7 +341,10 @@ def chart_name(
 
 # %% ../../nbs/tracking/33_sinks.ipynb #d0806681
 # Settings that are shown of every run, whether they differ or not
-PARAMS = tuple("base width layers seq_len lr batch_size seed steps epochs tokens minutes".split())
+PARAMS = (
+    *("base", "width", "layers", "seq_len", "lr", "batch_size", "seed"),
+    *("steps", "epochs", "tokens", "minutes"),
+)
 
 
 def close_ended_runs(
