@@ -13,6 +13,7 @@ import re
 import textwrap
 import tokenize
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 # %% ../../nbs/core/04_docstrings.ipynb #069226e3
@@ -137,7 +138,5 @@ def _sections_of(target: Any) -> str:
 
 def _set_doc(target: Any, sections: list[str]) -> None:
     parts = [inspect.cleandoc(target.__doc__ or ""), *sections]
-    try:
+    with suppress(AttributeError, TypeError):  # of a type that is not Python's own
         target.__doc__ = "\n\n".join(filter(None, parts))
-    except (AttributeError, TypeError):
-        pass  # of a type that is not Python's own
