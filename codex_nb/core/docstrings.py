@@ -12,13 +12,11 @@ import io
 import re
 import textwrap
 import tokenize
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 # %% ../../nbs/core/04_docstrings.ipynb #069226e3
-_Node = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-
-
 def _comments(source: str) -> tuple[dict[int, str], set[int]]:  # Line -> comment; lines of its own
     found, alone = {}, set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -30,7 +28,10 @@ def _comments(source: str) -> tuple[dict[int, str], set[int]]:  # Line -> commen
 
 
 def _about(
-    nodes: list[ast.arg] | list[ast.AnnAssign], last: int, comments: dict[int, str], alone: set[int]
+    nodes: Sequence[ast.arg | ast.AnnAssign],
+    last: int,
+    comments: dict[int, str],
+    alone: set[int],
 ) -> list[str]:  # The comment of each
     "Comments of parameters or fields; `last` is the line on which the last of them ends."
     ends = [node.lineno - 1 for node in nodes[1:]] + [last]
@@ -114,7 +115,7 @@ def complete_doc(
         comments, alone = _comments(source)
     except (OSError, TypeError, SyntaxError, tokenize.TokenError):
         return  # no source, as in a frozen program
-    if isinstance(node, ast.ClassDef):
+    if isinstance(node, ast.ClassDef) and inspect.isclass(target):
         package = target.__module__.partition(".")[0]
         bases = [b for b in target.__bases__ if b.__module__.partition(".")[0] == package]
         for base in bases:

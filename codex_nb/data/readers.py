@@ -305,7 +305,7 @@ def _count_quotes(codes: np.ndarray) -> int:
     escaped = is_quote[1:] & is_backslash[:-1]
     if (escaped[1:] & is_backslash[:-2]).any():
         return -1
-    return np.count_nonzero(is_quote) - np.count_nonzero(escaped)
+    return int(is_quote.sum()) - int(escaped.sum())
 
 
 def _parse_or_reject(line: bytes, n: int, source: _Source) -> Document | None:

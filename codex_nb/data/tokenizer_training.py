@@ -54,6 +54,7 @@ from codex_nb.data.tokenizer import (
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from transformers import PreTrainedTokenizerBase
 
 # %% ../../nbs/data/16_tokenizer_training.ipynb #d8aace0c
 class TokenizerConfig(Config):

@@ -192,6 +192,7 @@ svg text { font: 12px system-ui, sans-serif; fill: currentColor }
 .band { fill: var(--c); fill-opacity: .2 } .dot { fill: var(--c) }
 .good { color: var(--good) } .bad { color: var(--bad) } .warn { color: var(--warn) }
 .state { font-size: 1.1em; border-left: .3rem solid; padding-left: .8rem }
+p, li, figcaption { overflow-wrap: anywhere }
 .note, figcaption { opacity: .8; font-size: .93em }
 .headline { font-size: 1.35em; line-height: 1.3; margin: .6rem 0 }
 .headline strong { font-size: 1.25em }

@@ -15,7 +15,6 @@ from ..core.artifacts import MANIFEST, ArtifactError, read_manifest
 from ..core.untrusted import read_json_object
 from .run_record import RunError
 from ..tracking.metrics_log import read_metrics
-from ..tracking.pages import html_table
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -111,4 +110,11 @@ class RunView:
     def _repr_html_(self) -> str:
         facts = self._facts()
         title = html.escape(facts.pop("result", facts["status"]))
-        return f"<p><strong>{title}</strong></p>{html_table((), facts.items())}"
+        # Jupyter aligns the cells of a table to the right.
+        style = "text-align: left; overflow-wrap: anywhere"
+        rows = [
+            f"<tr><td style='{style}'>{html.escape(name)}</td>"
+            f"<td style='{style}'>{html.escape(text)}</td></tr>"
+            for name, text in facts.items()
+        ]
+        return f"<p><strong>{title}</strong></p><table>{''.join(rows)}</table>"
