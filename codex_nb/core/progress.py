@@ -92,9 +92,9 @@ class Progress:
         ):
             del marks[0]
         left = math.inf if self.limit is None else max(0, self.began + self.limit - now)
-        if self.total is not None and done > marks[0][1]:
+        if self.total is not None and marks[0][1] < done < self.total:
             each = (seen - marks[0][0]) / (done - marks[0][1])
-            left = min(left, (self.total - done) * each - min(each, now - seen))
+            left = min(left, max(0, (self.total - done) * each - min(each, now - seen)))
         return left if left < math.inf else None
 
     def line(

@@ -15,7 +15,7 @@ from ..core.config import env_setting
 from ..core.store import find_stored, workspace
 from ..data.corpus import Corpus
 from .run_folder import find_in_runs, list_runs
-from .run_record import RunError, RunRecord
+from .run_record import RunError, RunRecord, load_parents
 from .settings import TRAINING_KINDS
 
 # %% ../../nbs/run/63_next_steps.ipynb #7b10c008
@@ -34,10 +34,12 @@ def next_commands(
         talk = "chat" if kind == "finetune" else "generate"
         commands.append(f"codex-nb {talk} {name}")
     evaluations = {p.parent.name for p in folder.glob(f"evaluations/*/{MANIFEST}")}
+    corpus = load_parents(folder).get("corpus")
     others = [
         run["name"]
         for run in list_runs()
         if run["name"] != folder.name and run["status"] == "finished" and run["evaluations"]
+        if load_parents(workspace() / "runs" / run["name"]).get("corpus") == corpus
     ]
     if "validation" in evaluations and others:
         commands.append(f"codex-nb compare {shlex.quote(others[-1])} {name}")
