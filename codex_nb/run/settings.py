@@ -271,6 +271,8 @@ class RunConfig(Settings):
     # `portable`: the same bytes on every machine, several times slower; `off`: faster on a GPU
     determinism: Determinism = "deterministic"
     threads: int | None = Field(None, ge=1, le=1024)  # Of torch on the CPU; default: torch's choice
+    # Start although the run is estimated to need more memory than is free
+    force: bool = Field(False, json_schema_extra=NOT_IN_DIGEST)
     corpus: CorpusConfig = CorpusConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     rows: RowsConfig = RowsConfig()

@@ -29,6 +29,7 @@ from ..model.causal_lm import flops_per_token
 from ..model.cuda_graphs import CUDAGraphs
 from ..model.portable_mode import arithmetic, suspended
 from .callbacks import CheckpointCallback, EarlyStopping, Evaluator, MetricsLogger
+from .health import HealthMonitor
 from .run_folder import Run, replay_hints
 from .run_record import load_parents
 from .settings import RunConfig
@@ -136,6 +137,7 @@ class Trainer:
         self.evaluator = Evaluator(self.logger, model, tokenizer, documents)
         self.early_stopping = EarlyStopping(cfg.fit.patience, cfg.fit.min_delta)
         self.evaluator.after.append(self.early_stopping.update)
+        self.health = HealthMonitor(run, corpus.counts["validation"])
 
     @library_warnings("training")
     def fit(self) -> TrainState:  # Where training ended; `Interrupted` after a signal
@@ -239,6 +241,8 @@ class Trainer:
             hooks.append(Hook(partial(_leave_at, plan["leave"])))
         if self.world.main:
             hooks += progress_hooks()
+            hooks.append(Hook(self.health.on_train_start, when="start"))
+            hooks.append(Hook(self.health.check, cfg.tracking.log_every, part="logging"))
 
         def close(state: TrainState, failed: bool = False) -> None:
             try:
