@@ -263,7 +263,7 @@ def test_the_estimate_is_near_what_a_step_takes(
     monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
     given = {k: v for k, v in SETTINGS.items() if k != "rank"} | dict(adapter=adapter, dtype=dtype)
     given |= dict(rank=None if adapter == "none" else 4, base_dtype=base_dtype)
-    cfg = FinetuneConfig.from_preset("smoke", base=str(small_model), **given)
+    cfg = FinetuneConfig.from_preset("smoke", base=str(small_model), force=True, **given)
     memory_is(limit=1000, available=0.1)
     report = preflight(cfg)
     estimated = report["memory"]
@@ -290,3 +290,32 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(
     with pytest.raises(ConfigError, match=r"^memory: training needs .* take a smaller model"):
         train_and_judge(cfg, tmp_path / "run", judged=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_free_decides_and_force_starts_a_run_nevertheless(
+    small_model, tmp_path, monkeypatch, memory_is, capsys
+):
+    from codex_nb.core.config import ConfigError
+    from codex_nb.run.bases import memory_needed
+    from codex_nb.run.settings import FinetuneConfig
+    from codex_nb.run.training_inputs import start_run
+
+    monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
+    given = SETTINGS | dict(base=str(small_model), base_dtype="bf16", threads=1)
+    cfg = FinetuneConfig.from_preset("smoke", **given)
+    needed = sum(memory_needed(cfg).values()) / 2**20
+    memory_is(limit=1e6, available=needed / 1.5)
+    words = r"^memory: training needs about .*, and .* are free here .* force=true starts it"
+    with pytest.raises(ConfigError, match=words):
+        start_run("finetune", cfg, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    for name, available, more in (
+        ("forced", needed / 1.5, dict(force=True)),
+        ("near", needed / 1.1, {}),
+        ("free", needed + 1, {}),
+    ):
+        memory_is(limit=1e6, available=available)
+        chosen = FinetuneConfig.from_preset("smoke", **given, **more)
+        assert chosen.digest() == cfg.digest()
+        start_run("finetune", chosen, tmp_path / name).lock.release()
+        assert ("note: memory: training needs" in capsys.readouterr().out) == (name != "free")

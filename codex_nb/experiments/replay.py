@@ -396,8 +396,9 @@ class Replay:
         }
 
 # %% ../../nbs/experiments/75_replay.ipynb #e959aa32
-# Settings that publish a run: a replay is no new result.
-EXCLUDED_ON_REPLAY = (*WRITES_OUTSIDE, "sinks")
+# Settings that publish a run, since a replay is no new result; and `force`, which is for who
+# knows the machine to say.
+EXCLUDED_ON_REPLAY = (*WRITES_OUTSIDE, "sinks", "force")
 
 
 def replay(

@@ -276,11 +276,14 @@ class RunConfig(Settings):
     seed: int = Field(0, ge=0)  # Seed of everything random
     # `portable`: the same bytes on every machine, several times slower; `off`: faster on a GPU
     determinism: Determinism = "deterministic"
-    threads: int | None = Field(None, ge=1, le=1024)  # Torch's, on a CPU; default: its choice
+    # Torch's, on a CPU; default: as many as suit the load
+    threads: int | None = Field(None, ge=1, le=1024)
     # Random numbers of new weights: the same on every machine; `torch`: as in runs made before
     initial_draws: Literal["philox", "torch"] = Field(
         "philox", json_schema_extra=not_in_digest_at("torch")
     )
+    # Start although the run is estimated to need more memory than is free
+    force: bool = Field(False, json_schema_extra=NOT_IN_DIGEST)
     corpus: CorpusConfig = CorpusConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     rows: RowsConfig = RowsConfig()

@@ -35,6 +35,7 @@ from codex_nb.run.callbacks import (
     MetricsLogger,
     progress_hooks,
 )
+from .health import HealthMonitor
 from .run_folder import Run, replay_hints
 from .run_record import load_parents
 from .settings import RunConfig
@@ -141,6 +142,7 @@ class Trainer:
         self.evaluator = Evaluator(self.logger, model, tokenizer, documents)
         self.early_stopping = EarlyStopping(cfg.fit.patience, cfg.fit.min_delta)
         self.evaluator.after.append(self.early_stopping.update)
+        self.health = HealthMonitor(run, corpus.counts["validation"])
 
     @library_warnings("training")
     def fit(self) -> TrainState:  # Where training ended; `Interrupted` after a signal
@@ -243,6 +245,9 @@ class Trainer:
             hooks.append(Hook(partial(_stop_at, plan["stop"])))
         if "leave" in plan:
             hooks.append(Hook(partial(_leave_at, plan["leave"])))
+        if self.world.main:
+            hooks.append(Hook(self.health.on_train_start, when="start"))
+            hooks.append(Hook(self.health.check, cfg.tracking.log_every, part="logging"))
 
         def close(state: TrainState, failed: bool = False) -> None:
             try:
