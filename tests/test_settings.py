@@ -170,7 +170,9 @@ def test_an_error_in_a_notebook_is_brief(capsys):
 
 def test_windows_is_refused_in_one_sentence():
     "As far as can be shown elsewhere: without what Windows lacks, and by its name."
-    done = subprocess.run([sys.executable, PROGRAMS / "windows.py"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, PROGRAMS / "refuse_windows.py"], capture_output=True, text=True
+    )
     assert done.returncode == 1
     for text in (done.stdout, done.stderr):
         assert "runs on Linux and macOS, and not on Windows" in text and text.count("\n") == 1

@@ -134,12 +134,12 @@ def generate(
     from codex_nb.run.sources import run_or_model
 
     cfg, rules = _sampling([*(setting or []), *parameter]), _load_policy(policy)
-    run_or_model(run)  # before torch is imported
     text = read_input() if prompt == "-" else prompt
     if text == "":
         fail("--prompt: is empty; give some text, or leave it out to begin a document")
     if text is not None:
         text = _apply_policy(rules, text, "prompt")
+    run_or_model(run)
     from codex_nb.eval.generate import stream  # torch: only now, when the input is known
 
     model, tokenizer = _load_model(run, device)

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import codex_nb
 from ..core.artifacts import MANIFEST, disk_error, write_file
+from ..core.brief_errors import UserError
 from codex_nb.core.config import (
     ConfigError,
     environment_with,
@@ -495,7 +496,10 @@ def launch(
     cfg = check_parameters(settings_class(path), given)
     is_new = folder is None or not (Path(folder) / "config.json").exists()
     if is_new and cwd is None:  # before a kernel has imported torch
-        check_sources(cfg)
+        try:
+            check_sources(cfg)
+        except UserError as e:
+            return Outcome(None, "refused", 1, redact(f"{type(e).__name__}: {e}"))
     folder = Path(folder).absolute() if folder else new_run_folder(path.stem, cfg.run_name)
     if (status := run_status(folder)) != "interrupted":
         held = f"in use by {lock_owner(folder / LOCK)}" if status == "running" else ""

@@ -422,11 +422,13 @@ def read_small(path):
     from codex_nb.deploy.audit import read_evidence
     from codex_nb.eval.tasks import read_questions
     from codex_nb.experiments.segments import read_report
+    from codex_nb.experiments.settings_file import read_settings
     from codex_nb.run.settings import RunConfig
 
     reads = [read_questions, load_policy, read_report, read_evidence]
     yield from (lambda read=read: read(path) for read in reads)
     yield lambda: load_config(RunConfig, path)
+    yield lambda: read_settings(path, RunConfig)
 
 
 def train_on(path):
@@ -607,7 +609,8 @@ def complaint(code, out, err):
     if err and "codex-nb: " not in err:
         return "not ours"
     message = err[err.index("codex-nb: ") + 10 :].strip() if err else out
-    if err and len(message.splitlines()) > 3:
+    several = " settings cannot be used:\n" in message  # a line for each
+    if err and len(message.splitlines()) > 3 and not several:
         return f"{len(message.splitlines())} lines"
     if len(message) > (4000 if err else 100_000):
         return f"{len(message)} characters"

@@ -1,4 +1,4 @@
-"""What a command says on Windows, as far as that can be shown elsewhere."""
+"""Use the package and its command by the name of Windows, without what Windows lacks."""
 
 import sys
 
@@ -9,7 +9,7 @@ from codex_nb.cli.main import main  # noqa: E402
 
 sys.platform = "win32"
 try:
-    _ = codex_nb.RunConfig
+    codex_nb.RunConfig  # noqa: B018
 except ImportError as e:
     print(e)
 main(["run", "train"])
