@@ -186,7 +186,7 @@ def summary_table(
     summary: dict[str, Any],  # From `summarize` or `summarize_answers`
 ) -> list[dict[str, str]]:  # Rows with `metric`, `value` and `95 % interval`, rounded
     "A summary as rows of a table."
-    n = summary["documents"] if "documents" in summary else summary["questions"]
+    n = summary["questions"] if "questions" in summary else summary["documents"]
     rows = [_metric_row(name.replace("_", " "), m, n) for name, m in summary["metrics"].items()]
     if "calibration" in summary:
         rows.append(_table_row("calibration error", summary["calibration"]["error"]))

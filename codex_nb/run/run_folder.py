@@ -222,8 +222,8 @@ def register_external_run(
     folder: Path,  # A run folder
 ) -> None:
     "Remember a run outside the workspace's `runs/`, which the store and lists could not find."
-    folder = folder.absolute()
-    if folder.parent == workspace() / "runs":
+    folder = Path(os.path.abspath(folder))  # without `..`, as in --folder ../runs/mine
+    if folder.parent.resolve() == (workspace() / "runs").resolve():
         return
     registry = workspace() / "store" / ".runs"
     registry.parent.mkdir(parents=True, exist_ok=True)
@@ -366,7 +366,8 @@ def run_folders(
     folder = Path(root or workspace() / "runs")
     folders = [*folder.iterdir()] if folder.is_dir() else []
     if root is None:
-        folders += [p for p in _external_runs() if not (p / REPLAY_HINTS).exists()]
+        outside = [p for p in _external_runs() if p.parent.resolve() != folder.resolve()]
+        folders += [p for p in outside if not (p / REPLAY_HINTS).exists()]
     started = [p for p in dict.fromkeys(folders) if (p / "config.json").is_file()]
     return sorted((p for p in started if not p.name.startswith(".")), key=run_start)
 
