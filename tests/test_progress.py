@@ -128,14 +128,17 @@ def test_training_says_step_loss_speed_and_where_it_was_stopped(wanted, tmp_path
     monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
     monkeypatch.setattr(progress, "_find_screen", Screen)
     shape = {"width": 32, "layers": 1, "heads": 2, "seq_len": 32, "batch_size": 8, "minutes": 9}
-    few = {"eval_documents": 4, "eval_every": 6, "max_documents": 4, "sinks": "none"}
+    few = {"eval_documents": 4, "eval_every": 2, "max_documents": 4, "max_new_tokens": 4}
     train_and_judge(
-        RunConfig.from_preset("smoke", **shape | few | {"patience": 1, "min_delta": 99})
+        RunConfig.from_preset(
+            "smoke",
+            **shape | few | {"sinks": "none", "compile": "off", "patience": 1, "min_delta": 99},
+        )
     )
     assert any(t.startswith("reading: document") for t in texts)
-    assert any(t.startswith("step 6 of ") and "  loss " in t and " tokens/s" in t for t in texts)
+    assert any(t.startswith("step 2 of ") and "  loss " in t and " tokens/s" in t for t in texts)
     assert any(", scoring: batch 1 of " in t for t in texts)
-    assert any(end.startswith("stopped at step 12 of ") for end in ends)
+    assert any(end.startswith("stopped at step 4 of ") for end in ends)
     assert any(end.startswith("evaluating: document") for end in ends)
     assert progress._display.open == []
 
