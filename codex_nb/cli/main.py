@@ -100,12 +100,17 @@ def run(
             "--folder", help="The run folder to create. By default, a new one under runs/."
         ),
     ] = None,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Train although more memory may be needed than is free."),
+    ] = False,
     quiet: QuietOption = False,
 ) -> None:
     "Run a notebook in a new run folder."
     from codex_nb.experiments.launch import launch
 
     given = read_parameters(notebook, [*(setting or []), *parameter], config)
+    given |= {"force": True} if force else {}
     _print_outcome(launch(notebook, given, folder, echo=not quiet))
 
 

@@ -60,6 +60,7 @@ from codex_nb.run.run_folder import (
 from ..run.run_record import RunError, RunRecord
 from ..run.sources import check_sources
 from ..tracking.system_monitor import memory_here
+from ..tracking.threads import waiting_variables
 from codex_nb.train.interrupts import (
     EXIT_CODES,
     RESUMABLE,
@@ -591,6 +592,7 @@ def _execute(
     memory = _MemoryWatch(signals)
     papermill_io.register(_RunWriter.scheme, writer)
     variables = {"CODEX_NB_RUN": str(writer.folder), "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    variables |= waiting_variables()
     # A kernel that is ended while it shuts down would write tracebacks of its event loop.
     quiet = "__import__('logging').getLogger('tornado').setLevel(100)"
     options = ["--IPKernelApp.log_level=50", f"--IPKernelApp.exec_lines={quiet}"]

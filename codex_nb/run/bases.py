@@ -230,6 +230,7 @@ class ModelSizes(NamedTuple):
     width: int
     ffn: int  # Width of the feed-forward layers
     vocab_size: int
+    gated: bool  # Whether these layers have a gate
 
 
 def model_sizes(
@@ -246,7 +247,7 @@ def model_sizes(
             in_ffn *= EXPERTS // EXPERTS_PER_TOKEN
         per_layer = round(attention) + in_ffn * width * ffn
         parameters = layers * per_layer + vocab_size * width * (1 if m.tie_embeddings else 2)
-        return ModelSizes(parameters, [], layers, width, ffn, vocab_size)
+        return ModelSizes(parameters, [], layers, width, ffn, vocab_size, m.arch in GATED)
     ffn = next((config[n] for n in ("intermediate_size", "n_inner") if config.get(n)), 4 * width)
     shapes = {
         name.removesuffix(".weight"): entry["shape"]
@@ -260,7 +261,8 @@ def model_sizes(
         if len(shape) == 2 and not any(part in name for part in not_layers)
     ]
     parameters = sum(math.prod(shape) for shape in shapes.values())
-    return ModelSizes(parameters, matrices, layers, width, int(ffn), vocab_size)
+    gated = any("gate" in name for name in shapes)
+    return ModelSizes(parameters, matrices, layers, width, int(ffn), vocab_size, gated)
 
 
 def memory_needed(
@@ -282,8 +284,10 @@ def memory_needed(
     on_cuda = is_cuda(cfg.model.device)
     rows = cfg.fit.batch_size // cfg.distributed.nproc
     tokens = min(rows, cfg.fit.micro_batch or rows) * cfg.model.seq_len
-    # Elements that a layer saves for each token: about ten of its width, four of the wider one.
-    layer = tokens * (10 * n.width + 4 * n.ffn) * (3 if cfg.model.dtype == "bf16" else 4)
+    # Elements that a layer saves for each token: about ten of its width, and of the wider one
+    # four, or two without a gate.
+    elements = 10 * n.width + (4 if n.gated else 2) * n.ffn
+    layer = tokens * elements * (3 if cfg.model.dtype == "bf16" else 4)
     kept = 4 * tokens * n.width if cfg.compute.recompute else layer
     chunk = cfg.compute.loss_chunk or default_chunk(tokens, n.vocab_size, on_cuda)
     per_trained = 8 + (4 if cfg.optim.ema else 0)
@@ -303,7 +307,7 @@ def _is_target(name: str, targets: list[str]) -> bool:
     return not targets or any(name == t or name.endswith(f".{t}") for t in targets)
 
 # %% ../../nbs/run/63_bases.ipynb #5d6444c5
-LEAST_SHARE = 0.8  # What training takes at least, of an estimate
+LEAST_SHARE = 0.8  # Of an estimate, what training takes in any case
 
 
 def memory_advice(
@@ -325,9 +329,16 @@ def memory_advice(
         f"memory: training needs about {_shown(total_needed)}, and {_shown(there.available)} are "
         f"free {place} ({parts}); {_what_fits(cfg, sizes, there.available)}"
     )
-    if cfg.force or total_needed * LEAST_SHARE <= there.available:
+    if cfg.force or _on_this_device(cfg, _least(needed)) * LEAST_SHARE <= there.available:
         return line
     raise ConfigError(f"{line}; force=true starts it nevertheless")
+
+
+def _least(needed: dict[str, int]) -> dict[str, int]:
+    "What is held at once in any case: at the end of a run, its checkpoint without activations."
+    step = needed["activations"] + needed["logits"]
+    leave_out = ("checkpoint",) if step > needed.get("checkpoint", 0) else ("activations", "logits")
+    return {name: size for name, size in needed.items() if name not in leave_out}
 
 
 def _on_this_device(cfg: RunConfig, needed: dict[str, int]) -> int:

@@ -196,7 +196,10 @@ def slow(
         return None
     advice = "end other programs, or go on later"
     if threads > 1:
-        advice += "; where they stay, a new run with threads=1 does not wait for its own threads"
+        advice += (
+            "; where they stay, interrupt the run and go on with codex-nb resume, after which "
+            "threads that wait take no time; or start one with threads=1"
+        )
     return (
         f"{now:,.0f} tokens/s, {now / start:.0%} of the {start:,.0f} at the beginning: the load of "
         f"this machine is {load:.1f} on {processors} processors; {advice}"
