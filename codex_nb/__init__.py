@@ -17,7 +17,8 @@ Build a model    build_model, load_model, ModelConfig, count_parameters, flops_p
                  adapter_report
 Settings         RunConfig, FinetuneConfig, JudgeConfig, CompareConfig, SweepConfig
 Train            train_and_judge, or step by step: prepare_data, tokenizer_for, dataset_for,
-                 start_run, model_for, train_model, judge, judge_task, export_merged, finish
+                 start_run, model_for, train_model, judge, judge_task, export_merged, finish,
+                 print_next
 Only the loop    fit, Trainer, TrainState, Hook, prepare_training, LearnedText
 Evaluate         evaluate, score, sample_documents, summary_table, summary_lines, as_table
 Compare          bootstrap, bootstrap_ratio, paired_difference

@@ -173,6 +173,7 @@ def test_pauses_and_what_was_noted_are_on_the_page(plain, tmp_path):
     run = copy(find(plain, "interrupted"), tmp_path / "run")
     lines = (run / "metrics.ndjson").read_text().splitlines()[:-1]
     (run / "metrics.ndjson").write_text("\n".join(lines) + "\n")
+    (run / "health.ndjson").unlink(missing_ok=True)
     assert "None: no interruption" in report(run)
 
     def pause(rows):

@@ -229,7 +229,7 @@ def _functions(node: ast.AST) -> Iterable[_Function]:  # without methods of prot
 
 
 def _is_stub(function: _Function) -> bool:
-    if "overload" in map(_last_name, function.decorator_list):
+    if {"overload", "abstractmethod"} & {*map(_last_name, function.decorator_list)}:
         return False
     return all(_does_nothing(statement) for statement in function.body)
 

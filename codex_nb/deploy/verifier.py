@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import codex_nb
-from ..core import artifacts
+from ..core import artifacts, config
 from codex_nb.core.artifacts import (
     MANIFEST,
     ArtifactError,
@@ -160,6 +160,9 @@ _CONSTANTS = {
     attest: ("ATTESTATIONS", "NAMESPACES", "STATEMENT_TYPE", "PREDICATE_TYPE"),
 }
 _FROM_PACKAGE: tuple[Callable[..., Any], ...] = (
+    config._given_twice,
+    config._unique_names,
+    config.parse_json,
     canonical_json,
     digest_of,
     ArtifactError,
@@ -195,7 +198,8 @@ from __future__ import annotations
 import argparse, base64, hashlib, json, os, re, subprocess, sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Sequence
+from collections import Counter
+from typing import Any, Iterable, Iterator, Mapping, Sequence
 '''
 _TAIL = """if __name__ == "__main__":
     if hasattr(sys.stdout, "reconfigure"):
@@ -211,13 +215,15 @@ def verifier_source() -> str:  # Python
     values = {n: getattr(module, n) for module, names in _CONSTANTS.items() for n in names}
     values["NOT_CHECKED"] = NOT_CHECKED
     constants = "".join(f"{name} = {value!r}\n" for name, value in values.items())
+    # A name of the module that is no constant, made when the file begins
+    decoder = "_decoder = json.JSONDecoder(object_pairs_hook=_unique_names)"
     definitions = [_compact(part) for part in (*_FROM_PACKAGE, *here)]
     head = _HEAD.replace("VERSION", codex_nb.__version__)
-    return "\n".join([head + constants, *definitions, _TAIL])
+    return "\n".join([head + constants, *definitions, decoder, _TAIL])
 
 
 def _compact(part: Callable[..., Any]) -> str:
-    "The source in few lines, without comments; what is private there has no docstring."
+    "The source in few lines, without comments; only what is from here has docstrings."
     tree = ast.parse(inspect.getsource(part))
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef):
@@ -227,8 +233,9 @@ def _compact(part: Callable[..., Any]) -> str:
             node.bases = [
                 ast.Name("Exception") if "UserError" in ast.unparse(b) else b for b in node.bases
             ]
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("_"):
-            node.body = node.body[1:] if ast.get_docstring(node) else node.body
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
+            if node.name.startswith("_") or part in _FROM_PACKAGE:
+                node.body = node.body[1:] or [ast.Pass()]
     out: list[str] = []
     lines = [line for line in ast.unparse(tree).splitlines() if line]
     for i, line in enumerate(lines):

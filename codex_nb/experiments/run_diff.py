@@ -363,7 +363,7 @@ def _final_metrics(metrics: list[dict]) -> dict[str, float]:
 # %% ../../nbs/experiments/73_run_diff.ipynb #658762b1
 # Files that say how one execution went; the log is compared record by record
 ONE_EXECUTION = re.compile(
-    r"environment(-\d+)?\.json|code\.diff|metrics\.(ndjson|csv)|system\.ndjson"
+    r"environment(-\d+)?\.json|code\.diff|metrics\.(ndjson|csv)|(system|health)\.ndjson"
     r"|(figures|attestations)/.*"
 )
 _DESCRIPTION = (MANIFEST, "config.json", "parents.json", "plan.json")  # compared by their content

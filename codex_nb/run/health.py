@@ -97,7 +97,9 @@ def high_learning_rate(
         early = [median(h.losses[i : i + 3]) for i in range(28)]
         rises = [(late - min(early[: i + 1]), late) for i, late in enumerate(early)]
         rise, high = max(rises)
-        if rise > max(0.04 * abs(high - rise), 6 * h.windows[1].scatter):
+        # A new model guesses; what is much worse than that needs no comparison with the noise.
+        is_wild = high > 1.5 * h.losses[0]
+        if is_wild or rise > max(0.04 * abs(high - rise), 6 * h.windows[1].scatter):
             low = high - rise
             return f"the training loss rose from {low:.2f} to {high:.2f} at the start; {remedy}"
     before = h.windows[: (len(h.losses) - WINDOW) // WINDOW]

@@ -7,6 +7,7 @@ __all__ = ['headline', 'RunView']
 
 # %% ../../nbs/run/61_run_view.ipynb #eccaad16
 import html
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,7 @@ class RunView:
     kind: str
 
     @property
+    @abstractmethod
     def status(self) -> str:
         "`running`, `interrupted`, `finished` or `failed`."
         raise NotImplementedError
