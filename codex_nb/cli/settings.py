@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KindOption', 'setting_lines', 'setting_text', 'settings', 'presets', 'GroupedHelp',
-           'HelpWithSettings', 'common_options']
+           'HelpWithSettings', 'print_version', 'common_options']
 
 # %% ../../nbs/cli/92_settings.ipynb #7cc58fd5
 import json
@@ -191,13 +191,22 @@ class HelpWithSettings(TyperCommand):
         formatter.write("\n".join(lines) + "\n")
 
 # %% ../../nbs/cli/92_settings.ipynb #cb5dc9fa
+def print_version(
+    asked: bool,  # Whether `--version` was given
+) -> None:
+    "Print the version, and end."
+    if asked:
+        print(f"codex-nb {codex_nb.__version__}")
+        raise typer.Exit
+
+
 def common_options(
     version: Annotated[
         bool,
-        typer.Option("--version", help="Print the version, and end."),
+        typer.Option(
+            "--version", callback=print_version, is_eager=True, help="Print the version, and end."
+        ),
     ] = False,
 ) -> None:
     "Train and evaluate language models in notebooks, offline and reproducibly."
-    if version:
-        print(f"codex-nb {codex_nb.__version__}")
-        raise typer.Exit
+    return  # an eager option answers by itself, before any command
