@@ -10,7 +10,7 @@ import urllib.request
 
 import nbformat
 import pytest
-from helpers import BIN, ROOT, free_port, train_steps
+from helpers import BIN, ROOT, free_port
 
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -73,18 +73,8 @@ class Lab:
         self.page.get_by_role("menuitem", name=menu, exact=True).click()
         self.page.get_by_text(entry, exact=True).click()
 
-    def run_cell(self, beginning):
-        "Run the cell whose source begins so."
-        cell = self.page.locator(".jp-CodeCell", has_text=beginning).first
-        cell.locator(".cm-content").click()
-        self.page.keyboard.press("Control+Enter")
-
     def runs(self, pattern="*"):
         return sorted((self.home / "runs").glob(pattern))
-
-    def text(self):
-        "All that the cells have printed."
-        return "\n".join(self.page.locator(".jp-OutputArea-output").all_inner_texts())
 
     def screenshot(self, name):
         self.page.wait_for_timeout(700)
@@ -142,26 +132,3 @@ def test_two_runs_in_one_kernel_show_their_plots(lab):
     assert len(lab.runs()) == 2
     for run in lab.runs():
         assert (run / "figures" / "training.png").stat().st_size > 5000
-
-
-def test_an_interrupted_cell_goes_on_when_it_is_run_again(lab):
-    lab = lab(steps=100_000)
-    lab.choose("Run", "Run All Cells")
-    lab.until(lambda: lab.runs() and len(train_steps(lab.runs()[0])) > 20)
-    lab.choose("Kernel", "Interrupt Kernel")
-    lab.until(lambda: lab.page.locator(ERROR).count() > 0)
-    lab.screenshot("interrupted")
-    before = len(train_steps(lab.runs()[0]))
-    assert "run this cell again" in lab.text().lower()
-    lab.run_cell("state = cx.train_model")
-    lab.until(lambda: len(train_steps(lab.runs()[0])) > before + 20)
-    lab.screenshot("goes-on")
-    lab.choose("Kernel", "Interrupt Kernel")
-    lab.until(lambda: lab.page.locator(ERROR).count() > 0)
-    (run,) = lab.runs()
-    assert train_steps(run) == list(range(1, len(train_steps(run)) + 1))
-    # as after a crash: the kernel knows nothing any more
-    lab.choose("Kernel", "Restart Kernel and Run All Cells…")
-    lab.until(lambda: len(lab.runs()) == 2 or len(train_steps(run)) > before + 60)
-    lab.screenshot("restarted")
-    print(lab.text())
