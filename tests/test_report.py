@@ -208,8 +208,10 @@ def test_a_pdf_is_printed_by_the_browser_or_refused(plain, tmp_path, monkeypatch
     browser = tmp_path / "bin" / "chromium"
     browser.parent.mkdir()
     browser.write_text(
-        "#!/bin/sh\nfor a; do case $a in --print-to-pdf=*) out=${a#*=};; file://*) in=${a#file://};;"
-        " esac; done\n(printf '%%PDF-1.4 '; /bin/cat $in) > $out\n"
+        "#!/bin/sh\n"
+        "for a; do case $a in --print-to-pdf=*) out=${a#*=};;"
+        " file://*) in=${a#file://};; esac; done\n"
+        "(printf '%%PDF-1.4 '; /bin/cat $in) > $out\n"
     )
     browser.chmod(0o755)
     monkeypatch.setenv("PATH", str(browser.parent))

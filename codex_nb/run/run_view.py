@@ -7,7 +7,7 @@ __all__ = ['headline', 'RunView']
 
 # %% ../../nbs/run/61_run_view.ipynb #eccaad16
 import html
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +45,7 @@ def _evaluated_on(summary: Mapping[str, Any]) -> str:
     return f"{n:,}{of} {unit}" + (f" ({where})" if where else "")
 
 # %% ../../nbs/run/61_run_view.ipynb #f67499ee
-class RunView:
+class RunView(ABC):
     "What can be read of a run, while it goes on and ever after."
 
     folder: Path
