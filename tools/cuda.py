@@ -661,46 +661,57 @@ def kind_of(kernel):
 
 @check(alone=True)
 def profile(args):
-    "Where the time of a step goes, by kind of kernel; packed rows and single documents."
+    "Where the time of a step goes, by kind of kernel: ours, and nanoGPT's."
+    from codex_nb.core.repro import set_determinism
+
+    found, shape = {}, {}
+
+    def ours(determinism):
+        made = large(args, determinism=determinism)
+        step = stepper(made)
+        shape.update(config=made.model.config.to_dict(), tokens=made.batches.tokens)
+        return kernel_times(functools.partial(run_steps, step, determinism, set_determinism))
+
+    for name in ("deterministic", "off"):
+        found[name] = outcome(functools.partial(ours, name))
+    if args.nanogpt and shape:
+        theirs = (shape["config"], shape["tokens"], set_determinism)
+        found["nanoGPT"] = outcome(lambda: kernel_times(nanogpt(args, *theirs)))
+    return found
+
+
+def kernel_times(run):
+    "Milliseconds of a step on the device: in all, by kind of kernel, and of the longest kernels."
     import torch
     from torch.profiler import ProfilerActivity
 
-    found = {}
-    activities = [ProfilerActivity.CPU]
-    if args.device.startswith("cuda"):
-        activities = [ProfilerActivity.CUDA, ProfilerActivity.CPU]
-    for name, values in {
-        "deterministic": {},
-        "off": dict(determinism="off"),
-    }.items():
-
-        def times(values=values):
-            made = large(args, **values)
-            step = stepper(made)
-            for i in range(3):
-                step(i)
-            synchronize()
-            with torch.profiler.profile(activities=activities) as p:
-                for i in range(3, 6):
-                    step(i)
-                synchronize()
-            kinds, kernels = {}, {}
-            for e in p.key_averages():
-                ms = getattr(e, "self_device_time_total", 0) / 3000
-                # What launched a kernel has its time as well, and is not counted again.
-                if ms <= 0 or e.device_type == torch.autograd.DeviceType.CPU or "#" in e.key:
-                    continue
-                kinds[kind_of(e.key)] = kinds.get(kind_of(e.key), 0) + ms
-                kernels[e.key[:90]] = ms
-            top = sorted(kernels.items(), key=lambda x: -x[1])[:14]
-            return {
-                "milliseconds of kernels in a step": round(sum(kinds.values()), 2),
-                "milliseconds by kind": {k: round(v, 2) for k, v in kinds.items()},
-                "longest": {k: round(v, 2) for k, v in top},
-            }
-
-        found[name] = outcome(times)
-    return found
+    cuda, steps = torch.cuda.is_available(), 4
+    run(0, 4)
+    synchronize()
+    start = time.perf_counter()
+    run(4, 10)
+    synchronize()
+    in_all = (time.perf_counter() - start) / 10
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with torch.profiler.profile(activities=activities) as p:
+        run(14, steps)
+        synchronize()
+    kinds, kernels = {}, {}
+    for e in p.key_averages():
+        ms = getattr(e, "self_device_time_total", 0) / 1000 / steps
+        # What launched a kernel has its time as well, and is not counted again.
+        if ms <= 0 or e.device_type == torch.autograd.DeviceType.CPU or "#" in e.key:
+            continue
+        kinds[kind_of(e.key)] = kinds.get(kind_of(e.key), 0) + ms
+        name = f"{e.count // steps} x {e.key[:90]}"
+        kernels[name] = kernels.get(name, 0) + ms
+    top = sorted(kernels.items(), key=lambda x: -x[1])[:30]
+    return {
+        "milliseconds of a step": round(1000 * in_all, 2),
+        "milliseconds of kernels in a step": round(sum(kinds.values()), 2),
+        "milliseconds by kind": {k: round(v, 2) for k, v in kinds.items()},
+        "longest": {k: round(v, 2) for k, v in top},
+    }
 
 
 @check(alone=True)
@@ -899,6 +910,40 @@ def run_against_loop(args):
         "bare loop, tokens/s": round(bare),
         "seconds by part": {k: round(v, 2) for k, v in state.clock.totals.items()},
     }
+
+
+DIGESTS = {
+    "cpu": dict(device="cpu"),
+    "cpu, 8 threads, micro-batches": dict(device="cpu", threads=8, micro_batch=4),
+    "gpu": dict(),
+    "gpu, micro-batches": dict(micro_batch=8),
+}
+
+
+@check(kinds=DIGESTS)
+def portable(args, values):
+    "The digests of portable arithmetic, against those that the package brings."
+    from codex_nb.experiments.portable_digest import (
+        first_difference,
+        portable_digests,
+        recorded_digests,
+    )
+
+    found = portable_digests(**dict(device=args.device) | values)
+    return {"first difference": first_difference(found, recorded_digests())}
+
+
+@check(alone=True)
+def portable_speed(args):
+    "Time of a step with portable arithmetic, against ordinary fp32."
+    found = {}
+    for preset in ("smoke", "tiny"):
+        taken = {}
+        for determinism in ("deterministic", "portable"):
+            step = stepper(prepared(args, preset, determinism=determinism, dtype="fp32"))
+            taken[determinism] = round(1000 * seconds(lambda step=step: step(0), 3, 3), 2)
+        found[f"{preset}, milliseconds a step"] = taken
+    return found
 
 
 # --- The command
