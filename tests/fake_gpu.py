@@ -13,6 +13,7 @@ import sys
 import types
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -231,6 +232,14 @@ class FakeGPU:
             self.copied(args[1], index, waits=not (args[2:] and args[2]))
         if name in ("mm", "addmm", "bmm"):
             self.workspaces.append(os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
+        if (
+            name == "div"
+            and options.get("rounding_mode") is None
+            and not isinstance(args[1], torch.Tensor)
+        ):
+            out = values[0] * (1 / values[1])  # which rounds twice
+        if name == "sqrt":  # rounded correctly, as not everywhere on a CPU
+            out = torch.from_numpy(np.asarray(np.sqrt(values[0].detach().numpy())))
         if name in WAITS:
             if self.strict:
                 self.strict.waited(name)
@@ -290,6 +299,16 @@ class FakeGPU:
             groups = group(tensors, *args, **kwargs)
             return {(lists[0][0].device, d): (lists, i) for (_, d), (lists, i) in groups.items()}
 
+        def making(make):
+            "Inside a dispatch mode, no function mode sees it."
+
+            def made(*args, **kwargs):
+                if not is_gpu(device := kwargs.get("device")):
+                    return make(*args, **kwargs)
+                return gpu.place(make(*args, **kwargs | {"device": "cpu"}), torch.device(device))
+
+            return made
+
         def reset(device=None):
             gpu.peaks[gpu.index_of(device)] = 0
 
@@ -311,6 +330,8 @@ class FakeGPU:
         }
         for name, function in functions.items():
             self.stack.enter_context(mock.patch(f"torch.cuda.{name}", function))
+        for name in ("full", "zeros", "ones", "arange"):
+            self.stack.enter_context(mock.patch(f"torch.{name}", making(getattr(torch, name))))
         group = nn.utils.clip_grad._group_tensors_by_device_and_dtype
         for where in ("torch.nn.utils.clip_grad", "torch.optim.optimizer"):
             name = "_group_tensors_by_device_and_dtype"

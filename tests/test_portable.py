@@ -5,11 +5,17 @@ import itertools
 import pytest
 import torch
 from architectures import MORE, SHAPES
+from fake_gpu import FakeGPU
 from helpers import codex, counts
 
 from codex_nb.core.config import ConfigError
 from codex_nb.core.repro import set_determinism
 from codex_nb.core.types import IGNORE, Batch
+from codex_nb.experiments.portable_digest import (
+    first_difference,
+    portable_digests,
+    recorded_digests,
+)
 from codex_nb.model.loss import LMLoss
 from codex_nb.model.model_config import AdapterConfig, ModelConfig
 from codex_nb.model.portable_functions import (
@@ -19,7 +25,10 @@ from codex_nb.model.portable_functions import (
     without_kernels,
 )
 from codex_nb.model.portable_mode import arithmetic, in_portable_dtype
+from codex_nb.run.recipe import train_model
 from codex_nb.run.settings import RunConfig
+from codex_nb.run.training_inputs import model_for, prepare_data, start_run
+from codex_nb.tracking.metrics_log import read_metrics
 
 # Each hides instructions from torch, from MKL or from NumPy, or takes the compiler away.
 MACHINES = {
@@ -52,11 +61,11 @@ def portable():
     set_determinism("deterministic")
 
 
-def model_of(arch, adapter="none"):
+def model_of(arch, adapter="none", width=32):
     from codex_nb.model.adapters import add_adapter
     from codex_nb.model.causal_lm import build_model
 
-    cfg = ModelConfig(arch=arch, width=32, layers=2, heads=4, seq_len=24)
+    cfg = ModelConfig(arch=arch, width=width, layers=2, heads=4, seq_len=24)
     with arithmetic():
         model = build_model(cfg, 60, 0, 3)
         if adapter != "none":
@@ -147,6 +156,50 @@ def test_models_of_other_makers_do_not_depend_on_it_either(kind, portable):
     whole, parts = gradients(model, batch, 6), gradients(model, batch, 2)
     assert whole[0] == parts[0] and whole[1]
     assert all(torch.equal(g, parts[1][n]) for n, g in whole[1].items())
+
+
+def test_a_digest_is_the_same_on_a_gpu():
+    "One that is not there, and divides by a number as one does: by multiplying with its inverse."
+    with FakeGPU():
+        found = portable_digests(device="cuda", micro_batch=8)
+    assert first_difference(found, recorded_digests()) is None
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+def test_gradients_are_the_same_on_a_gpu(arch, portable):
+    "Rows of 48 numbers, whose inverse is not exact."
+    model, batch = model_of(arch, width=48), batch_of_documents()
+    expected = gradients(model, batch, 6)
+    with FakeGPU():
+        found = gradients(model.to("cuda"), batch.to("cuda"), 3)
+        values = {n: g.cpu() for n, g in found[1].items()}
+    assert found[0] == expected[0] and values.keys() == expected[1].keys()
+    assert all(torch.equal(g, expected[1][n]) for n, g in values.items())
+
+
+def test_a_backward_pass_stays_in_its_thread(portable):
+    "On a GPU it would have a thread of its own, in which nothing is known of the mode."
+    before = torch._C._is_multithreading_enabled()
+    with arithmetic():
+        assert not torch._C._is_multithreading_enabled()
+    assert torch._C._is_multithreading_enabled() == before
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_portable_training_is_training(kind, tmp_path, monkeypatch):
+    "Ordinary training differs by rounding alone: the same counts, corrections and schedules."
+    monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
+    losses = {}
+    for determinism in ("deterministic", "portable"):
+        small = dict(steps=8, eval_every=8, save_every=8, monitor=False, threads=1)
+        cfg = RunConfig.from_preset("smoke", optimizer=kind, determinism=determinism, **small)
+        corpus, tokenizer, dataset = prepare_data(cfg)
+        parents = dict(corpus=corpus, tokenizer=tokenizer, tokens=dataset.store)
+        run = start_run("train", cfg, None, **parents)
+        train_model(run, corpus, tokenizer, dataset, model_for(run.cfg, tokenizer))
+        records = read_metrics(run.folder / "metrics.ndjson")
+        losses[determinism] = [r["values"]["loss"] for r in records if r["split"] == "train"]
+    assert losses["portable"] == pytest.approx(losses["deterministic"], rel=5e-4)
 
 
 def test_experts_are_refused_when_they_are_trained(portable):

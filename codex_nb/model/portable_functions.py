@@ -7,7 +7,7 @@ __all__ = ['SHARED_FROM', 'Trial', 'GRADIENT_BITS', 'PROBABILITY_BITS', 'LOG2_E'
            'LN2_LOW', 'LOWEST', 'HIGHEST', 'RIGHT_ANGLE', 'MOST_RADIANS', 'PortableError',
            'Kernels', 'compiled_kernels', 'kernels_agree', 'without_kernels', 'kernels_for',
            'tree_sum', 'grid_constant', 'on_grid_', 'power_of_two', 'exponents_of', 'exp', 'log',
-           'sigmoid', 'tanh', 'erf', 'sin', 'cos', 'sqrt', 'power', 'uniform_numbers',
+           'divide', 'sigmoid', 'tanh', 'erf', 'sin', 'cos', 'sqrt', 'power', 'uniform_numbers',
            'normal_numbers']
 
 # %% ../../nbs/model/20_portable_functions.ipynb #c1fcda3b
@@ -282,6 +282,14 @@ def log(
     return e * LN2_HIGH + (2 * s * p + e * LN2_LOW)
 
 # %% ../../nbs/model/20_portable_functions.ipynb #3f36b3d2
+def divide(
+    x: torch.Tensor,  # Any floating dtype
+    by: float,  # Not 0
+) -> torch.Tensor:  # In the dtype of `x`
+    "Division by a number that is rounded once; a GPU would multiply with the inverse."
+    return x / torch.full((), by, dtype=x.dtype, device=x.device)
+
+
 def sigmoid(
     x: torch.Tensor,  # float64
 ) -> torch.Tensor:  # float64
@@ -311,7 +319,7 @@ def erf(
     small = a.clamp(max=2.5)
     term = total = small
     for k in range(1, 60):
-        term = term * (2 * small * small) / (2 * k + 1)
+        term = divide(term * (2 * small * small), 2 * k + 1)
         total = total + term
     below = 2 / math.sqrt(math.pi) * total * exp(-small * small)
     # 7.1.14, from the inside out

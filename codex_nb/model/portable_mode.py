@@ -25,6 +25,7 @@ from codex_nb.model.portable_functions import (
     GRADIENT_BITS,
     PROBABILITY_BITS,
     PortableError,
+    divide,
     kernels_for,
     on_grid_,
     tree_sum,
@@ -36,10 +37,10 @@ aten = torch.ops.aten
 
 # Operators that move numbers, make constants, compare, or look something up
 _MOVES = """
-_local_scalar_dense _reshape_alias _to_copy _unsafe_view alias as_strided cat chunk clone
-constant_pad_nd copy detach diagonal embedding empty empty_like empty_strided equal expand expand_as
-eye fill flatten flip full full_like gather index index_select
-is_nonzero isfinite isinf isnan item lift_fresh masked_fill masked_select movedim narrow new_empty
+_local_scalar_dense _pin_memory _reshape_alias _to_copy _unsafe_view alias as_strided cat chunk
+clone constant_pad_nd copy detach diagonal embedding empty empty_like empty_strided equal expand
+expand_as eye fill flatten flip full full_like gather index index_select is_nonzero is_pinned
+isfinite isinf isnan item lift_fresh masked_fill masked_select movedim narrow new_empty
 new_empty_strided new_full new_ones new_zeros nonzero one_hot ones ones_like pad permute randint
 randperm repeat repeat_interleave reshape resize roll scalar_tensor scatter select select_backward
 select_scatter set slice slice_backward slice_scatter sort split split_with_sizes squeeze stack t
@@ -115,8 +116,8 @@ def _div(x: torch.Tensor, y: Any, rounding_mode: str | None = None) -> torch.Ten
     if not isinstance(y, torch.Tensor):
         dtype = x.dtype if x.is_floating_point() else torch.float32
         y = torch.full((), y, dtype=dtype, device=x.device)
-    elif y.ndim == 0:
-        y = y.to(x.device)
+    elif y.device != x.device:  # which a GPU takes for a number
+        y = torch.full((), y.item(), dtype=y.dtype, device=x.device)
     return torch.div(x, y, rounding_mode=rounding_mode)
 
 
@@ -352,9 +353,10 @@ def _layer_norm(
     if len(shape) != 1:
         raise PortableError(f"a norm over {len(shape)} dimensions has no portable form")
     y = x.double()
-    mean = tree_sum(y, keepdim=True) / shape[0]
+    mean = divide(tree_sum(y, keepdim=True), shape[0])
     centred = y - mean
-    rstd = 1 / exact.sqrt(tree_sum(centred * centred, keepdim=True) / shape[0] + eps)
+    variance = divide(tree_sum(centred * centred, keepdim=True), shape[0])
+    rstd = 1 / exact.sqrt(variance + eps)
     out = centred * rstd
     out = out if weight is None else out * weight.double()
     out = out if bias is None else out + bias.double()
@@ -377,8 +379,8 @@ def _layer_norm_backward(
     grad_x = grad_weight = grad_bias = None
     if wanted[0]:
         d = g if weight is None else g * weight.double()
-        a = tree_sum(d, keepdim=True) / shape[0]
-        b = tree_sum(d * xhat, keepdim=True) / shape[0]
+        a = divide(tree_sum(d, keepdim=True), shape[0])
+        b = divide(tree_sum(d * xhat, keepdim=True), shape[0])
         grad_x = ((d - a - xhat * b) * rstd).to(x.dtype)
     rows = list(range(g.ndim - 1))
     if wanted[1]:
@@ -606,8 +608,7 @@ def _adamw(
     if amsgrad or maximize or grad_scale is not None or found_inf is not None:
         raise PortableError("only plain AdamW has a portable form")
     for w, g, m, v, step in zip(weights, grads, averages, squares, steps):
-        step += 1
-        n = int(step)
+        n = int(step)  # counted by the optimizer
         correction1, correction2 = 1 - _integer_power(beta1, n), 1 - _integer_power(beta2, n)
         # sqrt(v / c2) + eps is (sqrt(v) + eps sqrt(c2)) / sqrt(c2)
         root = math.sqrt(correction2)
@@ -835,7 +836,8 @@ def portable(
         return
     _state.depth, _state.context = 1, context
     try:
-        with _Operators(), _Calls():
+        # In one thread: a backward pass on a GPU would have its own, which knows nothing of this.
+        with torch.autograd.set_multithreading_enabled(False), _Operators(), _Calls():
             yield
     finally:
         _state.depth, _state.context, _state.rows = 0, 0, 0
