@@ -48,6 +48,13 @@ def test_a_digest_is_the_same_on_another_machine(machine, tmp_path):
     assert done.stdout.startswith("equal: ")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(tmp_path):
+    done = codex("prove-digest", "--device", "cuda", home=tmp_path)
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr.startswith("codex-nb: device: ")
+
+
 @pytest.mark.skipif(compiled_kernels() is None, reason="there is no C compiler")
 def test_compiled_kernels_agree_with_the_plain_form():
     "Where one bit differs they are not used, and nothing but the speed would show it."

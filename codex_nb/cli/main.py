@@ -49,7 +49,7 @@ from codex_nb.cli.data import (
     tokenizer_app,
     tracking_app,
 )
-from .generate import chat, compare, generate
+from .generate import DeviceOption, chat, compare, generate
 from .runs import runs_app
 from codex_nb.cli.settings import (
     GroupedHelp,
@@ -807,10 +807,10 @@ def doctor(
 
 
 @app.command()
-def prove_digest(as_json: JsonOption = False) -> None:
+def prove_digest(device: DeviceOption = "cpu", as_json: JsonOption = False) -> None:
     """Train a small model with portable arithmetic and compare its digests with the recorded ones.
 
-    They are equal on every machine: processor, threads and build of torch make no difference."""
+    They are equal on every machine: processor, GPU, threads and build of torch change nothing."""
     from codex_nb.core.config import digest_of
     from codex_nb.experiments.portable_digest import (
         first_difference,
@@ -819,7 +819,7 @@ def prove_digest(as_json: JsonOption = False) -> None:
     )
 
     expected = recorded_digests()
-    found = portable_digests()
+    found = portable_digests(device=device)
     difference = first_difference(found, expected)
     if as_json:
         result = {"equal": difference is None, "first_difference": difference, "digests": found}
