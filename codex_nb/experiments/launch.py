@@ -34,6 +34,7 @@ from codex_nb.core.config import (
     environment_with,
     flat_names,
     identity,
+    parse_json,
     renamed_settings,
     resolve,
     suggest,
@@ -131,7 +132,7 @@ def training_class(
 # %% ../../nbs/experiments/70_launch.ipynb #dda35b5b
 def parse_value(
     text: str,  # From the command line
-) -> Any:  # JSON types; `ConfigError` for NaN and infinity
+) -> Any:  # JSON types; `ConfigError` for NaN and infinity, and for a name given twice
     "Parse one parameter's value."
     python_names = {"True": True, "False": False, "None": None}
     if text in python_names:
@@ -141,11 +142,15 @@ def parse_value(
         raise ConfigError(f"{constant} is not a finite number")
 
     try:
-        return json.loads(text, parse_constant=refuse)
+        json.loads(text, parse_constant=refuse)
     except ConfigError:
         raise
     except (ValueError, RecursionError):
         return text
+    try:
+        return parse_json(text)
+    except ValueError as e:
+        raise ConfigError(str(e)) from None
 
 # %% ../../nbs/experiments/70_launch.ipynb #9995c425
 def check_parameters(

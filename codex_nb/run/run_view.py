@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.artifacts import MANIFEST, ArtifactError, read_manifest
 from ..core.untrusted import read_json_object
 from .run_record import RunError
+from ..tracking.figures import MIN_DOCUMENTS, four_digits
 from ..tracking.metrics_log import read_metrics
 
 if TYPE_CHECKING:
@@ -29,15 +30,16 @@ def headline(
     name = "bits_per_byte" if "bits_per_byte" in metrics else next(iter(metrics))
     metric, title = metrics[name], name.replace("_", " ")
     value, low, high = (metric.get(end) for end in ("value", "low", "high"))
-    text = "too large" if value is None else f"{value:.4g}"
+    text = "too large" if value is None else four_digits(value)
     text = f"{text} {title}" if name == "bits_per_byte" else f"{title} {text}"
-    has_interval = low is not None and high is not None
-    interval = f"95 % interval {low:.4g} to {high:.4g}" if has_interval else "no interval"
-    return f"{text}, {interval}, on {_evaluated_on(summary)}"
-
-
-def _evaluated_on(summary: Mapping[str, Any]) -> str:
     unit = "questions" if "questions" in summary else "documents"
+    interval = "no interval"
+    if low is not None and high is not None and summary[unit] >= MIN_DOCUMENTS:
+        interval = f"95 % interval {four_digits(low)} to {four_digits(high)}"
+    return f"{text}, {interval}, on {_evaluated_on(summary, unit)}"
+
+
+def _evaluated_on(summary: Mapping[str, Any], unit: str) -> str:
     n = summary[unit]
     whole = summary.get("questions_in_task" if unit == "questions" else "documents_in_split", n)
     of = f" of {whole:,}" if whole != n else ""
