@@ -184,6 +184,16 @@ def test_gradients_are_the_same_on_a_gpu(arch, portable):
     assert all(torch.equal(g, expected[1][n]) for n, g in values.items())
 
 
+def test_angles_are_the_same_in_each_version_of_transformers(portable):
+    "In older ones they are a product of matrices, whose factors would be rounded to 20 bits."
+    frequency = (torch.arange(1, 9) / 7)[None, :, None].expand(2, 8, 1)
+    position = torch.arange(24)[None, None].expand(2, 1, 24).float()
+    with arithmetic():
+        expected = frequency * position
+        assert torch.equal(frequency @ position, expected)
+        assert torch.equal(torch.matmul(frequency, position), expected)
+
+
 def test_a_backward_pass_stays_in_its_thread(portable):
     "On a GPU it would have a thread of its own, in which nothing is known of the mode."
     before = torch._C._is_multithreading_enabled()

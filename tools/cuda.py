@@ -923,6 +923,7 @@ DIGESTS = {
 @check(kinds=DIGESTS)
 def portable(args, values):
     "The digests of portable arithmetic, against those that the package brings."
+    from codex_nb.core.config import digest_of
     from codex_nb.experiments.portable_digest import (
         first_difference,
         portable_digests,
@@ -930,7 +931,8 @@ def portable(args, values):
     )
 
     found = portable_digests(**dict(device=args.device) | values)
-    return {"first difference": first_difference(found, recorded_digests())}
+    difference = first_difference(found, recorded_digests())
+    return {"digest": digest_of(found), "first difference": difference}
 
 
 @check(alone=True)

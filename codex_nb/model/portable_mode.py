@@ -769,6 +769,13 @@ def _attention(
     return attention(query, key, value, mask, scale, bias, _state.context)
 
 
+def _matmul(input: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    if input.ndim == 3 and input.shape[-1] == 1:
+        # Angles of rotary positions, which newer versions of transformers multiply in this way
+        return input * other
+    return torch.matmul(input, other)
+
+
 _NARROW = torch.float32, torch.bfloat16, torch.float16
 
 
@@ -809,6 +816,9 @@ _CALLS: dict[Any, Callable[..., Any]] = {
     torch.softmax: _without_dtype(torch.softmax),
     F.linear: _linear,
     torch.addmm: _addmm_call,
+    torch.matmul: _matmul,
+    torch.Tensor.matmul: _matmul,
+    torch.Tensor.__matmul__: _matmul,
     F.dropout: _dropout,
     F.scaled_dot_product_attention: _attention,
 }
