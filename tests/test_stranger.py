@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from helpers import codex, flags, shared_folder
+from helpers import codex, counts, flags, shared_folder
 
 SMALL = dict(
     width=32,
@@ -58,7 +58,9 @@ def interrupt(folder):
     shutil.rmtree(folder / "evaluations")
 
 
-@pytest.mark.parametrize("words", [["replay", "."], ["resume", "."]], ids=lambda w: w[0])
+@pytest.mark.parametrize(
+    "words", counts([["replay", "."]], [["replay", "."], ["resume", "."]]), ids=lambda w: w[0]
+)
 def test_nothing_in_a_strangers_folder_is_executed(stranger, tmp_path, words):
     if words[0] == "resume":
         interrupt(stranger)

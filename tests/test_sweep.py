@@ -138,6 +138,7 @@ def test_processes_that_ask_at_the_same_moment_share_out_the_trials(tmp_path):
         assert sorted(n for out, _ in texts for n in json.loads(out)) == list(range(30))
 
 
+@pytest.mark.skipif(not PROVE, reason="one machine and several processes, above; in `make prove`")
 def test_two_machines_search_together(tmp_path):
     "Two workspaces and one database: so many trials in all, none in both."
     n, url = counts(2, 12), f"sqlite:///{tmp_path / 'shared.db'}"
