@@ -220,3 +220,29 @@ def test_dropout_of_each_rank_is_drawn_from_a_seed_of_its_own(gpu):
         last.append(gpu.seeds[-1])
         assert gpu.current == rank
     assert last[0] != last[1]
+
+
+def test_a_model_is_compiled_once_for_rows_of_one_document_and_once_for_more(monkeypatch):
+    from torch._dynamo.testing import CompileCounter
+
+    from codex_nb.model.causal_lm import build_model, document_mask
+    from codex_nb.model.compute import apply_compute, compiled_for
+    from codex_nb.model.model_config import ComputeConfig, ModelConfig
+
+    counter, compile = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **given: compile(f, backend=counter, **given))
+    model = build_model(ModelConfig(width=32, layers=1, heads=2, seq_len=16), 64, 0, 0)
+    apply_compute(model, ComputeConfig(compile="off", attention="varlen", products="torch"))
+    call, ids = compiled_for(model.base_model, (3, 16)), torch.arange(48).view(3, 16)
+    rows = [0, 16, 32, 48]
+    for starts in (rows, [0, 5, *rows[1:]], rows, [0, 5, 9, *rows[1:]], [*range(0, 48, 4), 48]):
+        cu_seqlens = torch.tensor(starts, dtype=torch.int32)
+        positions = (
+            torch.arange(48)
+            - cu_seqlens[torch.bucketize(torch.arange(48), cu_seqlens[1:], right=True)]
+        )
+        given = dict(position_ids=positions.view(3, 16), use_cache=False)
+        given |= document_mask(model, cu_seqlens)
+        expected = model.base_model(input_ids=ids, **given).last_hidden_state
+        torch.testing.assert_close(call(input_ids=ids, **given).last_hidden_state, expected)
+    assert counter.frame_count == 2

@@ -51,6 +51,21 @@ def check(alone=False, **kinds):
     return register
 
 
+class DoesNotHold(Exception):
+    "Figures that are not as they have to be."
+
+    def __init__(self, what, figures):
+        super().__init__(what)
+        self.figures = figures
+
+
+def hold(figures, **conditions):
+    "The figures of a check, if all conditions hold; each is named for what it says."
+    if wrong := [name.replace("_", " ") for name, holds in conditions.items() if not holds]:
+        raise DoesNotHold(f"does not hold: {', '.join(wrong)}", figures)
+    return figures
+
+
 # --- What the checks share
 
 
@@ -267,7 +282,8 @@ def sampling(args):
         assert texts[0] == texts[1], "two calls give different texts"
         return "equal"
 
-    return {str(cut): outcome(lambda: both(cut)) for cut in cuts}
+    found = {str(cut): outcome(lambda: both(cut)) for cut in cuts}
+    return hold(found, two_calls_give_the_same=set(found.values()) == {"equal"})
 
 
 STEPS = {
@@ -328,13 +344,15 @@ def compiled(args, values):
         total.backward()
         totals.append(float(total.detach()))
         gradients.append([p.grad.clone() for p in made.model.parameters()])
-    return {
+    equal = all(map(torch.equal, *gradients))
+    found = {
         "compile": made.cfg.compute.compile,
         "attention": made.cfg.compute.attention,
         "said": said.getvalue(),
         "losses": totals,
-        "gradients equal": all(map(torch.equal, *gradients)),
+        "gradients equal": equal,
     }
+    return hold(found, same_bits_twice=equal or values.get("determinism") == "off")
 
 
 @check(kinds=GRAPHS)
@@ -352,7 +370,8 @@ def graphs(args, values):
     pairs = list(zip(*losses.values()))
     found["largest difference"] = max(abs(p[0] - p[-1]) / p[0] for p in pairs)
     found["problem"] = step.graphs and step.graphs.problem
-    return found
+    same = found["largest difference"] == 0
+    return hold(found, no_problem=not found["problem"], losses_are_the_same=same)
 
 
 @check()
@@ -363,7 +382,9 @@ def graphs_refused(args):
     step, said = stepper(made), io.StringIO()
     with contextlib.redirect_stdout(said):
         losses = [float(step(i)["loss"]) for i in range(4)]
-    return {"said": said.getvalue(), "losses": losses}
+    found = {"said": said.getvalue(), "losses": losses}
+    on_gpu = args.device.startswith("cuda")
+    return hold(found, it_is_said="cannot be recorded" in found["said"] or not on_gpu)
 
 
 PACKED = {
@@ -399,11 +420,12 @@ def documents_apart(args, values):
         total.backward()
         return float(total)
 
-    return {
+    found = {
         "apart": loss(batch.ids_BT, last) == loss(changed, last),
         "test can fail": loss(batch.ids_BT, first) != loss(changed, first),
         "attention": made.cfg.compute.attention,
     }
+    return hold(found, apart=found["apart"], test_can_fail=found["test can fail"])
 
 
 @check()
@@ -416,8 +438,8 @@ def attention_close(args):
         )
         step = stepper(made)
         losses[attention] = [float(step(i)["loss"]) for i in range(5)]
-    pairs = zip(*losses.values())
-    return losses | {"largest difference": max(abs(a - b) / b for a, b in pairs)}
+    largest = max(abs(a - b) / b for a, b in zip(*losses.values()))
+    return hold(losses | {"largest difference": largest}, below_a_thousandth=largest < 1e-3)
 
 
 @check()
@@ -437,11 +459,16 @@ def close_to_the_cpu(args):
     def largest(a, b):
         return max(abs(x - y) / abs(y) for x, y in zip(losses[a], losses[b]))
 
-    return {
+    found = {
         "losses": losses,
         "gpu fp32 against cpu": largest("gpu fp32", "cpu fp32"),
         "gpu bf16 against fp32": largest("gpu bf16", "gpu fp32"),
     }
+    return hold(
+        found,
+        fp32_below_1e_4=found["gpu fp32 against cpu"] < 1e-4,
+        bf16_below_1e_2=found["gpu bf16 against fp32"] < 1e-2,
+    )
 
 
 RUN = "RUN"  # The first training run of `command_line`
@@ -480,7 +507,7 @@ def command_line(args):
         if done.returncode or name == "replay":
             found[name]["output"] = told(done)
         Path(args.out).write_text(json.dumps({"figures": found}))  # what is known by now
-    return found
+    return hold(found, every_command_succeeds=not any(f["code"] for f in found.values()))
 
 
 RESUMED = {
@@ -502,13 +529,14 @@ def resume(args, values):
 
     code, output = part("whole", "whole", "a")
     if code:
-        return {"error": output}
+        raise RuntimeError(output)
     killed, output = part("killed", "cut", "b")
     code, more = part("rest", "cut", "c")
     if code or killed != -signal.SIGKILL:
-        return {"killed": killed, "code": code, "error": output + more}
+        raise RuntimeError(f"killed with {killed}, resumed with {code}: {output}{more}")
     a, b = weights_digest(home / "whole"), weights_digest(home / "cut")
-    return {"equal": a == b, "digests": a, "different": [k for k in a if a[k] != b.get(k)]}
+    found = {"equal": a == b, "digests": a, "different": [k for k in a if a[k] != b.get(k)]}
+    return hold(found, equal=a == b)
 
 
 def part_of_resume(args):
@@ -558,9 +586,11 @@ def one_process_group(args):
         return objective
 
     for name, wrap in {"plain": lambda o, m: o, "ddp": ddp, "fsdp": fsdp}.items():
-        found[name] = outcome(lambda wrap=wrap: losses(wrap))
+        found[name] = losses(wrap)
     dist.destroy_process_group()
-    return found
+    # FSDP computes the norm of the gradients, by which they are clipped, in another order.
+    far = max(abs(a - b) / b for a, b in zip(found["fsdp"], found["plain"]))
+    return hold(found, ddp_is_equal=found["ddp"] == found["plain"], fsdp_is_close=far < 1e-4)
 
 
 @check()
@@ -571,7 +601,8 @@ def out_of_memory(args):
     big = "preset=smoke width=4096 layers=8 heads=32 seq_len=2048 batch_size=512 compile=off"
     words = [w for v in big.split() for w in ("-p", v)]
     done = codex("run", "train", *words, "-p", f"device={args.device}")
-    return {"code": done.returncode, "output": told(done)}
+    found = {"code": done.returncode, "output": told(done)}
+    return hold(found, refused=found["code"] > 0, explained="memory ran out" in found["output"])
 
 
 @check()
@@ -593,7 +624,9 @@ def preflight_peak(args):
     synchronize()
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
     keys = ("peak_gpu_bytes", "state_bytes", "activation_bytes", "seconds_per_step", "isolated")
-    return {"peak": peak} | {k: report[k] for k in keys}
+    found = {"peak": peak} | {k: report[k] for k in keys}
+    near = peak is None or abs(found["peak_gpu_bytes"] / peak - 1) < 0.15
+    return hold(found, within_15_percent=near)
 
 
 # --- Fast
@@ -932,7 +965,8 @@ def portable(args, values):
 
     found = portable_digests(**dict(device=args.device) | values)
     difference = first_difference(found, recorded_digests())
-    return {"digest": digest_of(found), "first difference": difference}
+    figures = {"digest": digest_of(found), "first difference": difference}
+    return hold(figures, as_recorded=difference is None)
 
 
 @check(alone=True)
@@ -959,16 +993,22 @@ def run_check(args, name, kind, folder):
     words = ["--check", name, "--kind", kind, "--out", str(path), "--device", args.device]
     words += ["--nanogpt", args.nanogpt] if args.nanogpt else []
     env = os.environ | {"CODEX_NB_HOME": str(folder / label), "TOKENIZERS_PARALLELISM": "false"}
-    env |= {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    env |= {"PYTHONPATH": ":".join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     if name not in ALONE:
         env |= {"TORCHINDUCTOR_COMPILE_THREADS": "2", "OMP_NUM_THREADS": "2"}
-    with open(log, "w") as f, contextlib.suppress(subprocess.TimeoutExpired):
-        command = [sys.executable, __file__, *words]
-        subprocess.run(command, env=env, stdout=f, stderr=f, timeout=args.seconds)
+    command, late = [sys.executable, __file__, *words], False
+    with open(log, "w") as f:
+        try:
+            subprocess.run(command, env=env, stdout=f, stderr=f, timeout=args.seconds)
+        except subprocess.TimeoutExpired:
+            late = True
     found = {"seconds": round(time.monotonic() - start, 1), "code": code_digest()}
     if path.is_file():
-        return found | json.loads(path.read_text())
-    return found | {"error": f"it did not end: {log.read_text(errors='replace')[-1500:]}"}
+        found |= json.loads(path.read_text())
+    if late or not path.is_file():
+        said = log.read_text(errors="replace")[-1500:].strip()
+        found["error"] = f"{said}\nit did not end" + (f" in {args.seconds:g} s" if late else "")
+    return found
 
 
 @functools.cache
@@ -985,6 +1025,8 @@ def run_one(args):
     values = [KINDS[args.check][args.kind]] if args.check in KINDS else []
     try:
         found = {"figures": CHECKS[args.check](args, *values)}
+    except DoesNotHold as e:
+        found = {"figures": e.figures, "error": str(e)}
     except Exception:
         found = {"error": traceback.format_exc()[-2500:]}
     Path(args.out).write_text(json.dumps(found, default=str))
@@ -1024,7 +1066,7 @@ def main():
             temporary = out.with_suffix(".part")
             temporary.write_text(json.dumps(evidence, indent=1) + "\n")
             os.replace(temporary, out)
-        error = "  ERROR" if "error" in found else ""
+        error = f"  ERROR {found['error'].strip().splitlines()[-1]}" if "error" in found else ""
         print(f"{name} {kind}: {found['seconds']} s{error}", flush=True)
 
     with ThreadPoolExecutor(args.beside) as pool:

@@ -153,6 +153,10 @@ def varlen_attention(
     B, H, T, D = query.shape
     if key.shape[1] != H:  # grouped queries
         key, value = (x.repeat_interleave(H // x.shape[1], 1) for x in (key, value))
+    if len(cu_seqlens) == B + 1:  # a document in each row: nothing has to be kept apart
+        q, k = query.to(value.dtype), key.to(value.dtype)
+        dense = F.scaled_dot_product_attention(q, k, value, is_causal=True, scale=scaling)
+        return dense.transpose(1, 2), None
     if not query.is_cuda or value.dtype == torch.float32:
         return _masked_attention(query, key, value, cu_seqlens, scaling), None
     from torch.nn.attention.varlen import varlen_attn
@@ -337,8 +341,7 @@ def compiled_for(
     compiled = torch.compile(body, dynamic=False)
 
     def call(**inputs):
-        if "attention_mask" in inputs:  # as many documents as there are, without a new compilation
-            torch._dynamo.mark_dynamic(inputs["attention_mask"], 3)
+        _for_any_documents(inputs.get("attention_mask"), shape[0])
         if inputs["input_ids"].shape != shape:
             return body(**inputs)
         with _rows_in_one_block():
@@ -360,15 +363,19 @@ def _compiled_layer(forward: Callable[..., Any], shape: tuple[int, int]) -> Call
     compiled = torch.compile(forward, dynamic=False)
 
     def call(hidden_states: torch.Tensor, *args: Any, **inputs: Any) -> Any:
-        mask = inputs.get("attention_mask")
-        if mask is not None and mask.dtype == torch.int32:  # see `document_mask`
-            torch._dynamo.mark_dynamic(mask, 3)
+        _for_any_documents(inputs.get("attention_mask"), shape[0])
         if hidden_states.shape[:2] != shape or not torch.is_grad_enabled():
             return forward(hidden_states, *args, **inputs)
         with _rows_in_one_block():
             return compiled(hidden_states, *args, **inputs)
 
     return call
+
+
+def _for_any_documents(mask: torch.Tensor | None, rows: int) -> None:
+    "Compile once for a document in each row, and once for any larger number of documents."
+    if mask is not None and mask.dtype == torch.int32 and mask.shape[-1] != rows + 1:
+        torch._dynamo.mark_dynamic(mask, 3)  # `cu_seqlens`, see `document_mask`
 
 
 def _rows_in_one_block() -> AbstractContextManager[Any]:

@@ -130,6 +130,8 @@ def _first_cause(error: BaseException) -> str:
 def _padded_length(batch: Batch) -> int | None:
     if batch.cu_seqlens is None:
         return None
+    if len(batch.cu_seqlens) == len(batch.ids_BT) + 1:  # one in each row, as attention sees by it
+        return len(batch.cu_seqlens)
     return 1 << max(6, (len(batch.cu_seqlens) - 1).bit_length())
 
 
