@@ -676,8 +676,16 @@ def large(args, **values):
     return prepared(args, vocabulary=50304, **shape | values)
 
 
+def long_texts(args):
+    "A file of four long documents: nearly every row holds part of a single one, as nanoGPT's do."
+    path = Path(tempfile.mkdtemp()) / "long.jsonl"
+    text = (ROOT / "README.md").read_text() * (60 if args.device.startswith("cuda") else 2)
+    path.write_text("".join(json.dumps({"text": f"{i} {text}"}) + "\n" for i in range(4)))
+    return str(path)
+
+
 KERNELS = {
-    "flash": ("flash", "fmha"),
+    "flash": ("flash", "fmha", "cudnn_generated"),
     "products": ("gemm", "cutlass", "nvjet", "xmma", "cublas"),
     "optimizer": ("adam", "multi_tensor", "foreach"),
     "softmax and losses": ("softmax", "log_sum"),
@@ -699,14 +707,18 @@ def profile(args):
 
     found, shape = {}, {}
 
-    def ours(determinism):
-        made = large(args, determinism=determinism)
-        step = stepper(made)
+    def ours(values):
+        made = large(args, **values)
+        step, level = stepper(made), values["determinism"]
         shape.update(config=made.model.config.to_dict(), tokens=made.batches.tokens)
-        return kernel_times(functools.partial(run_steps, step, determinism, set_determinism))
+        return kernel_times(functools.partial(run_steps, step, level, set_determinism))
 
-    for name in ("deterministic", "off"):
-        found[name] = outcome(functools.partial(ours, name))
+    for name, values in {
+        "deterministic": dict(determinism="deterministic"),
+        "off": dict(determinism="off"),
+        "off, long documents": dict(determinism="off", data=long_texts(args)),
+    }.items():
+        found[name] = outcome(functools.partial(ours, values))
     if args.nanogpt and shape:
         theirs = (shape["config"], shape["tokens"], set_determinism)
         found["nanoGPT"] = outcome(lambda: kernel_times(nanogpt(args, *theirs)))
@@ -763,6 +775,7 @@ def race(args):
     for name, values in {
         "ours, off": dict(determinism="off"),
         "ours, deterministic": dict(determinism="deterministic"),
+        "ours, off, long documents": dict(determinism="off", data=long_texts(args)),
     }.items():
 
         def make(name=name, values=values):
