@@ -219,6 +219,28 @@ def test_portable_training_is_training(kind, tmp_path, monkeypatch):
     assert losses["portable"] == pytest.approx(losses["deterministic"], rel=5e-4)
 
 
+def test_gradients_beyond_their_grid_are_refused(portable):
+    "From 512 on their sum would depend on its order."
+    from codex_nb.model.portable_functions import LARGEST_GRADIENT
+    from codex_nb.train.engine import train_step
+
+    model, batch = model_of("llama"), batch_of_documents()
+    objective = LMLoss(model)
+
+    def step(factor):
+        def loss(_, b):
+            return objective(b.ids_BT, b.targets_BT, b.positions_BT, b.cu_seqlens) * factor, None
+
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        with arithmetic(model):
+            return float(train_step(model, [batch], loss, optimizer, 0.0, None)["grad_norm"])
+
+    norm = step(1)
+    assert step(0.9 * LARGEST_GRADIENT / norm) < LARGEST_GRADIENT
+    with pytest.raises(PortableError, match="the norm .* below 512: lower lr"):
+        step(1.1 * LARGEST_GRADIENT / norm)
+
+
 def test_experts_are_refused_when_they_are_trained(portable):
     "Their tokens come from several rows, in numbers that depend on all of them."
     with pytest.raises(PortableError):

@@ -25,6 +25,7 @@ from ..core.repro import fork_rng
 from ..core.types import IGNORE, Batch
 from ..data.batches import BatchSampler, batch_fingerprint
 from ..model.cuda_graphs import CUDAGraphs
+from ..model.portable_functions import require_on_grid
 from ..model.portable_mode import is_portable
 from ..tracking.timers import StepClock, Throughput
 from .distributed import World, full_tensor
@@ -117,6 +118,8 @@ def train_step(
     # The norm is needed even where nothing is clipped: a gradient that is not finite shows in it.
     trained = [p for p in model.parameters() if p.requires_grad]
     norm = full_tensor(nn.utils.clip_grad_norm_(trained, clip or math.inf))
+    if is_portable():
+        require_on_grid(norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
     # A norm that is not finite has ruined the gradients in clipping; the guard keeps them out.
