@@ -332,6 +332,10 @@ class FakeGPU:
             self.stack.enter_context(mock.patch(f"torch.cuda.{name}", function))
         for name in ("full", "zeros", "ones", "arange"):
             self.stack.enter_context(mock.patch(f"torch.{name}", making(getattr(torch, name))))
+        # A build of torch with CUDA would ask the driver, which is not there
+        nothing = lambda check_available=False: None  # noqa: E731
+        accelerator = "torch.accelerator.current_accelerator"
+        self.stack.enter_context(mock.patch(accelerator, nothing))
         group = nn.utils.clip_grad._group_tensors_by_device_and_dtype
         for where in ("torch.nn.utils.clip_grad", "torch.optim.optimizer"):
             name = "_group_tensors_by_device_and_dtype"
