@@ -267,6 +267,8 @@ REFUSED = {
     "schedule": set_in("schedule", "total_steps"),
     "identity": set_in("identity", "seed"),
     "incomplete": lambda state: state.pop("rng"),
+    "a generator": lambda state: state["rng"][0].pop("torch"),
+    "no generators": lambda state: state.update(rng=0),
     "scaler": set_in("scaler", "kind"),
 }
 

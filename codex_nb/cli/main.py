@@ -132,7 +132,7 @@ def resume(
             "-p",
             "--parameter",
             metavar="NAME VALUE",
-            help="A setting that cannot change the result, such as nproc. May be repeated.",
+            help="A setting that cannot change the result, such as keep_last. May be repeated.",
         ),
     ] = [],
     notebook: Annotated[
@@ -146,10 +146,12 @@ def resume(
     from codex_nb.run.run_folder import find_run
 
     changes = parse_parameters([*(setting or []), *parameter])
-    _print_outcome(resume(find_run(run), not quiet, allow, changes, notebook))
+    outcome = resume(find_run(run), not quiet, allow, changes, notebook)
+    # One that was refused would be refused again
+    _print_outcome(outcome, can_go_on=outcome.code != 1)
 
 
-def _print_outcome(outcome: "Outcome") -> None:
+def _print_outcome(outcome: "Outcome", can_go_on: bool = True) -> None:
     from codex_nb.core.config import env_setting
     from codex_nb.run.next_steps import next_lines
     from codex_nb.train.interrupts import RESUMABLE
@@ -161,7 +163,7 @@ def _print_outcome(outcome: "Outcome") -> None:
             if outcome.status == "interrupted" and outcome.code == RESUMABLE["ProcessKilled"]:
                 resume = f"codex-nb resume {shlex.quote(str(outcome.folder))}"
                 fail(f"{outcome.error}; the run is interrupted, go on with: {resume}", outcome.code)
-            if outcome.status == "interrupted":
+            if outcome.status == "interrupted" and can_go_on:
                 state += f"\ngo on with: codex-nb resume {shlex.quote(str(outcome.folder))}"
         fail(f"{_explain_missing_package(outcome.error)}\n{state}", outcome.code)
     from codex_nb.tracking.figures import SPEED_TITLE, read_median_speed, with_interval

@@ -31,6 +31,7 @@ from ..core.artifacts import MANIFEST, disk_error, write_file
 from ..core.brief_errors import UserError
 from codex_nb.core.config import (
     ConfigError,
+    env_setting,
     environment_with,
     flat_names,
     identity,
@@ -697,7 +698,7 @@ def resume(
                 f"{name}: part of the run's identity, so it cannot change on resume; "
                 "start a new run"
             )
-    with environment_with(CODEX_NB_ALLOW=allow):
+    with environment_with(CODEX_NB_ALLOW=allow or env_setting("CODEX_NB_ALLOW") or ""):
         kind, parameters = recorded_parameters(folder)
         for name in WRITES_OUTSIDE:
             if name in parameters and name not in (changes or {}):

@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from ..core.artifacts import Artifact, ArtifactError, Draft, open_artifact, publish
 from ..core.device import is_cuda
 from codex_nb.core.repro import (
+    GENERATORS,
     numeric_identity,
     rng_state,
     seed_everything,
@@ -462,10 +463,10 @@ def _check_same_run(
     device = str(metadata.exact.get("device", "cpu"))
     before, now = state["exact"], metadata.exact | numeric_identity()
     inexact = _differences(_of_the_device(before, device), _of_the_device(now, device))
-    if refused := [k for k in inexact if k not in allow]:
+    if any(name not in allow for name in inexact):
         raise InexactResumeError(
             f"{folder}: resuming would not be bit-for-bit identical: {'; '.join(inexact.values())}."
-            f" To resume nevertheless: --allow {','.join(refused)}"
+            f" To resume nevertheless: --allow {','.join(inexact)}"
         )
     return list(inexact.values())
 
@@ -528,7 +529,10 @@ def _read_optimizer(
 
 def _read_ema(folder: Path, ema: EMA, world: World) -> dict[str, torch.Tensor]:
     averages = _read_part(folder, "ema", ema.tensors.__getitem__, world)
-    if misfits := sorted(averages.keys() ^ ema.tensors.keys()):
+    misfits = sorted(averages.keys() ^ ema.tensors.keys())
+    whole = {n: t for n, t in ema.tensors.items() if not hasattr(t, "placements")}
+    misfits = misfits or [n for n, t in whole.items() if averages[n].shape != t.shape]
+    if misfits:
         raise CheckpointError(
             f"{folder}: the averages of weights do not fit the model: {', '.join(misfits[:5])}"
         )
@@ -583,6 +587,17 @@ def _set_optimizer(
             }
 
 
+def _check_generators(folder: Path, state: dict[str, Any]) -> None:
+    ranks = state["rng"] if isinstance(state["rng"], list) else [None]
+    for rank, known in enumerate(ranks):
+        known = known if isinstance(known, dict) else {}
+        if missing := [name for name in GENERATORS if name not in known]:
+            raise CheckpointError(
+                f"{folder}: the state of rank {rank}'s random numbers lacks {', '.join(missing)}: "
+                "they would not continue; start a new run"
+            )
+
+
 def _set_generators(state: dict[str, Any], world: World) -> None:
     "Restore this rank's generators, or seed new ones when the number of ranks has changed."
     if world.size == len(state["rng"]):
@@ -621,6 +636,7 @@ def load_checkpoint(
         weights = _from_stored(model, weights, own)
     _check_weights(folder, weights, own)
     averages = _read_ema(folder, ema, world) if ema else {}
+    _check_generators(folder, state)
 
     # ... and only then replace, so that a refused checkpoint changes nothing.
     set_weights(model, weights)
