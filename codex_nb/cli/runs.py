@@ -145,7 +145,7 @@ def runs_rename(
 def _confirm(question: str) -> bool:
     try:
         return typer.confirm(question, err=True)
-    except typer.Abort:  # no answer, as where there is no terminal
+    except (typer.Abort, UnicodeDecodeError):  # no answer, as where there is no terminal
         print(file=sys.stderr)
         return False
 

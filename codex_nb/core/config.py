@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NOT_IN_DIGEST', 'ENVIRONMENT', 'canonical_json', 'digest_of', 'parse_json',
-           'UniqueNamesLoader', 'ConfigError', 'not_in_digest_at', 'Config', 'identity', 'allowed',
-           'suggest', 'flat_names', 'unflatten', 'renamed_settings', 'resolve', 'without_cleared',
-           'save_config', 'load_config', 'diff_dicts', 'diff_config', 'notebook_parameters',
-           'env_setting', 'environment_with']
+           'UniqueNamesLoader', 'PlainLoader', 'ConfigError', 'not_in_digest_at', 'Config',
+           'identity', 'allowed', 'suggest', 'flat_names', 'unflatten', 'renamed_settings',
+           'resolve', 'without_cleared', 'save_config', 'load_config', 'diff_dicts', 'diff_config',
+           'notebook_parameters', 'env_setting', 'environment_with']
 
 # %% ../../nbs/core/00_config.ipynb #a6d6c713
 import ast
@@ -83,6 +83,16 @@ class UniqueNamesLoader(yaml.SafeLoader):
         if len({*map(str, names)}) < len(names):
             raise yaml.YAMLError(_given_twice(map(str, names)))
         return super().construct_mapping(node, deep)
+
+
+class PlainLoader(UniqueNamesLoader):
+    "Refuses aliases too, by which a text says something else than it seems to."
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        "The next node."
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias (*name); write the value itself")
+        return super().compose_node(parent, index)
 
 # %% ../../nbs/core/00_config.ipynb #264c403d
 class ConfigError(UserError, ValueError):

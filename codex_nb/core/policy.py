@@ -21,10 +21,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field
 
-from .config import Config, ConfigError, UniqueNamesLoader, digest_of, suggest
+from .config import Config, ConfigError, PlainLoader, digest_of, suggest
 from .safety import RULES, Finding, Rule, find, merge_findings, replace_findings
 
 # %% ../../nbs/core/07_policy.ipynb #5c4563c4
@@ -289,15 +288,6 @@ def _try_examples(rule: PolicyRule, compiled: list[Rule], place: str) -> None:
 _MAX_BYTES = 1 << 18
 
 
-class _PolicyLoader(UniqueNamesLoader):
-    "Refuses what could make a policy another one than it looks: repeated names, and aliases."
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("an alias (*name); write the value itself")
-        return super().compose_node(parent, index)
-
-
 def load_policy(
     path: Path | str,  # A YAML file
 ) -> Policy:  # Its examples have been tried
@@ -309,7 +299,7 @@ def load_policy(
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise ConfigError(f"{place}: more than {_MAX_BYTES:,} bytes; write fewer rules")
-        content = _PolicyLoader(path.read_text("utf-8")).get_single_data()
+        content = PlainLoader(path.read_text("utf-8")).get_single_data()
     except ConfigError:
         raise
     except OSError as e:

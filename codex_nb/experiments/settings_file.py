@@ -16,12 +16,13 @@ import yaml
 from codex_nb.core.config import (
     Config,
     ConfigError,
+    PlainLoader,
     flat_names,
     renamed_settings,
     suggest,
     without_cleared,
 )
-from ..core.untrusted import MAX_JSON_BYTES, describe_error, require_file
+from ..core.untrusted import describe_error, require_file
 from .launch import parse_value
 from ..run.settings import Settings
 
@@ -56,19 +57,18 @@ def _is_section(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, Config)
 
 # %% ../../nbs/experiments/70_settings_file.ipynb #b9b13481
+_MAX_BYTES = 1 << 20  # YAML is read by Python code, a megabyte in seconds
+
+
 def _root(path: Path) -> yaml.Node | None:  # None for an empty file
     if path.suffix not in (".yaml", ".yml", ".json"):
         raise ConfigError(f"{path}: settings are read from .yaml, .yml or .json")
     try:
-        text = require_file(path, MAX_JSON_BYTES).read_text("utf-8-sig")
+        text = require_file(path, _MAX_BYTES).read_text("utf-8-sig")
         if path.suffix == ".json":
             json.loads(text)
             text = text.replace("\t", " ")  # YAML does not know them as space
-        if any(isinstance(e, yaml.AliasEvent) for e in yaml.parse(text, yaml.SafeLoader)):
-            raise ConfigError(f"{path}: aliases (*name) are not read; write the value out")
-        root = yaml.compose(text, yaml.SafeLoader)
-    except ConfigError:
-        raise
+        root = PlainLoader(text).get_single_node()
     except Exception as e:  # JSON and YAML each have several
         reason = describe_error(e).removeprefix(f"{path}: ")
         raise ConfigError(f"{path}: cannot be read: {reason}; mend the file") from None
