@@ -236,6 +236,7 @@ def test_resume_refuses_what_would_make_another_run(stopped, tmp_path):
     refused = codex("resume", folder, home=home)
     assert refused.returncode == 1 and "torch was '1.0', now" in refused.stderr
     assert "--allow torch" in refused.stderr and "Traceback" not in refused.stderr
+    assert "go on with" not in refused.stderr  # it would be refused again
     assert contents(folder) == before and run_status(folder) == "interrupted"
     done = codex("resume", folder, "--allow", "torch", home=home)
     assert done.returncode == 0 and "no longer bit for bit: torch was" in done.stdout, done.stderr

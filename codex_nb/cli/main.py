@@ -147,8 +147,9 @@ def resume(
 
     changes = parse_parameters([*(setting or []), *parameter])
     outcome = resume(find_run(run), not quiet, allow, changes, notebook)
-    # One that was refused would be refused again
-    _print_outcome(outcome, can_go_on=outcome.code != 1)
+    # A checkpoint that was refused would be refused again
+    refused = (outcome.error or "").startswith(("CheckpointError", "InexactResumeError"))
+    _print_outcome(outcome, can_go_on=not refused)
 
 
 def _print_outcome(outcome: "Outcome", can_go_on: bool = True) -> None:
