@@ -192,6 +192,20 @@ def test_angles_are_the_same_in_each_version_of_transformers(portable):
         expected = frequency * position
         assert torch.equal(frequency @ position, expected)
         assert torch.equal(torch.matmul(frequency, position), expected)
+        assert (frequency @ torch.ones(1)).shape == (2, 8)  # no angles: a product as any other
+        with pytest.raises(RuntimeError):
+            frequency @ torch.ones(2, 8, 24)
+
+
+def test_a_number_on_the_cpu_is_divided_by_what_lies_on_a_gpu(portable):
+    x = torch.tensor([3.0, 7.0], dtype=torch.float64)
+    with arithmetic():
+        expected = [torch.tensor(2.0).double() / x, x / torch.tensor(49.0).double()]
+    with FakeGPU(), arithmetic():
+        there = x.to("cuda")
+        found = [torch.tensor(2.0).double() / there, there / torch.tensor(49.0).double()]
+        found = [y.cpu() for y in found]
+    assert all(map(torch.equal, found, expected))
 
 
 def test_a_backward_pass_stays_in_its_thread(portable):

@@ -116,7 +116,7 @@ def _div(x: torch.Tensor, y: Any, rounding_mode: str | None = None) -> torch.Ten
     if not isinstance(y, torch.Tensor):
         dtype = x.dtype if x.is_floating_point() else torch.float32
         y = torch.full((), y, dtype=dtype, device=x.device)
-    elif y.device != x.device:  # which a GPU takes for a number
+    elif y.ndim == 0 and y.device.type == "cpu" != x.device.type:  # for a GPU a number too
         y = torch.full((), y.item(), dtype=y.dtype, device=x.device)
     return torch.div(x, y, rounding_mode=rounding_mode)
 
@@ -770,7 +770,7 @@ def _attention(
 
 
 def _matmul(input: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    if input.ndim == 3 and input.shape[-1] == 1:
+    if input.ndim == other.ndim == 3 and input.shape[-1] == other.shape[-2] == 1:
         # Angles of rotary positions, which newer versions of transformers multiply in this way
         return input * other
     return torch.matmul(input, other)

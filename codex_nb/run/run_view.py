@@ -57,7 +57,6 @@ class RunView(ABC):
     @abstractmethod
     def status(self) -> str:
         "`running`, `interrupted`, `finished` or `failed`."
-        raise NotImplementedError
 
     @property
     def metrics(self) -> "DataFrame":  # With `step`, `tokens`, `time`, `split`, and the metrics
