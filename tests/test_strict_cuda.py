@@ -1,5 +1,6 @@
 """Every kind of run on a GPU that refuses what a real one does: see fake_gpu and strict_cuda."""
 
+import contextlib
 import re
 from unittest import mock
 
@@ -56,6 +57,10 @@ class Strict:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
+    from codex_nb.model.frozen_base import import_bitsandbytes
+
+    with contextlib.suppress(ImportError):  # peft imports it, and it would look for the GPU then
+        import_bitsandbytes()
     return tmp_path_factory.mktemp("home")
 
 
