@@ -6,7 +6,8 @@
 __all__ = ['SCHEMA', 'MANIFEST', 'ArtifactError', 'DiskError', 'disk_error', 'sha256_file', 'sync',
            'write_file', 'json_text', 'Manifest', 'content_digest', 'code_files', 'code_digest',
            'git_head', 'producer', 'seal', 'artifact_files', 'read_manifest', 'problems',
-           'Artifact', 'open_artifact', 'Draft', 'publish', 'clear_leftovers']
+           'Artifact', 'open_artifact', 'Draft', 'write_folder', 'publish', 'clear_leftovers',
+           'temporary_folder']
 
 # %% ../../nbs/core/02_artifacts.ipynb #2dc72037
 import ctypes
@@ -432,6 +433,19 @@ class Draft:
 
 # %% ../../nbs/core/02_artifacts.ipynb #6daf416e
 @contextmanager
+def write_folder(
+    target: Path | str,  # The folder to make
+    replace: bool = False,  # Replace an existing folder, in one step
+) -> Iterator[Path]:  # A context: the temporary folder to write synced files into
+    "Write a folder atomically; raises `DiskError`, or `ArtifactError` if `target` exists."
+    target = Path(target).absolute()
+    _refuse_existing(target, replace)
+    with temporary_folder(target) as tmp:  # after an exchange, it is the old one
+        yield tmp
+        _move_into_place(tmp, target, replace)
+
+
+@contextmanager
 def publish(
     target: Path | str,  # The folder to make
     kind: str,  # e.g. `corpus`
@@ -440,23 +454,11 @@ def publish(
     replace: bool = False,  # Replace an existing artifact, in one step
 ) -> Iterator[Draft]:  # A context
     "Write an artifact atomically; raises `DiskError`, or `ArtifactError` if `target` exists."
-    target = Path(target).absolute()
-    _refuse_existing(target, replace)
-    try:
-        tmp = _temporary_folder(target.parent)
-    except OSError as e:
-        raise disk_error(e, target) or e
-    draft = Draft(tmp)
-    try:
+    with write_folder(target, replace) as tmp:
+        draft = Draft(tmp)
         yield draft
         manifest = seal(tmp, kind, config, parents, draft.meta, hashed=draft.hashed)
-        _move_into_place(tmp, target, replace)
-        draft._artifact = Artifact(target, manifest)
-    except Exception as e:
-        raise disk_error(e, target) or e
-    finally:
-        # After an exchange, this is the old artifact.
-        shutil.rmtree(tmp, ignore_errors=True)
+    draft._artifact = Artifact(Path(target).absolute(), manifest)
 
 # %% ../../nbs/core/02_artifacts.ipynb #4300e135
 def clear_leftovers(
@@ -496,11 +498,24 @@ def _refuse_existing(target: Path, replace: bool) -> None:
         raise ArtifactError(f"{target}: already exists; choose another name")
 
 
-def _temporary_folder(parent: Path) -> Path:
-    parent.mkdir(parents=True, exist_ok=True)
-    clear_leftovers(parent)
-    prefix = f".tmp-{socket.gethostname()}-{os.getpid()}-"
-    return Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+@contextmanager
+def temporary_folder(
+    target: Path,  # What is made in it, and then moved to this place
+) -> Iterator[Path]:  # A context: a folder on the same disk, removed at the end
+    "A place beside a target, in which it is written; raises `DiskError`."
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(target.parent)
+        prefix = f".tmp-{socket.gethostname()}-{os.getpid()}-"
+        tmp = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+    except OSError as e:
+        raise disk_error(e, target) or e
+    try:
+        yield tmp
+    except Exception as e:
+        raise disk_error(e, target) or e  # before anything is free again
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
 
 # %% ../../nbs/core/02_artifacts.ipynb #9ee3e05e
 def _move_into_place(tmp: Path, target: Path, replace: bool) -> None:
