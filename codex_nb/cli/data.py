@@ -203,7 +203,8 @@ def data_convert(
 def tokenizer_train(
     source: DataOption,
     kind: Annotated[
-        str, typer.Option("--kind", help="One of bpe, sp-unigram, sp-bpe, bytes and chars.")
+        str,
+        typer.Option("--kind", help="One of bpe, bpe-gpt2, sp-unigram, sp-bpe, bytes and chars."),
     ] = "bpe",
     vocab_size: Annotated[
         int, typer.Option("--vocab-size", help="Number of tokens, including special ones.")
