@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIGURES', 'one_line', 'markdown_text', 'markdown_table', 'Evaluated',
            'read_evaluations', 'figures', 'slice_figures', 'explain_level', 'count_parameters',
-           'hardware', 'data_rows', 'metadata', 'require_proven', 'model_card']
+           'hardware', 'data_rows', 'metadata', 'require_proven', 'model_card', 'plain_card']
 
 # %% ../../nbs/deploy/85_card.ipynb #e53ae535
 import json
@@ -316,7 +316,7 @@ def metadata(
         "pipeline_tag": "text-generation",
     }
     if base is not None:
-        out["base_model"] = _plain(base).replace(" ", "-")
+        out["base_model"] = "/".join(_plain(part).replace(" ", "-") for part in base.split("/"))
         out["base_model_relation"] = "adapter" if adapter else "finetune"
     out["tags"] = list(dict.fromkeys(["codex_nb", *map(_plain, tags)]))
     results = [r for r in map(_result, evaluations) if r["metrics"]]
@@ -373,27 +373,28 @@ def _front_matter(values: dict[str, Any]) -> str:
 # %% ../../nbs/deploy/85_card.ipynb #494973bf
 def require_proven(
     folder: Path | str,  # A run folder
+    use: str = "a card cites",  # What asks for it, for the message
 ) -> Manifest:  # Of the run; `RunError` when it cannot be cited
     "Refuse a run that has not ended well, or that does not hold at L0."
     found, where = verify_run(folder), one_line(folder)
     name = one_line(shlex.quote(Path(folder).resolve().name))
     if found["status"] in ("running", "interrupted"):
         raise RunError(
-            f"{where}: the run is {found['status']}, so nothing in it is sealed; a card cites "
+            f"{where}: the run is {found['status']}, so nothing in it is sealed; {use} "
             f"finished runs, codex-nb report {name} describes any"
         )
     if found["problems"]:
         n = len(found["problems"])
         more = f" and {n - 1} more" if n > 1 else ""
         raise RunError(
-            f"{where}: does not hold at L0: {one_line(found['problems'][0])}{more}; a card cites "
+            f"{where}: does not hold at L0: {one_line(found['problems'][0])}{more}; {use} "
             f"only what holds, codex-nb verify {name} shows everything"
         )
     m = read_manifest(folder)
     if found["status"] != "finished":
         error = one_line(m.meta.get("error", "no reason was recorded"))
         raise RunError(
-            f"{where}: the run is {found['status']} ({error}); a card cites finished runs, "
+            f"{where}: the run is {found['status']} ({error}); {use} finished runs, "
             f"codex-nb report {name} describes any"
         )
     return m
@@ -432,6 +433,9 @@ def model_card(
     folder: Path | str,  # A finished training run
     level: str = "L0",  # At which it is proven
     evaluations: Sequence[tuple[Path | str, str]] = (),  # Runs of later evaluations, their levels
+    exported: Path | None = None,  # The checkpoint it is of; default: the one that was evaluated
+    merged: bool = False,  # Whether the adapter was added to its base
+    base: str | None = None,  # Name of its base on the Hub; default: its name here
 ) -> str:  # Markdown with YAML in front; `RunError` when a run cannot be cited
     "The model card of a run."
     folder = Path(folder)
@@ -457,8 +461,8 @@ def model_card(
             found += _later_evaluations(Path(run), known, names, folder)
     with readable(folder):
         evaluated = max((names.get(e.checkpoint, "") for e in found), default="")
-        checkpoint = saved[evaluated or max(saved)]
-        return _card_text(folder, level, m, record, cfg, checkpoint, found, names)
+        checkpoint = exported or saved[evaluated or max(saved)]
+        return _card_text(folder, level, m, record, cfg, checkpoint, found, names, merged, base)
 
 
 def _later_evaluations(
@@ -486,21 +490,24 @@ def _card_text(
     checkpoint: Path,
     evaluations: list[Evaluated],
     names: dict[str, str],
+    merged: bool,
+    base_name: str | None,
 ) -> str:
     name, digest = folder.resolve().name, record.parents.get("base")
     base = find_in_runs(digest) if digest else None
-    base_name = None
     if digest:  # a path on this machine says too much, its last part does not
-        base_name = base.parts[-3] if base else Path(cfg.model.base or digest[:12]).name
+        own_name = base.parts[-3] if base else Path(cfg.model.base or digest[:12]).name
+        base_name = base_name or own_name
     adapter = cfg.adapter.adapter != "none"
     tags = [cfg.adapter.adapter] if adapter else []
     if (checkpoint / "config.json").is_file():
         tags.append(json.loads((checkpoint / "config.json").read_bytes()).get("model_type", ""))
-    values = metadata(name, [t for t in tags if t], base_name, adapter, evaluations)
+    values = metadata(name, [t for t in tags if t], base_name, adapter and not merged, evaluations)
     origin = (
         f" It started from {markdown_text(base_name)}, {markdown_text(digest)}." if digest else ""
     )
-    method = f" an adapter ({cfg.adapter.adapter}) of" if adapter else ""
+    merge = " merged into" if merged else " of"
+    method = f" an adapter ({cfg.adapter.adapter}){merge}" if adapter else ""
     tokenizer = record.parents.get("tokenizer", "not recorded")
     kind = "that of the base" if cfg.has_base else cfg.tokenizer.tokenizer
     model = [
@@ -528,6 +535,25 @@ def _card_text(
             *(f"- {markdown_text(explain_level(x))}." for x in levels),
             "\nWith the run folder at hand, `codex-nb verify` checks L0, and `codex-nb replay` "
             "executes the run again and says which level holds.\n",
+            _blanks(),
+        ]
+    )
+
+# %% ../../nbs/deploy/85_card.ipynb #hubcard2
+def plain_card(
+    name: str,  # Of the model
+    tags: Sequence[str],  # e.g. `llama`
+    base: str | None,  # Name of the model it started from; None where none is known
+    adapter: bool,  # Whether the weights are those of an adapter
+    digest: str,  # Of the model
+) -> str:  # Markdown with YAML in front
+    "The card of a model of which no run is known."
+    return "\n".join(
+        [
+            _front_matter(metadata(name, tags, base, adapter, [])),
+            f"# {markdown_text(name)}\n",
+            f"Weights with the digest `{digest}`, exported by codex_nb. Of their training nothing "
+            "was recorded. What is missing is marked **[More Information Needed]**.\n",
             _blanks(),
         ]
     )
