@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'OutOption', 'HEADINGS', 'run', 'resume', 'preflight', 'prepare', 'verify',
-           'export', 'sign', 'verifier', 'replay', 'diff', 'sweep', 'leaderboard', 'prune', 'card',
-           'report', 'doctor', 'prove_digest', 'audit', 'bundle', 'main']
+           'sign', 'verifier', 'replay', 'diff', 'sweep', 'leaderboard', 'prune', 'card', 'report',
+           'doctor', 'prove_digest', 'audit', 'bundle', 'main']
 
 # %% ../../nbs/cli/93_main.ipynb #6a029ed7
 import errno
@@ -49,6 +49,7 @@ from codex_nb.cli.data import (
     tokenizer_app,
     tracking_app,
 )
+from .export import export
 from .generate import DeviceOption, chat, compare, generate
 from .runs import runs_app
 from codex_nb.cli.settings import (
@@ -79,7 +80,7 @@ app.add_typer(tracking_app, name="tracking")
 app.add_typer(plugins_app, name="plugins")
 app.add_typer(store_app, name="store")
 app.add_typer(runs_app, name="runs")
-for command in (settings, presets, generate, chat, compare):
+for command in (settings, presets, generate, chat, compare, export):
     app.command()(command)
 
 # %% ../../nbs/cli/93_main.ipynb #107db887
@@ -295,38 +296,6 @@ def _print_verified(files: dict[str, Any], order: "Level | None") -> None:
         print(order)
     if files["portable"]:
         print("portable: a replay on any machine gives the same bits")
-
-
-@app.command()
-def export(
-    run: RunArgument,
-    to: Annotated[
-        str,
-        typer.Option(
-            "--to",
-            metavar="NAME,NAME",
-            help="csv, mlflow, tensorboard, wandb, or a plug-in; codex-nb plugins lists them.",
-        ),
-    ],
-) -> None:
-    "Export a run's record to a viewer or a table."
-    from codex_nb.core.store import workspace
-    from codex_nb.run.run_folder import find_run
-    from codex_nb.run.run_record import readable, require_plain
-    from codex_nb.tracking.sinks import open_command, sink_names
-
-    folder, _ = find_run(run), sink_names(to)
-    from codex_nb.run.callbacks import export_run  # torch: only now, when the run is known
-
-    with readable(folder):
-        require_plain(folder)
-        failed = export_run(folder, to)
-    if failed:
-        fail(f"{folder.name}: not all of it is in {', '.join(failed)}, as said above; mend that")
-    print(f"{folder.name} is in {to}, below {workspace()}")
-    for name in sink_names(to):
-        if command := open_command(name, folder):
-            print(f"open {name}: {command}")
 
 # %% ../../nbs/cli/93_main.ipynb #6c8bd48b
 @app.command()

@@ -58,6 +58,7 @@ EXTRAS = {
     "lm_eval": ("lm-eval", "tasks of lm-evaluation-harness"),
     "optuna": ("sweep", "searches"),
     "pynvml": ("gpu", "readings of NVIDIA GPUs"),
+    "gguf": ("gguf", "GGUF files for llama.cpp"),
     "jupyterlab": ("lab", "notebooks in the browser"),
 }
 
