@@ -285,7 +285,7 @@ def test_a_file_that_opens_as_another_model_is_refused_and_gone(
         monkeypatch.setattr(gguf_file, "shape_values", lambda *a: plain(*a) | wrong)
     else:
         plain = gguf_file.answers_of
-        other = lambda *a: (b := plain(*a)) and replace(b, logits=b.logits * 1.001)  # noqa: E731
+        other = lambda *a, **o: (b := plain(*a, **o)) and replace(b, logits=b.logits * 1.001)  # noqa: E731
         monkeypatch.setattr(gguf_file, "answers_of", other)
     message = {"heads": "q_proj.weight is off", "norm": "rms_norm_eps", "logits": "logits differ"}
     with pytest.raises(ArtifactError, match=message[fault]):
@@ -307,7 +307,7 @@ def test_a_folder_that_opens_as_another_model_is_refused_and_gone(
             hub_folder, "write_tokenizer_files", lambda t, folder, n: copy_tokenizer(t, folder)
         )
     elif fault == "logits":
-        other = lambda *a: (b := plain(*a)) and replace(b, logits=b.logits * 1.001)  # noqa: E731
+        other = lambda *a, **o: (b := plain(*a, **o)) and replace(b, logits=b.logits * 1.001)  # noqa: E731
         monkeypatch.setattr(hub_folder, "answers_of", other)
     else:
         wrong = lambda *a: (b := plain(*a)) and replace(b, generated=[[9] * 12] * 2)  # noqa: E731

@@ -25,9 +25,10 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from ..core.artifacts import ArtifactError, sync, temporary_folder
 from ..core.config import ConfigError
-from ..core.library_warnings import library_warnings
+from ..core.library_warnings import library_warnings, note
 from ..core.untrusted import explain_errors, read_json_object
-from ..data.tokenizer import Tokenizer, TokenizerError, byte_characters
+from ..data.documents import Message
+from ..data.tokenizer import Tokenizer, TokenizerError, byte_characters, chat_ids
 from ..data.tokenizer_training import EDGE_CASES, check_parity
 from codex_nb.deploy.hub_folder import (
     Answers,
@@ -335,6 +336,12 @@ def tokenizer_values(
     if hf.chat_template:
         marker = r"{%-?\s*(?:end)?generation\s*-?%}"
         values["chat_template"] = re.sub(marker, "", hf.get_chat_template())
+        talk, _ = chat_ids(tokenizer, [Message("user", "question")])
+        if opening and talk[: len(opening)] != opening:
+            note(
+                f"gguf: llama.cpp puts {tokens[opening[0]]} in front of a conversation too, where "
+                "the chat template has none; begin the template with it, if the model knows that"
+            )
     return values
 
 # %% ../../nbs/deploy/89_gguf_file.ipynb #ggf00023
