@@ -269,6 +269,16 @@ def test_a_rule_that_is_not_that_of_the_tokenizer_is_noticed(bases, monkeypatch)
         gguf_file.require_tokenizer(tokenizer)
 
 
+def louder(answers):
+    "The answers of another model: its logits are larger."
+
+    def changed(*args, **options):
+        found = answers(*args, **options)
+        return replace(found, logits=found.logits * 1.001)
+
+    return changed
+
+
 @pytest.mark.parametrize("fault", ["heads", "norm", "logits"])
 def test_a_file_that_opens_as_another_model_is_refused_and_gone(
     bases, tmp_path, monkeypatch, fault
@@ -284,9 +294,7 @@ def test_a_file_that_opens_as_another_model_is_refused_and_gone(
         wrong = {"attention.layer_norm_rms_epsilon": 1e-3}
         monkeypatch.setattr(gguf_file, "shape_values", lambda *a: plain(*a) | wrong)
     else:
-        plain = gguf_file.answers_of
-        other = lambda *a, **o: (b := plain(*a, **o)) and replace(b, logits=b.logits * 1.001)  # noqa: E731
-        monkeypatch.setattr(gguf_file, "answers_of", other)
+        monkeypatch.setattr(gguf_file, "answers_of", louder(gguf_file.answers_of))
     message = {"heads": "q_proj.weight is off", "norm": "rms_norm_eps", "logits": "logits differ"}
     with pytest.raises(ArtifactError, match=message[fault]):
         to_gguf(bases / "biased", tmp_path / "out.gguf", "F32")
@@ -307,8 +315,7 @@ def test_a_folder_that_opens_as_another_model_is_refused_and_gone(
             hub_folder, "write_tokenizer_files", lambda t, folder, n: copy_tokenizer(t, folder)
         )
     elif fault == "logits":
-        other = lambda *a, **o: (b := plain(*a, **o)) and replace(b, logits=b.logits * 1.001)  # noqa: E731
-        monkeypatch.setattr(hub_folder, "answers_of", other)
+        monkeypatch.setattr(hub_folder, "answers_of", louder(plain))
     else:
         wrong = lambda *a: (b := plain(*a)) and replace(b, generated=[[9] * 12] * 2)  # noqa: E731
         monkeypatch.setattr(hub_folder, "answers_of", wrong)
