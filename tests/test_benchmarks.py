@@ -66,10 +66,10 @@ LAMBADA = [
     "In the end the old man ate the apple, and gave the boy the core — süß",
 ]
 BOOLQ = [
-    ("Moss is a plant. " * 30 + "It has no roots.", "is moss a plant", True),
+    ("Moss is a plant. " * 60 + "It has no roots.", "is moss a plant", True),
     ("A tin can is made of steel.", "are tin cans made of wood", False),
 ]
-SEQ_LEN = 96
+SEQ_LEN = 256
 
 
 @pytest.fixture(scope="module")

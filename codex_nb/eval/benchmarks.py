@@ -12,6 +12,7 @@ import csv
 import io
 import json
 import math
+import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -138,7 +139,7 @@ def _arc(row: dict[str, Any]) -> Question:
         texts, labels = [_get(o, "text") for o in options], [_get(o, "label") for o in options]
     else:
         stem, choices = _get(row, "question"), _get(row, "choices", dict)
-        texts, labels = _texts(choices, "text"), _texts(choices, "label")
+        texts, labels = [*_texts(choices, "text")], [*_texts(choices, "label")]
     if len(texts) != len(labels) or not labels:
         raise BadLine(f"has {len(texts)} choices and {len(labels)} labels")
     answer = _label(row, "answerKey", labels)
@@ -423,8 +424,6 @@ def read_core(
     folder: Path | str,  # Has `core.yaml`, `eval_data/` and `eval_meta_data.csv`
 ) -> dict[str, tuple[list[Question], dict[str, Any]]]:  # Name -> questions, `shots` and `chance`
     "Read a bundle of CORE; `ReadError` has file, line and reason."
-    import random
-
     import yaml
 
     folder = Path(folder).expanduser()
@@ -465,7 +464,7 @@ def read_core(
                 raise ReadError(f"{data}:{n}: {e.reason}; needs {needed}") from None
             questions.append(msgspec.structs.replace(q, id=f"{data.name}:{n}"))
         _check_ids(questions, data)
-        random.Random(1337).shuffle(questions)  # nosec B311: as nanochat orders them
+        random.Random(1337).shuffle(questions)  # as nanochat orders them
         found[f"core_{label}"] = questions, {"shots": shots, "chance": baselines[label]}
     return found
 

@@ -115,7 +115,7 @@ def compare_answers(
         raise CompareError(f"metric: {chosen!r}; {task} has {', '.join(names) or 'none in common'}")
     common = [key for key in common if all(chosen in found[key] for found in scores)]
     values = [np.array([found[key][chosen] for key in common]) for found in scores]
-    difference = paired_difference(*values, np.ones(len(common)), seed, resamples)
+    difference = paired_difference(values[0], values[1], np.ones(len(common)), seed, resamples)
     notes = [note.replace("document", "question") for note in difference.interval.notes]
     if left_out := max(map(len, scores)) - len(common):
         notes.insert(0, f"{left_out:,} questions that were not asked of both are left out")

@@ -240,6 +240,7 @@ def _check_summary(folder: Path, cfg: RunConfig | JudgeConfig, is_task: bool) ->
     summary = json.loads((folder / "summary.json").read_bytes())
     overlaps = [Overlap(**r.pop("overlap")) for r in rows if "overlap" in r] or None
     again: dict[str, Any]
+    stated: tuple[str, ...]
     if is_task:
         answers = [Answer(**r) for r in rows]
         again = summarize_answers(answers, cfg.evaluate.resamples, cfg.seed) | {"seed": cfg.seed}
