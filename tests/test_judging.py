@@ -20,6 +20,8 @@ from helpers import (
     wait_until,
 )
 
+from codex_nb.experiments.verify import contradictions, verify_run
+
 
 def train(home, name, **given):
     from codex_nb.run.judging import train_and_judge
@@ -196,8 +198,26 @@ def test_bad_input_is_one_clear_error(home, name):
     assert not list(folder.glob("evaluations/*/summary.json")) or "task" in given
 
 
-def test_task_scores_are_the_means_of_its_records(home):
-    given = dict(task="questions", max_questions=24, task_metrics=["exact_match", "word_f1"])
+def bring_benchmarks(home, monkeypatch):
+    "Two imported tasks in the workspace, from files in their authors' form."
+    from codex_nb.eval.benchmarks import import_task
+
+    monkeypatch.setenv("CODEX_NB_HOME", str(home))
+    rows = [
+        dict(question=f"is {n} even", passage=f"{n} is a number.", answer=n % 2 == 0)
+        for n in range(12)
+    ]
+    (home / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = [f"One, two, and then {n} more." for n in range(8)]
+    (home / "lambada_test.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    (boolq,) = import_task("boolq", home)
+    import_task("lambada_openai", home)
+    return boolq.digest
+
+
+def test_task_scores_are_the_means_of_its_records(home, monkeypatch):
+    digest = bring_benchmarks(home, monkeypatch)
+    given = dict(task="questions,boolq", max_questions=24, task_metrics=["exact_match", "word_f1"])
     done = evaluate(home, "asked", **given)
     assert done.returncode == 0, done.stderr
     s, rows = summary(home, "asked", "task-questions"), records(home, "asked", "task-questions")
@@ -206,6 +226,45 @@ def test_task_scores_are_the_means_of_its_records(home):
         if metric != "f1_macro":
             scores = [r["scores"][metric] for r in rows if metric in r["scores"]]
             assert math.isclose(v["value"], np.mean(scores))
+    s, rows = summary(home, "asked", "task-boolq"), records(home, "asked", "task-boolq")
+    assert len(rows) == 12 and s["chance"] == 0.5
+    assert s["centred"]["value"] == 2 * s["metrics"]["acc"]["value"] - 1
+    parents = json.loads((home / "runs" / "asked" / "parents.json").read_text())
+    assert parents["task_boolq"] == digest
+    core = json.loads((home / "runs" / "asked" / "core.json").read_text())
+    assert core["tasks"] == {"boolq": s["centred"]["value"]}
+    assert verify_run(home / "runs" / "asked")["problems"] == []
+
+
+def ask_tasks(home, name, checkpoint, task):
+    from codex_nb.run.judging import find_checkpoint, judge_tasks, open_trained
+    from codex_nb.run.recipe import finish
+    from codex_nb.run.settings import JudgeConfig
+    from codex_nb.run.training_inputs import start_run
+
+    found = find_checkpoint(checkpoint)
+    cfg = JudgeConfig.from_preset("smoke", task=task, dtype="fp32", checkpoint=checkpoint)
+    run = start_run("evaluate", cfg, home / "runs" / name, checkpoint=found)
+    judge_tasks(run, *open_trained(found), found)
+    finish(run)
+    return run.folder
+
+
+def test_imported_tasks_are_sealed_compared_and_verified(home, monkeypatch):
+    bring_benchmarks(home, monkeypatch)
+    for name in ("a-0", "b-0"):
+        folder = ask_tasks(home, f"asked-{name}", name, "boolq,lambada_openai")
+        assert verify_run(folder)["problems"] == []
+    done = codex("compare", "asked-a-0", "asked-b-0", "--task", "all", "--json", home=home)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["comparisons"]
+    assert [(c["task"], c["questions"]) for c in found] == [("boolq", 12), ("lambada_openai", 8)]
+    values = [summary(home, f"asked-{n}-0", "task-boolq")["metrics"]["acc"]["value"] for n in "ab"]
+    assert math.isclose(found[0]["difference"]["value"], values[1] - values[0], abs_tol=1e-12)
+    # a core score that does not follow from the answers, or answers that no task in it has
+    core = json.loads((folder / "core.json").read_text())
+    (folder / "core.json").write_text(json.dumps(core | {"value": core["value"] + 0.1}))
+    assert any("core.json: value is" in problem for problem in contradictions(folder))
 
 
 def test_evaluate_judges_the_newest_training_be_it_a_fine_tuning(home):

@@ -220,6 +220,19 @@ def compare(
     signers: SignersOption = None,
     require: RequireOption = None,
     as_json: JsonOption = False,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            "--task",
+            metavar="NAME,NAME",
+            help="Compare answers to these tasks instead, question by question; all: every task "
+            "that all runs have answered.",
+        ),
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option("--metric", help="For --task: acc, acc_norm. By default, the first one."),
+    ] = None,
 ) -> None:
     "Compare runs. Shows what differs in settings and metrics, and whether by more than chance."
     from codex_nb.core.config import ConfigError
@@ -229,6 +242,13 @@ def compare(
     if len(runs) < 2:
         raise ConfigError(f"{len(runs)} given: name two runs or more, from codex-nb runs")
     check_sources(CompareConfig.check(runs=runs, split=split))
+    if task is not None:
+        if plots or require:
+            raise ConfigError("--task: has no plots and no levels; leave out --plots and --require")
+        _compare_answers(runs, task, metric, seed, as_json)
+        return
+    if metric is not None:
+        raise ConfigError("--metric: is for the answers to a task; give --task as well")
     from codex_nb.experiments.attest import require_level, weakest
     from codex_nb.experiments.compare import (  # torch: only now, when the runs are known
         compare_all,
@@ -263,6 +283,24 @@ def compare(
     _print_columns([{"setting": row["setting"]} | _short(row) for row in settings])
     print()
     _print_columns(metrics)
+    print()
+    for c in comparisons:
+        print(c.verdict, *(f"  note: {note}" for note in c.notes), sep="\n")
+
+
+def _compare_answers(
+    runs: list[str], task: str, metric: str | None, seed: int, as_json: bool
+) -> None:
+    from codex_nb.experiments.compare_tasks import compare_tasks  # torch: only now
+    from codex_nb.run.run_record import readable
+
+    names = [] if task == "all" else [name.strip() for name in task.split(",") if name.strip()]
+    with readable(" or ".join(runs)):
+        rows, comparisons = compare_tasks(runs, names, metric, seed)
+    if as_json:
+        print(json.dumps({"figures": rows, "comparisons": [c.to_dict() for c in comparisons]}))
+        return
+    _print_columns(rows)
     print()
     for c in comparisons:
         print(c.verdict, *(f"  note: {note}" for note in c.notes), sep="\n")

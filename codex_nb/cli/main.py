@@ -59,6 +59,7 @@ from codex_nb.cli.settings import (
     presets,
     settings,
 )
+from .tasks import tasks_app
 
 if TYPE_CHECKING:
     from codex_nb.experiments.launch import Outcome
@@ -79,6 +80,7 @@ app.add_typer(models_app, name="models")
 app.add_typer(tracking_app, name="tracking")
 app.add_typer(plugins_app, name="plugins")
 app.add_typer(store_app, name="store")
+app.add_typer(tasks_app, name="tasks")
 app.add_typer(runs_app, name="runs")
 for command in (settings, presets, generate, chat, compare, export):
     app.command()(command)
@@ -885,7 +887,7 @@ HEADINGS = {
     "Look up": ("settings", "presets", "runs", "leaderboard"),
     "Use and compare": ("generate", "chat", "compare", "diff", "export", "card", "report"),
     "Prove": ("verify", "replay", "sign", "verifier", "prove-digest", "audit"),
-    "Data, tokenizers, models": ("data", "tokenizer", "models", "store", "prune"),
+    "Data, tokenizers, models": ("data", "tokenizer", "models", "tasks", "store", "prune"),
     "Installation": ("doctor", "plugins", "tracking", "bundle"),
 }
 

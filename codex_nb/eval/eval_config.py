@@ -39,7 +39,8 @@ class TaskConfig(Config):
         ("shots", "task_metrics", "max_questions", "answer_tokens", "answer_stop"),
         (lambda c: c.task is None, "there is no task; give task as well"),
     )
-    # A file of questions, or the built-in `questions`; its content is the identity, not its path
+    # A file of questions, the built-in `questions`, or imported tasks, with commas between them;
+    # the content is the identity, not a path or a name
     task: str | None = Field(None, json_schema_extra=NOT_IN_DIGEST)
     shots: int = Field(0, ge=0, le=100)  # Examples before each question
     task_metrics: list[str] = ["exact_match"]  # Registered metrics for written answers

@@ -176,6 +176,14 @@ def _table_row(name: str, value: float, interval: str = "") -> dict[str, str]:
     return {"metric": name, "value": _number(value), "95 % interval": interval}
 
 
+def _title(name: str, m: dict[str, Any]) -> str:
+    "A metric's name, and what its log-likelihoods were divided by."
+    by = m.get("normalised_by")
+    if by is None:
+        return name.replace("_", " ")
+    return f"{name} (log-likelihood)" if by == "nothing" else f"{name} (log-likelihood by {by})"
+
+
 def _metric_row(name: str, m: dict[str, Any], documents: int) -> dict[str, str]:
     has_interval = None not in (m["low"], m["high"]) and documents >= MIN_DOCUMENTS
     interval = f"{_number(m['low'])} to {_number(m['high'])}" if has_interval else "none"
@@ -187,7 +195,10 @@ def summary_table(
 ) -> list[dict[str, str]]:  # Rows with `metric`, `value` and `95 % interval`, rounded
     "A summary as rows of a table."
     n = summary["questions"] if "questions" in summary else summary["documents"]
-    rows = [_metric_row(name.replace("_", " "), m, n) for name, m in summary["metrics"].items()]
+    rows = [_metric_row(_title(name, m), m, n) for name, m in summary["metrics"].items()]
+    if summary.get("centred"):
+        chance = four_digits(summary["chance"])
+        rows.append(_metric_row(f"centred accuracy (chance {chance})", summary["centred"], n))
     if "calibration" in summary:
         rows.append(_table_row("calibration error", summary["calibration"]["error"]))
     found = summary.get("contamination")

@@ -20,6 +20,7 @@ from typing import Any
 from ..core.artifacts import MANIFEST, read_manifest
 from ..core.config import diff_dicts, digest_of, identity
 from ..core.repro import numeric_identity
+from ..eval.benchmarks import centred, core_score
 from ..eval.contamination import Overlap
 from ..eval.evaluate import flat_record, summarize
 from ..eval.scoring import Record
@@ -201,8 +202,11 @@ def check_evaluations(folder: Path, record: RunRecord) -> Contradictions:
         if is_task and not (isinstance(cfg, JudgeConfig) and cfg.questions.task):
             yield f"{p}: answers questions, and the run's settings name no task"
             continue
-        for role in ("questions", "tokenizer") if is_task else ("corpus", "tokenizer"):
-            if m.parents.get(role) != record.parents.get(role, m.parents.get(role)):
+        task = p.name.removeprefix("task-")
+        for role in ("questions", "task", "tokenizer") if is_task else ("corpus", "tokenizer"):
+            # a run with several tasks has a parent for each
+            among = record.parents.get(f"{role}_{task}", m.parents.get(role))
+            if m.parents.get(role) != record.parents.get(role, among):
                 yield f"{p}: is of another {role} than the run"
         used: Any = cfg.questions if is_task and isinstance(cfg, JudgeConfig) else cfg.evaluate
         for name, (a, b) in diff_dicts(m.config, identity(used)).items():
@@ -210,6 +214,19 @@ def check_evaluations(folder: Path, record: RunRecord) -> Contradictions:
         if not is_task and p.name != cfg.evaluate.split:
             yield f"{p}: the run evaluated split {cfg.evaluate.split}"
         yield from _check_summary(p, cfg, is_task)
+    yield from _check_core(folder)
+
+
+def _check_core(folder: Path) -> Contradictions:
+    path = folder / "core.json"
+    if not path.is_file():
+        return
+    evaluations = _artifacts_in(folder / "evaluations")
+    summaries = [json.loads((p / "summary.json").read_bytes()) for p in evaluations]
+    again = core_score([s for s in summaries if "task" in s]) or {}
+    for name, (a, b) in diff_dicts(json.loads(path.read_bytes()), again).items():
+        if not _is_close(a, b):
+            yield f"{path}: {name} is {a!r}, the evaluations give {b!r}"
 
 
 def _check_summary(folder: Path, cfg: RunConfig | JudgeConfig, is_task: bool) -> Contradictions:
@@ -223,10 +240,13 @@ def _check_summary(folder: Path, cfg: RunConfig | JudgeConfig, is_task: bool) ->
     summary = json.loads((folder / "summary.json").read_bytes())
     overlaps = [Overlap(**r.pop("overlap")) for r in rows if "overlap" in r] or None
     again: dict[str, Any]
+    stated: tuple[str, ...]
     if is_task:
         answers = [Answer(**r) for r in rows]
         again = summarize_answers(answers, cfg.evaluate.resamples, cfg.seed) | {"seed": cfg.seed}
-        stated = ("task", "questions_in_task", "shots")
+        stated = ("task", "questions_in_task", "shots", "chance", "harness")
+        if "chance" in summary:
+            again["centred"] = centred(again, summary["chance"])
     else:
         e, records = cfg.evaluate, [Record(**r) for r in rows]
         again = summarize(records, ["-"], e.resamples, cfg.seed, e.slices, overlaps, e.ngram)

@@ -12,6 +12,7 @@ from ..core import plugins
 from ..core.artifacts import MANIFEST
 from ..core.config import ConfigError
 from ..data.documents import ReadError
+from ..eval.benchmarks import check_tasks
 from ..model.model_registry import find_model
 from .run_folder import find_run, list_runs
 from .settings import CompareConfig, JudgeConfig, RunConfig, Settings
@@ -43,6 +44,8 @@ def check_sources(
         _check_data(cfg.data)
         if cfg.checkpoint is not None and not Path(cfg.checkpoint).exists():
             _require_run_or_model(cfg.checkpoint)
+        if cfg.questions.task is not None:
+            check_tasks(cfg.questions.task)
     elif isinstance(cfg, CompareConfig):
         for name in cfg.runs:
             if not (Path(name) / MANIFEST).exists():
