@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import write_model, write_tokenizer
+from helpers import PROVE, write_model, write_tokenizer
 
 # All texts are invented for these tests; only the form is that of the benchmarks.
 ARC = [
@@ -70,6 +70,8 @@ BOOLQ = [
     ("A tin can is made of steel.", "are tin cans made of wood", False),
 ]
 SEQ_LEN = 256
+# The harness's own model class, and our adapter, which chapter 58 compares as well
+WAYS = ["hflm", "adapter"] if PROVE else ["hflm"]
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +213,7 @@ def by_harness(model_folder, harness_tasks):
     theirs = HFLM(pretrained=str(model_folder), device="cpu", dtype="float32", batch_size=4)
     found = {}
     with environment_with(**offline):
-        for name, lm in (("hflm", theirs), ("adapter", ours)):
+        for name, lm in zip(WAYS, (theirs, ours)):
             found[name] = simple_evaluate(
                 model=lm,
                 tasks=[f"our_{name}" for name in HARNESS_ROWS],
@@ -245,7 +247,7 @@ def ours(model_folder, files):
     return found
 
 
-@pytest.mark.parametrize("way", ["hflm", "adapter"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", HARNESS_ROWS)
 def test_every_choice_is_as_likely_as_in_the_harness(by_harness, ours, name, way):
     result, task = by_harness[way], f"our_{name}"
