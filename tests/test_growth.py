@@ -56,7 +56,7 @@ def check_growth(make, run, n):
     best = [float("inf")] * 3
     gc.disable()  # it looks at all objects of the process, whatever the input
     try:
-        for attempt in range(8):
+        for attempt in range(20):
             for i, given in enumerate(inputs):
                 _find_in_long.cache_clear()  # or a text is searched once, if it is not too long
                 start = time.process_time()
