@@ -51,6 +51,7 @@ from codex_nb.cli.data import (
 )
 from .generate import DeviceOption, chat, compare, generate
 from .runs import runs_app
+from .serve import serve
 from codex_nb.cli.settings import (
     GroupedHelp,
     HelpWithSettings,
@@ -79,7 +80,7 @@ app.add_typer(tracking_app, name="tracking")
 app.add_typer(plugins_app, name="plugins")
 app.add_typer(store_app, name="store")
 app.add_typer(runs_app, name="runs")
-for command in (settings, presets, generate, chat, compare):
+for command in (settings, presets, generate, chat, serve, compare):
     app.command()(command)
 
 # %% ../../nbs/cli/93_main.ipynb #107db887
@@ -914,7 +915,7 @@ def bundle(
 HEADINGS = {
     "Run": ("run", "resume", "preflight", "prepare", "sweep"),
     "Look up": ("settings", "presets", "runs", "leaderboard"),
-    "Use and compare": ("generate", "chat", "compare", "diff", "export", "card", "report"),
+    "Use and compare": ("generate", "chat", "serve", "compare", "diff", "export", "card", "report"),
     "Prove": ("verify", "replay", "sign", "verifier", "prove-digest", "audit"),
     "Data, tokenizers, models": ("data", "tokenizer", "models", "store", "prune"),
     "Installation": ("doctor", "plugins", "tracking", "bundle"),

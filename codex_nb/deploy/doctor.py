@@ -59,6 +59,8 @@ EXTRAS = {
     "optuna": ("sweep", "searches"),
     "pynvml": ("gpu", "readings of NVIDIA GPUs"),
     "jupyterlab": ("lab", "notebooks in the browser"),
+    "starlette": ("serve", "a server with OpenAI's routes"),
+    "uvicorn": ("serve", "a server with OpenAI's routes"),
 }
 
 NEEDED = (
