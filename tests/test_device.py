@@ -183,7 +183,7 @@ def test_batches_are_copied_beside_the_computation(gpu):
 
 def test_nothing_multiplies_before_the_workspace_of_cublas_is_set(gpu, small_model, monkeypatch):
     "torch reads it at the first product, and deterministic algorithms then refuse all others."
-    from codex_nb.cli.generate import _load_model
+    from codex_nb.cli.generate import open_named_model
     from codex_nb.eval.eval_config import GenerateConfig
     from codex_nb.eval.generate import generate_batch
     from codex_nb.model.causal_lm import resolve_dtype
@@ -196,7 +196,7 @@ def test_nothing_multiplies_before_the_workspace_of_cublas_is_set(gpu, small_mod
         resolve_dtype("bf16", "cuda:0")
 
     def command():
-        model, tokenizer = _load_model(str(small_model), "cuda")
+        model, tokenizer = open_named_model(str(small_model), "cuda")
         generate_batch(model, tokenizer, ["a"], GenerateConfig(max_new_tokens=1), 0, ["x"])
 
     for first in (run, dtype, command):

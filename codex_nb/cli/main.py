@@ -52,6 +52,7 @@ from codex_nb.cli.data import (
 from .export import export
 from .generate import DeviceOption, chat, compare, generate
 from .runs import runs_app
+from .serve import serve
 from codex_nb.cli.settings import (
     GroupedHelp,
     HelpWithSettings,
@@ -82,7 +83,7 @@ app.add_typer(plugins_app, name="plugins")
 app.add_typer(store_app, name="store")
 app.add_typer(tasks_app, name="tasks")
 app.add_typer(runs_app, name="runs")
-for command in (settings, presets, generate, chat, compare, export):
+for command in (settings, presets, generate, chat, serve, compare, export):
     app.command()(command)
 
 # %% ../../nbs/cli/93_main.ipynb #107db887
@@ -885,7 +886,7 @@ def bundle(
 HEADINGS = {
     "Run": ("run", "resume", "preflight", "prepare", "sweep"),
     "Look up": ("settings", "presets", "runs", "leaderboard"),
-    "Use and compare": ("generate", "chat", "compare", "diff", "export", "card", "report"),
+    "Use and compare": ("generate", "chat", "serve", "compare", "diff", "export", "card", "report"),
     "Prove": ("verify", "replay", "sign", "verifier", "prove-digest", "audit"),
     "Data, tokenizers, models": ("data", "tokenizer", "models", "tasks", "store", "prune"),
     "Installation": ("doctor", "plugins", "tracking", "bundle"),

@@ -563,6 +563,7 @@ ENVIRONMENT = {
     "CODEX_NB_STUDY": "the address of a search's database, where it contains a password",
     "CODEX_NB_SIGNERS": "a file of allowed signers, whose audits count as proofs",
     "CODEX_NB_PROGRESS": "off, or the file through which a launcher shows progress",
+    "CODEX_NB_TOKEN": "what codex-nb serve asks its clients for, as a bearer token",
 }
 
 

@@ -60,6 +60,8 @@ EXTRAS = {
     "pynvml": ("gpu", "readings of NVIDIA GPUs"),
     "gguf": ("gguf", "GGUF files for llama.cpp"),
     "jupyterlab": ("lab", "notebooks in the browser"),
+    "starlette": ("serve", "a server with OpenAI's routes"),
+    "uvicorn": ("serve", "a server with OpenAI's routes"),
 }
 
 NEEDED = (

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Prompt', 'FinishReason', 'process_logits', 'sample_tokens', 'Generation',
-           'generate_batch', 'generate', 'stream', 'reply']
+           'BatchDecoder', 'reads_padding', 'prepare_prompts', 'generate_batch', 'generate',
+           'TextStream', 'stream', 'reply']
 
 # %% ../../nbs/eval/53_generate.ipynb #c5fd5f4f
 import inspect
@@ -129,6 +130,21 @@ class _GrowingLayer(DynamicLayer):
         self.buffers = [buffer[indices] for buffer in self.buffers]
         self.keys, self.values = (buffer[:, :, :n] for buffer in self.buffers)
 
+    def join(self, other: "_GrowingLayer", length: int) -> None:
+        "Add the texts of another layer; all end at `length`, so what is in front is cut or empty."
+        joined = []
+        pairs: Any = ((self.keys, other.keys), (self.values, other.values))
+        for pair in pairs:
+            _, heads, _, width = pair[0].shape
+            # zeros, since padding is multiplied by a weight of 0, which NaN would survive
+            buffer = pair[0].new_zeros(sum(map(len, pair)), heads, max(64, 2 * length), width)
+            for rows, x in zip(buffer.split([*map(len, pair)]), pair):
+                x = x[:, :, -length:]
+                rows[:, :, length - x.shape[2] : length] = x
+            joined.append(buffer)
+        self.buffers = joined
+        self.keys, self.values = (buffer[:, :, :length] for buffer in joined)
+
 
 def _new_cache(model: PreTrainedModel) -> DynamicCache | None:
     "A cache with growing layers; None for a model that keeps something other than all keys."
@@ -141,10 +157,14 @@ def _new_cache(model: PreTrainedModel) -> DynamicCache | None:
     return cache
 
 # %% ../../nbs/eval/53_generate.ipynb #aef773ff
-class _BatchDecoder:
+class BatchDecoder:
     "The texts of a batch, and the keys and values of what the model has read of them."
 
-    def __init__(self, model: PreTrainedModel, texts: list[list[int]]):
+    def __init__(
+        self,
+        model: PreTrainedModel,  # A causal language model
+        texts: list[list[int]],  # Ids of each; the caller appends a token to each after each step
+    ):
         self.model, self.texts = model, texts
         self.limit = _limit(model)
         self.takes_positions = takes_positions(model)
@@ -196,7 +216,10 @@ class _BatchDecoder:
         ids = torch.tensor([t[-1:] for t in self.texts], device=self.device)
         return ids, torch.tensor([[len(t) - 1] for t in self.texts], device=self.device)
 
-    def keep(self, rows: list[int]) -> None:
+    def keep(
+        self,
+        rows: list[int],  # Their places in the batch
+    ) -> None:
         "Continue with these rows of the batch only."
         index = torch.tensor(rows, device=self.device)
         self.texts = [self.texts[r] for r in rows]
@@ -206,6 +229,24 @@ class _BatchDecoder:
             self.cache.batch_select_indices(index)
         else:
             self.cache = None  # cannot be cut: read the texts again
+
+    def join(
+        self,
+        other: "BatchDecoder",  # Of the same model; not to be used any more
+    ) -> bool:  # False where the model's cache cannot be joined; nothing has changed then
+        "Take over the texts of another batch. In both, a token has been appended since a step."
+        layers, others = (getattr(d.cache, "layers", ()) for d in (self, other))
+        if not layers or any(type(layer) is not _GrowingLayer for layer in (*layers, *others)):
+            return False
+        texts = self.texts + other.texts
+        lengths = [len(t) - 1 for t in texts]  # the last token of each is not read yet
+        longest = max(lengths)
+        for layer, more in zip(layers, others):
+            layer.join(more, longest)
+        starts = torch.tensor([longest - n for n in lengths], device=self.device)[:, None]
+        is_text = torch.arange(longest, device=self.device) >= starts
+        self.texts, self.mask = texts, is_text.long() if len({*lengths}) > 1 else None
+        return True
 
 # %% ../../nbs/eval/53_generate.ipynb #37960ca7
 def _limit(model: PreTrainedModel) -> int:  # Tokens
@@ -221,7 +262,9 @@ def _takes_cache(model: PreTrainedModel) -> bool:
 _padding: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
-def _reads_padding(model: PreTrainedModel) -> bool:
+def reads_padding(
+    model: PreTrainedModel,  # A causal language model, in evaluation mode
+) -> bool:
     "Whether texts of several lengths can share a batch; tried on a short one, once for a model."
     if not isinstance(model, PreTrainedModel):
         return True
@@ -234,7 +277,7 @@ def _reads_padding(model: PreTrainedModel) -> bool:
 
 def _try_padding(model: PreTrainedModel) -> bool:
     text = [2, 3, 4]
-    alone, padded = (_BatchDecoder(model, texts) for texts in ([text], [text, text * 3]))
+    alone, padded = (BatchDecoder(model, texts) for texts in ([text], [text, text * 3]))
     a, b = alone.next_logits()[0].float(), padded.next_logits()[0].float()
     return torch.allclose(a, b, atol=0.02 * a.abs().max().item())
 
@@ -248,7 +291,7 @@ def _decode(
     ended: set[int],  # Texts to stop after this step; the caller adds to it
 ) -> Iterator[dict[int, int]]:  # For each step, index of a text -> its token
     "Generate token by token; a text that has ended leaves the batch."
-    decoder = _BatchDecoder(model, [list(p) for p in prompts])
+    decoder = BatchDecoder(model, [list(p) for p in prompts])
     # Tokens are chosen on the CPU. Each choice waits for the device anyway, and a GPU has no
     # deterministic cumulative sum of floating-point numbers.
     active = list(range(len(prompts)))  # the text in each row of the batch
@@ -298,15 +341,16 @@ def _model_ends(model: PreTrainedModel) -> list[int]:
     return [found] if isinstance(found, int) else [*(found or [])]
 
 
-def _prepare(
-    model: PreTrainedModel,
-    tokenizer: Tokenizer,
-    prompts: Sequence[Prompt],
-    cfg: GenerateConfig,
-    seed: int,
-    names: Sequence[str],
-    stop: Sequence[str],
+def prepare_prompts(
+    model: PreTrainedModel,  # A causal language model
+    tokenizer: Tokenizer,  # Its tokenizer
+    prompts: Sequence[Prompt],  # What to continue
+    cfg: GenerateConfig,  # Length and stop strings
+    seed: int,  # The run's seed
+    names: Sequence[str],  # One for each prompt; they select random numbers
+    stop: Sequence[str],  # Special tokens that end a text, besides the end of text
 ) -> tuple[list[list[int]], list[torch.Tensor], set[int]]:  # ids, random numbers, end tokens
+    "What generation starts from; `ValueError` for an empty prompt or one that fills the context."
     if any(not s for s in cfg.stop_strings):
         raise ValueError("stop_strings: an empty one would end every text at once; remove it")
     limit = _limit(model)
@@ -364,13 +408,13 @@ def generate_batch(
     names = [str(i) for i in range(len(prompts))] if names is None else list(names)
     if len(names) != len(prompts):
         raise ValueError(f"{len(names)} names for {len(prompts)} prompts: give one for each")
-    ids, draws, end_ids = _prepare(model, tokenizer, prompts, cfg, seed, names, stop)
+    ids, draws, end_ids = prepare_prompts(model, tokenizer, prompts, cfg, seed, names, stop)
     results: dict[int, Generation] = {}
     by_length = sorted(range(len(prompts)), key=lambda i: len(ids[i]))  # little padding
     was_training = model.training
     model.eval()
     try:
-        if batch_size > 1 and len({*map(len, ids)}) > 1 and not _reads_padding(model):
+        if batch_size > 1 and len({*map(len, ids)}) > 1 and not reads_padding(model):
             batch_size = 1
         starts = range(0, len(by_length), batch_size)
         for at in track(starts, "generating: batch", len(starts)):
@@ -413,23 +457,48 @@ def _certain_length(text: str, sent: int, stops: Sequence[str]) -> int:
     return end
 
 
+class TextStream:
+    "The text of tokens that arrive one by one, as soon as it is certain."
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,  # Decodes them
+        stops: Sequence[str] = (),  # The text ends before the first of them
+    ):
+        self.tokenizer, self.stops = tokenizer, stops
+        self.ids: list[int] = []
+        self.sent = 0  # Characters
+        self.stopped = False  # Whether a stop string was found
+
+    def add(
+        self,
+        token: int,  # Not an end token
+    ) -> str:  # Text that is certain now; often empty
+        "Take the next token."
+        self.ids.append(token)
+        text = self.tokenizer.decode(self.ids)
+        cut = _stop_position(self.tokenizer, self.ids, self.stops)
+        self.stopped = cut is not None
+        end = _certain_length(text, self.sent, self.stops) if cut is None else cut
+        piece = text[self.sent : end]
+        self.sent = max(self.sent, end)
+        return piece
+
+    def finish(self) -> str:  # What was held back
+        "No token follows."
+        return "" if self.stopped else self.tokenizer.decode(self.ids)[self.sent :]
+
+
 def _stream_text(
     tokenizer: Tokenizer, tokens: Iterable[int], stops: Sequence[str]
 ) -> Iterator[str]:  # Text, as soon as it is certain
-    ids: list[int] = []
-    sent = 0
+    text = TextStream(tokenizer, stops)
     for token in tokens:
-        ids.append(token)
-        text = tokenizer.decode(ids)
-        cut = _stop_position(tokenizer, ids, stops)
-        if cut is not None:
-            yield text[sent:cut]
+        if piece := text.add(token):
+            yield piece
+        if text.stopped:
             return
-        end = _certain_length(text, sent, stops)
-        if end > sent:
-            yield text[sent:end]
-            sent = end
-    if rest := tokenizer.decode(ids)[sent:]:
+    if rest := text.finish():
         yield rest
 
 
@@ -444,7 +513,7 @@ def stream(
     stop: Sequence[str] = (),  # Special tokens that end the text, besides the end of text
 ) -> Iterator[str]:  # Pieces; joined, they are what `generate` returns
     "Continue one prompt piece by piece; errors as for `generate_batch`."
-    (ids,), draws, end_ids = _prepare(model, tokenizer, [prompt], cfg, seed, [name], stop)
+    (ids,), draws, end_ids = prepare_prompts(model, tokenizer, [prompt], cfg, seed, [name], stop)
     steps = _decode(model, [ids], cfg, draws, end_ids, set())
     tokens = (step[0] for step in steps)
     was_training = model.training

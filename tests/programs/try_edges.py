@@ -267,7 +267,7 @@ STRINGS = [
 NUMBERS = ["0", "-1", "1", "2", "7", "1e3", "nan", "inf", "x", "", "9" * 400, "1.5", "0.1", "-0"]
 RUN_KINDS = ("trained", "trained", "tuned", "judged", "asked", "failed", "interrupted", "swept")
 # Options that only cost time, here
-PASSED_OVER = {"thorough", "help", "install_completion", "show_completion"}
+PASSED_OVER = {"thorough", "help", "install_completion", "show_completion", "host"}
 
 
 class Words:
@@ -315,7 +315,7 @@ class Words:
     def likely(self, command, name):
         "What a parameter of this name takes, damaged."
         named = {
-            "run": self.model if command in ("generate", "chat") else self.run,
+            "run": self.model if command in ("generate", "chat", "serve") else self.run,
             "runs": self.run,
             "evaluation": self.run,
             "replayed": self.run,
@@ -627,15 +627,22 @@ def never(*words, **more):
     raise ConfigError("wheels: nothing is fetched here; give --wheels")
 
 
+def end_at_once(app, engine, *more):
+    engine.close()
+    return 0
+
+
 def forbid_work():
-    "No kernel is started here, and no wheel is built: both cost seconds."
+    "No kernel is started here, no wheel is built, and nothing is served: all cost seconds."
     import papermill
     from papermill.iorw import load_notebook_node
 
     import codex_nb.deploy.bundle as bundle
+    import codex_nb.deploy.server as server
 
     papermill.execute_notebook = lambda path, *more, **given: load_notebook_node(path)
     bundle._pip_wheel = never
+    server.run_server = end_at_once
 
 
 def try_command(rng, material, work):
