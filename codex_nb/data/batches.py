@@ -93,8 +93,8 @@ def to_batch(
     begins_BT[:, 1:] = positions_BT[:, 1:] != positions_BT[:, :-1] + 1
     cu_seqlens = np.append(np.flatnonzero(begins_BT), begins_BT.size).astype(np.int32)
     arrays = [ids_BT, targets_BT, positions_BT, index, cu_seqlens]
-    if rows.reference is not None:
-        arrays.append(rows.reference[index])
+    if (reference := getattr(rows, "reference", None)) is not None:
+        arrays.append(reference[index])
     return Batch(*map(torch.from_numpy, arrays))
 
 # %% ../../nbs/data/18_batches.ipynb #beddc805

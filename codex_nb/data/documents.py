@@ -92,8 +92,7 @@ class Document(
             messages = (*turns, self.rejected)
             return msgspec.structs.replace(self, messages=messages, rejected=better)
         if self.rejected:
-            worse, better = self.rejected, self.completion
-            return msgspec.structs.replace(self, completion=worse, rejected=better)
+            return msgspec.structs.replace(self, completion=self.rejected, rejected=self.completion)
         raise ValueError(f"{self.id}: no rejected answer; give data with chosen and rejected")
 
 

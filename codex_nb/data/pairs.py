@@ -90,8 +90,8 @@ def split_pairs(
 ) -> Batch:  # Shape (2B, T): better answers in the even rows, each followed by its rejected one
     "Make two rows of each pair."
     B, T = batch.ids_BT.shape
-    halves = (x.reshape(2 * B, T // 2) for x in batch[:3])
-    return Batch(*halves, *batch[3:])
+    ids, targets, positions = (x.reshape(2 * B, T // 2) for x in batch[:3])
+    return batch._replace(ids_BT=ids, targets_BT=targets, positions_BT=positions)
 
 # %% ../../nbs/data/18_pairs.ipynb #99ef823b
 def count_pairs(

@@ -302,8 +302,8 @@ def _read_pair(record: Mapping[str, Any], left_out: Counter[str]) -> dict[str, A
     if better.keys() != worse.keys():
         raise BadLine("`chosen` and `rejected` must have the same form: messages, or texts")
     if "text" in better:
-        prompt, *answers = _divide(better["text"], worse["text"])
-        return dict(zip(("prompt", "completion", "rejected"), (prompt, *answers)))
+        divided = _divide(better["text"], worse["text"])
+        return dict(zip(("prompt", "completion", "rejected"), divided))
     if "completion" in better:
         return better | {"rejected": worse["completion"]}
     if better["messages"][:-1] != worse["messages"][:-1]:
@@ -337,7 +337,7 @@ RecordFormatName = Literal[
 ]
 
 # %% ../../nbs/data/10_record_formats.ipynb #048b9f85
-FORMATS = {
+FORMATS: dict[str, RecordFormat] = {
     "text": RecordFormat(
         "plain texts",
         "`text`",

@@ -59,7 +59,10 @@ class PreferenceLoss(LMLoss):
         dtype: str = "fp32",  # Of the products: `fp32` or `bf16`
         cfg: ComputeConfig | None = None,  # Resolved, without `auto`; not compiled
     ):
-        super().__init__(model, dtype, **({"cfg": cfg} if cfg else {}))
+        if cfg is None:
+            super().__init__(model, dtype)
+        else:
+            super().__init__(model, dtype, cfg)
         self.preference = preference
 
     def answer_logps(
