@@ -15,10 +15,11 @@ Tokenize         train_tokenizer, import_tokenizer, Tokenizer, TokenizerConfig, 
                  TokenStore, PackedDataset
 Build a model    build_model, load_model, ModelConfig, count_parameters, flops_per_token,
                  adapter_report
-Settings         RunConfig, FinetuneConfig, JudgeConfig, CompareConfig, SweepConfig
+Settings         RunConfig, FinetuneConfig, PreferConfig, JudgeConfig, CompareConfig, SweepConfig
 Train            train_and_judge, or step by step: prepare_data, tokenizer_for, dataset_for,
                  start_run, model_for, train_model, judge, judge_task, export_merged, finish,
                  print_next
+Preferences      PreferenceDataset, PreferenceLoss, preference_pairs, pair_logps
 Only the loop    fit, Trainer, TrainState, Hook, prepare_training, LearnedText
 Evaluate         evaluate, score, sample_documents, summary_table, summary_lines, as_table
 Compare          bootstrap, bootstrap_ratio, paired_difference
@@ -43,8 +44,10 @@ _EXPORTS = {
     "data.tokenizer": ["Tokenizer"],
     "data.tokenizer_training": ["TokenizerConfig", "import_tokenizer", "train_tokenizer"],
     "data.tokens": ["PackedDataset", "TokenStore", "build_tokens"],
+    "data.pairs": ["PreferenceDataset"],
     "model.causal_lm": ["build_model", "count_parameters", "flops_per_token"],
     "model.model_config": ["ModelConfig"],
+    "model.preference_loss": ["PreferenceLoss"],
     "model.adapters": ["adapter_report"],
     "model.model_registry": ["load_model"],
     "tracking.metrics_log": ["plot_metrics", "read_metrics", "read_samples"],
@@ -56,7 +59,14 @@ _EXPORTS = {
     "eval.generate": ["generate", "reply"],
     "eval.scoring": ["sample_documents", "score"],
     "eval.statistics": ["bootstrap", "bootstrap_ratio", "paired_difference"],
-    "run.settings": ["CompareConfig", "FinetuneConfig", "JudgeConfig", "RunConfig", "SweepConfig"],
+    "run.settings": [
+        "CompareConfig",
+        "FinetuneConfig",
+        "JudgeConfig",
+        "PreferConfig",
+        "RunConfig",
+        "SweepConfig",
+    ],
     "run.run_record": ["RunRecord"],
     "run.run_folder": ["Run", "find_run", "list_runs", "new_run_folder"],
     "run.bases": ["find_base"],
@@ -69,6 +79,7 @@ _EXPORTS = {
         "start_run",
         "tokenizer_for",
     ],
+    "run.reference": ["pair_logps", "preference_pairs"],
     "run.preflight": ["LearnedText"],
     "run.trainer": ["Trainer"],
     "run.recipe": ["export_merged", "finish", "train_model"],

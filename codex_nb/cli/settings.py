@@ -178,7 +178,7 @@ class HelpWithSettings(TyperCommand):
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         "Write the settings below the options."
-        kinds = ("train", "finetune", "evaluate", "compare", "sweep")
+        kinds = ("train", "finetune", "prefer", "evaluate", "compare", "sweep")
         words = ctx.meta.get("codex_nb.words", [])
         kind = next((word for word in words if word in kinds), None)
         if kind is None:

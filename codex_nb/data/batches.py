@@ -92,7 +92,10 @@ def to_batch(
     begins_BT = np.ones(positions_BT.shape, bool)
     begins_BT[:, 1:] = positions_BT[:, 1:] != positions_BT[:, :-1] + 1
     cu_seqlens = np.append(np.flatnonzero(begins_BT), begins_BT.size).astype(np.int32)
-    return Batch(*map(torch.from_numpy, (ids_BT, targets_BT, positions_BT, index, cu_seqlens)))
+    arrays = [ids_BT, targets_BT, positions_BT, index, cu_seqlens]
+    if (reference := getattr(rows, "reference", None)) is not None:
+        arrays.append(reference[index])
+    return Batch(*map(torch.from_numpy, arrays))
 
 # %% ../../nbs/data/18_batches.ipynb #beddc805
 class BatchSampler:

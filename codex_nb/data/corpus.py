@@ -26,7 +26,7 @@ from ..core.config import NOT_IN_DIGEST, Config, ConfigError, canonical_json, id
 from ..core.policy import Policy, load_policy
 from ..core.progress import track
 from ..core.store import store_by_content
-from .documents import Document, ReadError, as_documents
+from .documents import Document, Message, ReadError, as_documents
 from .duplicates import ExactDuplicates, NearDuplicates, match_documents
 from .readers import Rejects, read_path
 from .record_formats import RecordFormatName, RecordReader
@@ -432,9 +432,10 @@ def _texts_of(doc: Document) -> list[str]:
         return [doc.text]
     if doc.completion:
         assert doc.prompt is not msgspec.UNSET
-        return [doc.prompt, doc.completion]
+        return [doc.prompt, doc.completion, *([str(doc.rejected)] if doc.rejected else [])]
     assert doc.messages is not msgspec.UNSET
-    return [text for m in doc.messages for text in [m.content, *_strings(list(m.tool_calls or ()))]]
+    turns = [*doc.messages, *([doc.rejected] if isinstance(doc.rejected, Message) else [])]
+    return [text for m in turns for text in [m.content, *_strings(list(m.tool_calls or ()))]]
 
 
 def _with_texts(doc: Document, texts: list[str]) -> Document:
@@ -442,16 +443,18 @@ def _with_texts(doc: Document, texts: list[str]) -> Document:
     if doc.text:
         return msgspec.structs.replace(doc, text=texts[0])
     if doc.completion:
-        return msgspec.structs.replace(doc, prompt=texts[0], completion=texts[1])
+        answers = dict(zip(("completion", "rejected"), texts[1:]))
+        return msgspec.structs.replace(doc, prompt=texts[0], **answers)
     assert doc.messages is not msgspec.UNSET
     left = iter(texts)
     messages = []
-    for m in doc.messages:
+    for m in (*doc.messages, *([doc.rejected] if isinstance(doc.rejected, Message) else [])):
         changed = msgspec.structs.replace(m, content=next(left))
         if m.tool_calls:
             changed.tool_calls = tuple(_with_strings(list(m.tool_calls), left))
         messages.append(changed)
-    return msgspec.structs.replace(doc, messages=tuple(messages))
+    rejected = messages.pop() if doc.rejected else msgspec.UNSET
+    return msgspec.structs.replace(doc, messages=tuple(messages), rejected=rejected)
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -54,6 +54,8 @@ class Document(
     tools: tuple[dict[str, Any], ...] | UnsetType = UNSET  # Functions that it may call
     prompt: str | UnsetType = UNSET  # The context of a completion; may be empty
     completion: str | UnsetType = UNSET  # What the model learns to write after the prompt
+    # A worse answer than the last message, or than the completion
+    rejected: Message | str | UnsetType = UNSET
 
     @property
     def full_text(self) -> str:  # Messages are joined by blank lines
@@ -77,7 +79,21 @@ class Document(
             assert self.messages is not UNSET
             parts = [_parts(m) for m in self.messages]
             parts += [["tools", list(self.tools)]] if self.tools else []
+        if isinstance(self.rejected, Message):
+            parts.append(["rejected", *_parts(self.rejected)])
+        elif self.rejected:
+            parts.append(["rejected", self.rejected])
         return hashlib.sha256(canonical_json(parts)).hexdigest()
+
+    def exchanged(self) -> "Document":
+        "The same document with its two answers in each other's place; `ValueError` with one only."
+        if isinstance(self.rejected, Message):
+            *turns, better = self.messages or ()
+            messages = (*turns, self.rejected)
+            return msgspec.structs.replace(self, messages=messages, rejected=better)
+        if self.rejected:
+            return msgspec.structs.replace(self, completion=self.rejected, rejected=self.completion)
+        raise ValueError(f"{self.id}: no rejected answer; give data with chosen and rejected")
 
 
 def _parts(m: Message) -> list[Any]:
@@ -231,7 +247,8 @@ def parse_line(
     # `meta` and tools may hold any JSON, so its depth, numbers and strings are checked as well.
     if doc.meta or doc.tools or any(m.tool_calls for m in doc.messages or ()):
         return _read_slowly(line, convert)
-    is_text = texts and doc.text and doc.messages is doc.prompt is doc.completion is UNSET
+    others = (doc.messages, doc.prompt, doc.completion, doc.rejected)
+    is_text = texts and doc.text and all(other is UNSET for other in others)
     if is_text and _count_quotes(line) == expected_quotes(doc):
         return doc
     try:
@@ -303,12 +320,16 @@ def document_of(
         raise BadLine(f"a record must be an object, is {_type_name(record)}")
     for key, value in record.items():
         kind = _FIELD_TYPES.get(key)
+        if key == "rejected":
+            continue  # checked below
         if kind is None:
             hint = suggest(key, _FIELD_TYPES)
             raise BadLine(f"unknown field {key!r}; {hint}; put other fields into `meta`")
         if not isinstance(value, kind) and not (key == "group" and value is None):
             raise BadLine(f"`{key}` must be {_JSON_TYPES[kind]}, is {_type_name(value)}")
     given = [k for k in ("text", "messages", "prompt", "completion") if k in record]
+    if "rejected" in record:
+        _check_rejected(record)
     if "tools" in record and (given != ["messages"] or not _are_objects(record["tools"])):
         raise BadLine("`tools` must be an array of objects, beside `messages`")
     if given not in (["text"], ["messages"], ["prompt", "completion"]):
@@ -323,6 +344,8 @@ def document_of(
         strings += [m["content"] for m in record["messages"]]
         others = [m.get("tool_calls") for m in record["messages"]] + [record.get("tools")]
         strings += [json.dumps(other, ensure_ascii=False) for other in others if other]
+    if "rejected" in record:
+        strings.append(json.dumps(record["rejected"], ensure_ascii=False))
     if any(_SURROGATE.search(s) for s in strings if not s.isascii()):
         raise BadLine("an unpaired surrogate, which is not a character")
     return msgspec.convert(record, Document)
@@ -392,6 +415,26 @@ def _check_tools(n: int, m: dict[str, Any]) -> None:
     for key in ("tool_call_id", "name"):
         if not isinstance(m.get(key, ""), str):
             raise BadLine(f"message {n}: `{key}` must be a string, is {_type_name(m[key])}")
+
+
+def _check_rejected(record: dict[str, Any]) -> None:
+    "Raise `BadLine` unless a rejected answer could stand in the place of the other one."
+    rejected, messages = record["rejected"], record.get("messages")
+    if "completion" in record:
+        if not isinstance(rejected, str) or not rejected:
+            raise BadLine("`rejected` must be a text that is not empty, like `completion`")
+        better = record["completion"]
+    elif isinstance(messages, list) and messages:
+        _check_messages([*messages[:-1], rejected])
+        better = messages[-1]
+        if not isinstance(better, dict) or better.get("role") != "assistant":
+            raise BadLine("the last message must be the assistant's, for `rejected` to replace it")
+        if rejected["role"] != "assistant":
+            raise BadLine(f"`rejected` must be a message of the assistant, is {rejected['role']}")
+    else:
+        raise BadLine("`rejected` needs `messages`, or `prompt` and `completion`")
+    if rejected == better:
+        raise BadLine("the chosen and the rejected answer are the same")
 
 
 def _called(call: dict[str, Any]) -> Any:

@@ -580,9 +580,18 @@ def encode_document(
             f"{doc.id}: {'every' if mask.all() else 'no'} token of this conversation is a "
             f"training target; check its roles and the chat template: {preview}"
         )
+    if doc.rejected:  # what stands before is the same in both, and not compared
+        mask = _last_run(mask)
     return (
         Encoded(ids, mask, False, tokenizer.opening) if own_template else Encoded(ids, mask, None)
     )
+
+
+def _last_run(mask: np.ndarray) -> np.ndarray:
+    "The last places without a gap among those that are set."
+    places = np.flatnonzero(mask)
+    first = places[np.flatnonzero(np.diff(places, prepend=-2) > 1)[-1]]
+    return mask & (np.arange(len(mask)) >= first)
 
 
 def prompt_ids(

@@ -9,6 +9,7 @@ __all__ = ['TokenStore', 'build_tokens', 'RowsConfig', 'best_fit', 'PackedDatase
 import os
 from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -158,19 +159,22 @@ def build_tokens(
     corpus: Corpus,  # Its documents are encoded
     tokenizer: Tokenizer,  # Encodes them
     split: str = "train",  # Split of the corpus
+    pairs: bool = False,  # Each document twice: with its better, then its rejected answer
 ) -> TokenStore:  # From the store; made there if missing
     "Encode one split of a corpus; `TokenizerError` names a document that cannot be encoded."
     parents = {"corpus": corpus.digest, "tokenizer": tokenizer.digest}
 
     def build(draft: Draft) -> None:
-        documents = track(
+        documents: Iterable[Document] = track(
             corpus.split(split), "encoding: document", corpus.counts[split]["documents"]
         )
+        if pairs:
+            documents = chain.from_iterable((doc, doc.exchanged()) for doc in documents)
         draft.meta.update(_write_stream(documents, tokenizer, draft.path))
 
     artifact = cached(
         "tokens",
-        {"split": split},
+        {"split": split} | ({"pairs": True} if pairs else {}),
         parents,
         ("data.tokens", "data.tokenizer", "data.documents"),
         build,
@@ -366,6 +370,9 @@ class _PieceLayout:
 # %% ../../nbs/data/17_tokens.ipynb #9895469f
 class PackedDataset:
     "A token store packed into rows of equal length. B rows, T predictions in each."
+
+    # Shape (n, 2): only of preference pairs, where their loss needs it
+    reference: np.ndarray | None = None
 
     def __init__(
         self,

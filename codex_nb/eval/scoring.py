@@ -122,7 +122,8 @@ def target_text(
     "The part of a document that is predicted."
     if d.text or d.completion:
         return d.text or str(d.completion)
-    return "".join(m.content for m in d.messages or () if m.role == "assistant")
+    messages = (d.messages or ())[-1 if d.rejected else 0 :]
+    return "".join(m.content for m in messages if m.role == "assistant")
 
 
 def context_text(
@@ -133,6 +134,8 @@ def context_text(
         return ""
     if d.completion:
         return d.prompt or ""
+    if d.rejected:
+        return "\n".join(m.content for m in (d.messages or ())[:-1])
     return "\n".join(m.content for m in d.messages or () if m.role != "assistant")
 
 # %% ../../nbs/eval/54_scoring.ipynb #07d51418

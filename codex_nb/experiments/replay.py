@@ -21,7 +21,7 @@ from ..core.repro import numeric_identity
 from ..core.store import find_stored, workspace
 from ..core.untrusted import explain_errors
 from ..data.batches import BatchSampler, batch_fingerprint, order_digest
-from ..data.tokens import PackedDataset, TokenStore
+from ..data.tokens import TokenStore
 from .attest import run_subject, write_verdict
 from .compare import CompareError, EvaluatedModel, compare, open_evaluated
 from codex_nb.experiments.launch import (
@@ -44,6 +44,7 @@ from .verify import verify_run
 from ..run.run_folder import REPLAY_HINTS, run_status, trained_parents
 from ..run.run_record import RunError, readable
 from ..run.settings import TRAINING_KINDS, RunConfig
+from ..run.training_inputs import rows_of
 from ..train.checkpoint import read_state
 from ..train.engine import total_samples
 
@@ -125,7 +126,7 @@ def _order_level(run: RunContents, steps: int | None) -> Level:
 def _order_problem(
     run: RunContents, records: list[dict], cfg: RunConfig, store: TokenStore
 ) -> str | None:  # the first contradiction
-    rows = PackedDataset.from_config(store, cfg.model.seq_len, cfg.rows)
+    rows = rows_of(store, cfg)
     batch_size = cfg.fit.batch_size
     batches = BatchSampler(rows, batch_size, cfg.seed, cfg.fit.micro_batch)
     end = total_samples(cfg.fit, batches, training_plan(run).get("steps"))

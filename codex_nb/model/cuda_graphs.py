@@ -41,7 +41,7 @@ class CUDAGraphs:
     def __init__(
         self,
         model: nn.Module,  # In training mode, on a GPU
-        loss: Callable[[Any, Batch], tuple[torch.Tensor, Any]],  # `(model, batch) -> (sum, count)`
+        loss: Callable[[Any, Batch], torch.Tensor],  # `(model, batch) -> sum`
         shape: tuple[int, int],  # Rows and length of the batches to record
         passes: int = 1,  # In a step: gradients of more than one are added up
         record: Record = record_graph,  # Replaced in tests
@@ -99,7 +99,7 @@ class CUDAGraphs:
         tokens = torch.ones((), device=device)
 
         def run() -> torch.Tensor:
-            total, _ = self._loss(self.model, static)
+            total = self._loss(self.model, static)
             (total / tokens).backward()
             return total.detach()
 

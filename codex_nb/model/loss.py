@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..core.repro import fork_rng
-from ..core.types import IGNORE, Batch
+from ..core.types import IGNORE, Batch, count_targets
 from codex_nb.model.causal_lm import (
     autocast,
     document_mask,
@@ -51,16 +51,15 @@ def token_losses(
 def lm_loss(
     model: PreTrainedModel,  # A causal language model
     batch: Batch,  # On the model's device
-) -> tuple[torch.Tensor, torch.Tensor]:  # Sum in nats (fp32), number of targets (int64)
-    "Language-modelling loss of a batch as two scalars; the sum is differentiable."
+) -> torch.Tensor:  # Sum over targets in nats, fp32, differentiable
+    "Language-modelling loss of a batch."
     logits = logits_of(model, batch)
-    total = F.cross_entropy(
+    return F.cross_entropy(
         logits.reshape(-1, logits.shape[-1]).float(),
         batch.targets_BT.reshape(-1),
         ignore_index=IGNORE,
         reduction="sum",
     )
-    return total, (batch.targets_BT != IGNORE).sum()
 
 # %% ../../nbs/model/23_loss.ipynb #4b91a046
 def _softmax_grad(
@@ -221,6 +220,26 @@ class LMLoss(nn.Module):
         # in a list, so that the inner model is not registered as a second submodule
         self._call = [forward, inner]
 
+    @property
+    def inner(self) -> Any:
+        "The model without an adapter around it."
+        return self._call[1]
+
+    def run_model(
+        self,
+        ids_BT: torch.Tensor,  # int64
+        positions_BT: torch.Tensor,  # int64, from 0 again in each document
+        cu_seqlens: torch.Tensor | None = None,  # int32, as in a `Batch`
+    ) -> Any:  # With `last_hidden_state` where the loss is computed in chunks, else `logits`
+        "The forward pass, without the loss."
+        forward, inner = self._call
+        options = document_mask(inner, cu_seqlens)
+        if self.takes_positions:
+            options["position_ids"] = positions_BT
+        synchronisation = no_device_sync(ids_BT.is_cuda)
+        with autocast(ids_BT.device.type, self.dtype), synchronisation, batch_of(*ids_BT.shape):
+            return forward(input_ids=ids_BT, use_cache=False, **options)
+
     def forward(
         self,
         ids_BT: torch.Tensor,  # int64
@@ -229,13 +248,7 @@ class LMLoss(nn.Module):
         cu_seqlens: torch.Tensor | None = None,  # int32, as in a `Batch`
     ) -> torch.Tensor:  # Sum in nats, fp32, differentiable
         "Sum of the losses of all targets."
-        forward, inner = self._call
-        options = document_mask(inner, cu_seqlens)
-        if self.takes_positions:
-            options["position_ids"] = positions_BT
-        synchronisation = no_device_sync(ids_BT.is_cuda)
-        with autocast(ids_BT.device.type, self.dtype), synchronisation, batch_of(*ids_BT.shape):
-            out = forward(input_ids=ids_BT, use_cache=False, **options)
+        out, inner = self.run_model(ids_BT, positions_BT, cu_seqlens), self.inner
         if self.chunked and is_portable():
             head = inner.get_output_embeddings()
             return head_loss(out.last_hidden_state, head.weight, targets_BT)

@@ -27,6 +27,7 @@ from ..eval.generate import generate
 from ..eval.metrics import loss_of
 from ..eval.scoring import score
 from ..model.causal_lm import autocast
+from .reference import HeldOutPairs
 from .run_folder import Run, in_use, last_values, run_status
 from .run_list import differing_settings
 from .run_record import RunRecord, load_states, record_state, repair_states
@@ -134,7 +135,8 @@ class MetricsLogger:
         if self.writer is None:
             return
         for s, fingerprint in zip(steps, fingerprints):
-            exact = {k: s[k] for k in ("loss", "grad_norm")} if s["applied"] else {}
+            stats = s["stats"]
+            exact = {k: s[k] for k in ("loss", "grad_norm")} | stats if s["applied"] else {}
             values = exact | {"lr": s["lr"]} if s["applied"] else {"lr": s["lr"], "skipped": 1}
             if s is steps[-1] and speed:
                 values["tokens_per_second"] = round(speed, 1)
@@ -206,6 +208,7 @@ class Evaluator:
         # Rank 0 may evaluate for longer than ranks otherwise wait for each other.
         self.patient = self.world.new_group(seconds=7 * 24 * 3600)
         self.sharded: nn.Module | None = None  # From `parallelize`, while ranks hold shards
+        self.pairs: HeldOutPairs | None = None  # Set while a model learns from preferences
         self.signals: Signals | None = None  # Set while training: a signal ends an evaluation
         self.latest: dict[str, float] = {}  # `validation.loss`, ...: the last results
         self.made_up: bool = False  # Whether an evaluation was made that an interruption left out
@@ -305,6 +308,8 @@ class Evaluator:
             "loss": loss_of(math.fsum(r.nll for r in records), sum(r.tokens for r in records)),
             "bits_per_byte": math.fsum(r.bits for r in records) / sum(r.bytes for r in records),
         }
+        if self.pairs:
+            results |= self.pairs.measure()
         if sample_name is None:
             return results, ""
         return results, generate(model, self.tokenizer, None, cfg.generate, cfg.seed, sample_name)

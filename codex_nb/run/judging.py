@@ -60,7 +60,7 @@ from codex_nb.run.run_folder import (
     list_runs,
     recorded_parent,
 )
-from .settings import TRAINING_KINDS, JudgeConfig, RunConfig
+from .settings import TRAINING_KINDS, JudgeConfig, PreferConfig, RunConfig
 from codex_nb.run.training_inputs import (
     documents_of,
     evaluation_documents,
@@ -139,7 +139,8 @@ def train_and_judge(
     if not (corpus is None or isinstance(corpus, Corpus)):
         corpus = build_corpus(corpus)
     corpus, tokenizer, dataset = prepare_data(cfg, corpus)
-    run = start_run("train", cfg, folder, corpus=corpus, tokenizer=tokenizer, tokens=dataset.store)
+    kind = "prefer" if isinstance(cfg, PreferConfig) else "train"
+    run = start_run(kind, cfg, folder, corpus=corpus, tokenizer=tokenizer, tokens=dataset.store)
     model = model_for(run.cfg, tokenizer)
     train_model(run, corpus, tokenizer, dataset, model)
     if judged:

@@ -31,7 +31,7 @@ def next_commands(
     if kind == "sweep":
         return [f"codex-nb leaderboard {name}", *commands]
     if kind in TRAINING_KINDS:
-        talk = "chat" if kind == "finetune" else "generate"
+        talk = "generate" if kind == "train" else "chat"
         commands.append(f"codex-nb {talk} {name}")
     evaluations = {p.parent.name for p in folder.glob(f"evaluations/*/{MANIFEST}")}
     corpus = load_parents(folder).get("corpus")
@@ -73,7 +73,7 @@ def has_seen_conversations(
             return has_seen_conversations(found) if found else None
         if "corpus" not in parents:
             return None
-        if _kind_of(Path(folder)) == "finetune":
+        if _kind_of(Path(folder)) in ("finetune", "prefer"):
             return True
         stored = find_stored("corpus", parents["corpus"])
         if stored is None:

@@ -23,6 +23,7 @@ from ..core.types import Batch
 from ..data.batches import BatchSampler, order_digest, to_batch
 from ..data.corpus import SPLITS, Corpus
 from ..data.documents import Document
+from ..data.pairs import PreferenceDataset
 from ..data.tokenizer import Tokenizer, encode_document
 from ..data.tokens import PackedDataset
 from ..model.causal_lm import count_parameters, logits_of
@@ -42,7 +43,7 @@ from codex_nb.run.training_inputs import (
     prepare_data,
     repacked,
 )
-from ..train.engine import total_samples, train_step
+from ..train.engine import sum_of, total_samples, train_step
 from ..train.optim import make_optimizer
 
 if TYPE_CHECKING:
@@ -95,6 +96,9 @@ def preflight(
     advice = memory_advice(cfg)
     cfg = resolve_packing(cfg)
     dataset = repacked(dataset, cfg)
+    if isinstance(dataset, PreferenceDataset):
+        # A step takes as long with any reference, and this one need not be computed.
+        dataset.reference = np.zeros((len(dataset), 2))
     model = model_for(cfg, tokenizer)
     torch.nn.Module.to(model, cfg.model.device)
     fit = cfg.fit
@@ -171,11 +175,13 @@ def _try_step(
     shape = rows, cfg.model.seq_len
     objective, compute = objective_for(cfg.updated(compute=compute), model, batches, shape)
 
-    def loss(_: Any, b: Batch) -> tuple[torch.Tensor, None]:
-        return objective(b.ids_BT, b.targets_BT, b.positions_BT, b.cu_seqlens), None
+    def loss(_: Any, b: Batch) -> Any:
+        return objective(*b.loss_inputs)
 
     model.train()
-    activations = _activation_bytes(lambda: loss(model, batches.step(0)[0].to(device))[0], model)
+    activations = _activation_bytes(
+        lambda: sum_of(loss, model, batches.step(0)[0].to(device)), model
+    )
     optimizer, seconds = make_optimizer(model, cfg.optim), 0.0
     step = partial(train_step, model, batches.step(0), loss, optimizer, 0.0, cfg.fit.clip)
     step()  # makes the moments; a rate of 0 leaves the weights as they are

@@ -527,7 +527,7 @@ def recorded_parent(
 
 # %% ../../nbs/run/62_run_folder.ipynb #ce045a52
 # Parents that a run builds again when they are not in the store
-REBUILDABLE = ("corpus", "tokenizer", "tokens", "quantized_base")
+REBUILDABLE = ("corpus", "tokenizer", "tokens", "quantized_base", "reference")
 
 
 def verify_files(

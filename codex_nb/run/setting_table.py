@@ -179,6 +179,11 @@ PURPOSES = {
         "lora": "adapt a base with few trained weights; the usual choice",
         "full": "train all weights of a base; needs more memory",
     },
+    "prefer": {
+        "smoke": "try preference tuning in seconds",
+        "lora": "adapt a model that answers; the usual choice",
+        "full": "train all weights; needs more memory",
+    },
     "evaluate": {
         "smoke": "a quick look at 50 documents",
         "full": "up to 100,000 documents, for figures to publish",

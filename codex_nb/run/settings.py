@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALSO_CALLED', 'SET_BY_BASE', 'KINDS', 'TRAINING_KINDS', 'Settings', 'RunConfig',
-           'FinetuneConfig', 'JudgeConfig', 'CompareConfig', 'SweepConfig']
+           'FinetuneConfig', 'PreferConfig', 'JudgeConfig', 'CompareConfig', 'SweepConfig']
 
 # %% ../../nbs/run/60_settings.ipynb #880a4cb4
 from collections.abc import Iterator, Mapping
@@ -26,7 +26,12 @@ from ..data.corpus import CorpusConfig
 from ..data.tokenizer_training import TokenizerConfig
 from ..data.tokens import RowsConfig
 from ..eval.eval_config import EvaluateConfig, GenerateConfig, TaskConfig
-from ..model.model_config import AdapterConfig, ComputeConfig, ModelConfig
+from codex_nb.model.model_config import (
+    AdapterConfig,
+    ComputeConfig,
+    ModelConfig,
+    PreferenceConfig,
+)
 from ..tracking.sinks import TrackingConfig
 from ..tracking.system_monitor import MonitorConfig
 from codex_nb.train.train_config import (
@@ -582,6 +587,68 @@ FinetuneConfig.presets = {
     ),
 }
 
+# %% ../../nbs/run/60_settings.ipynb #b37d001b
+class PreferConfig(FinetuneConfig):
+    "Settings of preference tuning."
+
+    preference: PreferenceConfig = PreferenceConfig()
+
+    def _contradictions(self) -> Iterator[str]:
+        yield from super()._contradictions()
+        if self.rows.packing != "pad":
+            yield f"packing: {self.rows.packing} is not possible with pairs, each of which is a row"
+        if self.corpus.record_format != "pairs":
+            yield (
+                f"record_format: {self.corpus.record_format} has no pairs of answers; leave it out"
+            )
+        for name, value in (("compile", self.compute.compile), ("graphs", self.compute.graphs)):
+            if value == "on":
+                yield f"{name}: on is not possible with preference tuning yet; leave it out"
+        if self.determinism == "portable":
+            yield (
+                "determinism: portable arithmetic has no preference loss yet; give "
+                "determinism=deterministic"
+            )
+
+    def resolve_auto(self) -> Self:
+        "Choose device, dtypes and threads; nothing is compiled."
+        cfg = super().resolve_auto()
+        eager = cfg.compute.model_copy(update={"compile": "off", "graphs": "off"})
+        strength = cfg.preference.model_copy(update={"beta": cfg.preference.strength})
+        return cfg.updated(compute=eager, preference=strength)
+
+
+_PAIRS: dict[str, Any] = dict(
+    data="preferences",
+    record_format="pairs",
+    packing="pad",
+    warmup=0.1,
+    schedule="linear",
+    weight_decay=0.0,
+)
+_LORA: dict[str, Any] = dict(adapter="lora", rank=16, alpha=32.0)
+PreferConfig.presets = {
+    "smoke": _PAIRS
+    | _LORA
+    | dict(
+        seq_len=64,
+        steps=40,
+        batch_size=8,
+        lr=2e-3,
+        eval_every=20,
+        eval_documents=16,
+        save_every=20,
+        sinks="none",
+        max_new_tokens=16,
+        resamples=500,
+    ),
+    "lora": _PAIRS
+    | _LORA
+    | dict(seq_len=512, epochs=1, batch_size=16, lr=5e-5, eval_every=50, save_every=100),
+    "full": _PAIRS
+    | dict(seq_len=512, epochs=1, batch_size=32, lr=5e-7, eval_every=50, save_every=100),
+}
+
 # %% ../../nbs/run/60_settings.ipynb #f6830014
 class JudgeConfig(Settings):
     "Settings of an evaluation."
@@ -678,9 +745,14 @@ class SweepConfig(Settings):
 KINDS: dict[str, type[Settings]] = {
     "train": RunConfig,
     "finetune": FinetuneConfig,
+    "prefer": PreferConfig,
     "evaluate": JudgeConfig,
     "compare": CompareConfig,
     "sweep": SweepConfig,
 }
 # Those that change weights
-TRAINING_KINDS: dict[str, type[RunConfig]] = {"train": RunConfig, "finetune": FinetuneConfig}
+TRAINING_KINDS: dict[str, type[RunConfig]] = {
+    "train": RunConfig,
+    "finetune": FinetuneConfig,
+    "prefer": PreferConfig,
+}

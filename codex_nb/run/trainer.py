@@ -19,15 +19,17 @@ from ..core.artifacts import Artifact, json_text, read_manifest, write_file
 from ..core.config import env_setting, identity
 from ..core.device import is_cuda
 from ..core.library_warnings import library_warnings
-from ..core.types import Batch
+from ..core.types import Batch, count_targets
 from ..data.batches import BatchSampler, order_digest
 from ..data.corpus import Corpus
+from ..data.pairs import PreferenceDataset, count_pairs
 from ..data.tokenizer import Tokenizer
 from ..data.tokens import PackedDataset
 from ..eval.scoring import sample_documents
 from ..model.causal_lm import flops_per_token
 from ..model.cuda_graphs import CUDAGraphs
 from ..model.portable_mode import arithmetic, suspended
+from ..model.preference_loss import PreferenceLoss
 from codex_nb.run.callbacks import (
     CheckpointCallback,
     EarlyStopping,
@@ -36,9 +38,10 @@ from codex_nb.run.callbacks import (
     progress_hooks,
 )
 from .health import HealthMonitor
+from .reference import HeldOutPairs, preference_pairs, recorded_reference
 from .run_folder import Run, replay_hints
 from .run_record import load_parents
-from .settings import RunConfig
+from .settings import PreferConfig, RunConfig
 from .training_inputs import graphs_for, objective_for, repacked
 from ..tracking.system_monitor import SystemMonitor
 from ..tracking.timers import measure_peak_flops, mfu
@@ -50,6 +53,7 @@ from codex_nb.train.engine import (
     TrainState,
     estimate_steps,
     fit,
+    sum_of,
     total_samples,
 )
 from ..train.interrupts import SIGNAL_MARKER, Interrupted, Signals
@@ -138,6 +142,10 @@ class Trainer:
             "tokenizer": tokenizer.digest,
             "corpus": corpus.digest,
         } | {k: v for k, v in recorded.items() if k in ("base", "quantized_base")}
+        if isinstance(cfg, PreferConfig):
+            reference = recorded_reference(recorded)
+            self.dataset = preference_pairs(cfg, corpus, tokenizer, "train", reference)
+            self.held_out = preference_pairs(cfg, corpus, tokenizer, "validation", reference)
         self.logger = MetricsLogger(run, model, world)
         self.evaluator = Evaluator(self.logger, model, tokenizer, documents)
         self.early_stopping = EarlyStopping(cfg.fit.patience, cfg.fit.min_delta)
@@ -162,10 +170,14 @@ class Trainer:
             cfg, model, batches, shape, world, layers=layers if self.sharded else None
         )
         cfg = cfg.updated(compute=compute)
+        if isinstance(objective, PreferenceLoss):
+            self.evaluator.pairs = HeldOutPairs(
+                objective, self.held_out, cfg.evaluate.eval_documents
+            )
         wrapped: torch.nn.Module = objective  # until the ranks train together
 
-        def loss(_: Any, b: Batch) -> tuple[torch.Tensor, None]:
-            return wrapped(b.ids_BT, b.targets_BT, b.positions_BT, b.cu_seqlens), None
+        def loss(_: Any, b: Batch) -> Any:
+            return wrapped(*b.loss_inputs)
 
         graphs = graphs_for(compute, model, loss, batches, shape)
         # The model is sharded before the optimizer is made, so that its state is sharded too.
@@ -182,7 +194,7 @@ class Trainer:
             limit = limit.model_copy(update={"minutes": None, "steps": plan["steps"]})
         samples = total_samples(cfg.fit, batches, plan.get("steps"))
 
-        settle_buckets(wrapped, lambda: loss(model, batches.step(0)[0].to(device))[0])
+        settle_buckets(wrapped, lambda: sum_of(loss, model, batches.step(0)[0].to(device)))
         optimizer = make_optimizer(model, cfg.optim)
         ema = EMA(model, cfg.optim.ema) if cfg.optim.ema else None
 
@@ -216,6 +228,7 @@ class Trainer:
                     ema,
                     partial(grad_sync_context, wrapped),
                     graphs,
+                    count_pairs if isinstance(self.dataset, PreferenceDataset) else count_targets,
                 )
         if state.interrupted and state.step != plan.get("leave"):
             reason = state.stop_reason or ""

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['S', 'setup_process', 'resolve_threads', 'HasDigest', 'start_run', 'display_path',
-           'tokenizer_for', 'dataset_for', 'repacked', 'model_for', 'documents_of',
+           'tokenizer_for', 'dataset_for', 'rows_of', 'repacked', 'model_for', 'documents_of',
            'evaluation_documents', 'check_evaluation', 'objective_for', 'graphs_for',
            'TrainingInputs', 'prepare_data', 'prepare_training']
 
@@ -23,9 +23,10 @@ from ..core.repro import seed_everything, set_determinism
 from ..data.batches import BatchSampler
 from ..data.corpus import SPLITS, Corpus, open_corpus
 from ..data.documents import Document
+from ..data.pairs import PreferenceDataset
 from ..data.tokenizer import Tokenizer, encode_document
 from ..data.tokenizer_training import import_tokenizer, train_tokenizer
-from ..data.tokens import PackedDataset, build_tokens
+from ..data.tokens import PackedDataset, TokenStore, build_tokens
 from ..eval.evaluate import slice_values
 from ..eval.scoring import sample_documents
 from ..model.adapters import add_adapter
@@ -36,6 +37,7 @@ from ..model.loss import LMLoss, compiled_problem
 from ..model.model_config import ComputeConfig
 from ..model.model_registry import model_digest, quantized_base
 from ..model.portable_mode import arithmetic, in_portable_dtype
+from ..model.preference_loss import PreferenceLoss
 from codex_nb.run.bases import (
     find_base,
     memory_advice,
@@ -44,9 +46,10 @@ from codex_nb.run.bases import (
     resolve_compute_settings,
     resolve_packing,
 )
+from .reference import reference_for
 from .run_folder import Run, register_external_run
 from .run_record import RunRecord
-from .settings import RunConfig, Settings
+from .settings import PreferConfig, RunConfig, Settings
 from ..tracking.threads import choose_threads, default_threads, set_threads
 from ..train.distributed import World, this_world
 from ..train.engine import LossFn
@@ -106,8 +109,8 @@ def start_run(
 ) -> Run[S]:  # Its folder exists and is locked; `run.cfg` has no `auto` left
     "Set seeds and determinism, and start or resume a run."
     advice = why_threads = None
+    tokens, corpus, tokenizer = map(parents.get, ("tokens", "corpus", "tokenizer"))
     if isinstance(cfg, RunConfig):
-        tokens, corpus, tokenizer = map(parents.get, ("tokens", "corpus", "tokenizer"))
         if isinstance(corpus, Corpus) and isinstance(tokenizer, Tokenizer):
             check_evaluation(cfg, corpus, tokenizer)
         cfg = resolve_compute_settings(cfg, tokens)  # type: ignore[arg-type,assignment]
@@ -117,6 +120,9 @@ def start_run(
         cfg = resolve_packing(cfg)  # type: ignore[assignment]
         cfg, why_threads = resolve_threads(cfg, folder)  # type: ignore[assignment,arg-type]
     setup_process(cfg)
+    if isinstance(cfg, PreferConfig) and cfg.preference.preference == "dpo":
+        if isinstance(corpus, Corpus) and isinstance(tokenizer, Tokenizer):
+            parents["reference"] = reference_for(cfg, corpus, tokenizer, folder)
     if env_setting("CODEX_NB_RUN") and "ipykernel" in sys.modules:
         die_with_parent()
     run = Run.start(kind, cfg, cfg.run_name, folder)
@@ -162,7 +168,17 @@ def dataset_for(
     tokenizer: Tokenizer,  # Encodes it
 ) -> PackedDataset:  # Over a token store
     "The packed training split of a run."
-    return PackedDataset.from_config(build_tokens(corpus, tokenizer), cfg.model.seq_len, cfg.rows)
+    return rows_of(build_tokens(corpus, tokenizer, pairs=isinstance(cfg, PreferConfig)), cfg)
+
+
+def rows_of(
+    store: TokenStore,  # The encoded split
+    cfg: RunConfig,  # The run's settings
+) -> PackedDataset:  # A `PreferenceDataset` for preference tuning
+    "A token store in rows, as a run's settings say."
+    if isinstance(cfg, PreferConfig):
+        return PreferenceDataset(store, cfg.model.seq_len)
+    return PackedDataset.from_config(store, cfg.model.seq_len, cfg.rows)
 
 
 def repacked(
@@ -170,9 +186,9 @@ def repacked(
     cfg: RunConfig,  # The settings, resolved
 ) -> PackedDataset:  # Another one where `resolve_packing` has changed them
     "The dataset in the rows of resolved settings."
-    if dataset.packing == cfg.rows.packing:
+    if dataset.packing == cfg.rows.packing or isinstance(cfg, PreferConfig):
         return dataset
-    return PackedDataset.from_config(dataset.store, cfg.model.seq_len, cfg.rows)
+    return rows_of(dataset.store, cfg)
 
 
 def model_for(
@@ -279,6 +295,8 @@ def objective_for(
 ) -> tuple[LMLoss, ComputeConfig]:  # And how it computes: uncompiled if compiling goes wrong
     "The training loss of a model."
     compute, dtype = cfg.compute, cfg.model.dtype
+    if isinstance(cfg, PreferConfig):
+        return PreferenceLoss(model, cfg.preference, dtype, compute), compute
     objective = LMLoss(model, dtype, compute, shape, layers)
     if check is None:  # before it is sharded, a model is on no device that it is compiled for
         check = is_cuda(cfg.model.device) and layers is None
@@ -298,14 +316,14 @@ def objective_for(
 def graphs_for(
     compute: ComputeConfig,  # From `objective_for`
     model: "PreTrainedModel",  # From `model_for`
-    loss: LossFn,  # `(model, batch) -> (sum, count)`
+    loss: LossFn,  # Sum over a batch, and nothing beside it
     batches: BatchSampler,  # The training data
     shape: tuple[int, int],  # Rows and length of a micro-batch
 ) -> CUDAGraphs | None:  # For `train_step`; None where Python launches every pass
     "The recorded passes of a training step."
     if compute.graphs != "on" or batches.world_size > 1:
         return None
-    return CUDAGraphs(model, loss, shape, math.ceil(batches.batch_size / shape[0]))
+    return CUDAGraphs(model, loss, shape, math.ceil(batches.batch_size / shape[0]))  # type: ignore[arg-type]
 
 # %% ../../nbs/run/64_training_inputs.ipynb #2b2be338
 class TrainingInputs(NamedTuple):

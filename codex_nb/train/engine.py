@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LossFn', 'SyncFn', 'SPIKE_WINDOW', 'total_samples', 'GuardError', 'NonFiniteError',
-           'LossSpikeError', 'train_step', 'describe_samples', 'TrainState', 'guard_error', 'Hook',
-           'fit', 'estimate_steps']
+           'LossSpikeError', 'sum_of', 'train_step', 'describe_samples', 'TrainState',
+           'guard_error', 'Hook', 'fit', 'estimate_steps']
 
 # %% ../../nbs/train/47_engine.ipynb #9ab4b2d4
 import math
@@ -22,7 +22,7 @@ from torch import nn
 from ..core.brief_errors import UserError
 from ..core.device import is_cuda, synchronize
 from ..core.repro import fork_rng
-from ..core.types import IGNORE, Batch
+from ..core.types import Batch, count_targets
 from ..data.batches import BatchSampler, batch_fingerprint
 from ..model.cuda_graphs import CUDAGraphs
 from ..model.portable_functions import require_on_grid
@@ -61,18 +61,35 @@ class LossSpikeError(GuardError):
     "A loss far above those before it."
 
 # %% ../../nbs/train/47_engine.ipynb #6d1fb5ed
-LossFn = Callable[[Any, Batch], tuple[torch.Tensor, Any]]  # (model, batch) -> (sum in nats, count)
+# (model, batch) -> sum over the batch; perhaps with other sums that are recorded, by name
+LossFn = Callable[[Any, Batch], "torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]"]
 SyncFn = Callable[[bool], AbstractContextManager[Any]]  # Last micro-batch or not -> context
 
 
 def _no_sync(last: bool) -> AbstractContextManager[Any]:
     return nullcontext()  # one process has nothing to send
 
+
+def sum_of(
+    loss: LossFn,  # Perhaps with other sums beside it
+    model: Any,  # As for the loss
+    batch: Batch,  # As for the loss
+) -> torch.Tensor:  # A scalar
+    "The loss of a batch alone."
+    return _sums(loss, model, batch)[0]
+
+
+def _sums(
+    loss: LossFn, model: Any, batch: Batch
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # of the loss, and of what is recorded beside it
+    found = loss(model, batch)
+    return found if isinstance(found, tuple) else (found, {})
+
 # %% ../../nbs/train/47_engine.ipynb #4d34a27f
 def train_step(
     model: nn.Module,  # In training mode
     micro_batches: list[Batch],  # This rank's part of the step
-    loss: LossFn,  # `(model, batch) -> (sum, count)`
+    loss: LossFn,  # Sum over a batch
     optimizer: Optimizer,  # Changes the weights
     lr: float,  # Learning rate of this step
     clip: float = 1.0,  # Largest gradient norm; 0 clips nothing
@@ -81,40 +98,48 @@ def train_step(
     limit: float = math.inf,  # A mean loss above it is a spike: the step is not applied
     clock: StepClock | None = None,  # Told which part of the step is running
     graphs: CUDAGraphs | None = None,  # Replays the passes of one process on a GPU
+    count: Callable[[Batch], int] = count_targets,  # What the sum is divided by
 ) -> dict[str, Any]:  # `loss` (mean, nats), `grad_norm` (before clipping), `tokens`, `applied`
     """Accumulate gradients over the micro-batches and update once.
 
-    `loss`, `grad_norm` and `ok`, whether the step was good, are scalars on the device. `applied` is
-    a bool, or None where only the device knows. `ValueError` when the step holds no token to
-    predict.
+    `loss`, `grad_norm` and `ok`, whether the step was good, are scalars on the device, as are the
+    means in `stats`. `applied` is a bool, or None where only the device knows. `ValueError` when
+    the step holds no token to predict.
     """
     device = next(model.parameters()).device
     clock = clock or StepClock()
     # Counted before the first backward pass: every gradient is divided by the same number.
-    tokens = world.all_reduce_int(sum(int((b.targets_BT != IGNORE).sum()) for b in micro_batches))
+    tokens = world.all_reduce_int(sum(map(count_targets, micro_batches)))
     if tokens == 0:
         samples = describe_samples(micro_batches)
         raise ValueError(f"no token to predict in samples {samples}: nothing would be learned")
+    n = tokens
+    if count is not count_targets:
+        n = world.all_reduce_int(sum(map(count, micro_batches)))
 
     # Portable losses are float64, on a grid where any order gives the same sum.
     dtype = torch.float64 if is_portable() else torch.float32
     total = torch.zeros((), device=device, dtype=dtype)
+    stats: dict[str, torch.Tensor] = {}
     replayed = graphs if graphs and graphs.ready(micro_batches) else None
     for i, batch in enumerate(micro_batches):
         if replayed:
             clock.mark("forward_backward")
-            total += replayed.backward(batch, tokens, first=i == 0)
+            total += replayed.backward(batch, n, first=i == 0)
             continue
         is_last = i == len(micro_batches) - 1
         clock.mark("forward")
         with sync(is_last):
-            batch_sum, _ = loss(model, batch.to(device))
+            batch_sum, batch_stats = _sums(loss, model, batch.to(device))
             clock.mark("backward")
-            (batch_sum / tokens).backward()
+            (batch_sum / n).backward()
         total += batch_sum.detach()
+        for name, x in batch_stats.items():
+            stats[name] = stats.get(name, 0) + x.detach()
 
     clock.mark("optimizer")
-    mean = world.all_reduce(total) / tokens
+    mean = world.all_reduce(total) / n
+    stats = {name: world.all_reduce(x) / n for name, x in stats.items()}
     # The norm is needed even where nothing is clipped: a gradient that is not finite shows in it.
     trained = [p for p in model.parameters() if p.requires_grad]
     norm = full_tensor(nn.utils.clip_grad_norm_(trained, clip or math.inf))
@@ -126,7 +151,8 @@ def train_step(
     ok = torch.isfinite(mean) & torch.isfinite(norm) & (mean <= limit)
     applied = guarded_step(optimizer, ok)
     optimizer.zero_grad()
-    return {"loss": mean, "grad_norm": norm, "tokens": tokens, "applied": applied, "ok": ok}
+    result = {"loss": mean, "grad_norm": norm, "stats": stats}
+    return result | {"tokens": tokens, "applied": applied, "ok": ok}
 
 
 def describe_samples(
@@ -203,25 +229,29 @@ class TrainState:
     def drain_metrics(self) -> list[dict[str, Any]]:  # A record for each step since the last call
         """Bring the values of finished steps from the device.
 
-        A record holds `step`, `tokens`, `lr`, `loss`, `grad_norm`, `limit`, `applied`, `samples`
-        and `fed`, the fingerprint of this rank's batch. `GuardError` for a step that was not
-        applied, unless `on_bad` is `skip`.
+        A record holds `step`, `tokens`, `lr`, `loss`, `grad_norm`, `limit`, `applied`, `samples`,
+        `stats` and `fed`, the fingerprint of this rank's batch. `GuardError` for a step that was
+        not applied, unless `on_bad` is `skip`.
         """
         pending, self._pending = self._pending, []
         if not pending:
             return []
         # One transfer for all steps: each transfer waits for the device.
-        on_device = [torch.stack([r["loss"].double(), r["grad_norm"].double()]) for r in pending]
+        on_device = [
+            torch.stack([x.double() for x in (r["loss"], r["grad_norm"], *r["stats"].values())])
+            for r in pending
+        ]
         values = torch.stack(on_device).cpu().tolist()
         self.clock.collect_gpu_times()
         records = []
-        for r, (loss, norm) in zip(pending, values):
+        for r, (loss, norm, *stats) in zip(pending, values):
             applied = math.isfinite(loss) and math.isfinite(norm) and loss <= r["limit"]
             uncounted = r.pop("uncounted", 0)
             if uncounted:
                 self.tokens += uncounted if applied else 0
                 r["tokens"] = self.tokens
-            records.append(r | {"loss": loss, "grad_norm": norm, "applied": applied})
+            found = {"loss": loss, "grad_norm": norm, "stats": dict(zip(r["stats"], stats))}
+            records.append(r | found | {"applied": applied})
         for r in records:
             if r["applied"]:
                 self.recent.append(r["loss"])
@@ -266,7 +296,7 @@ class Hook:
 def fit(
     model: nn.Module,  # Trained in place
     batches: BatchSampler,  # The training data
-    loss: LossFn,  # `(model, batch) -> (sum, count)`
+    loss: LossFn,  # Sum over a batch
     optimizer: Optimizer,  # Changes the weights
     schedule: Callable[[int, int], float],  # `(step, total) -> lr`
     cfg: FitConfig,  # How long, and what to do with a bad step
@@ -277,6 +307,7 @@ def fit(
     ema: EMA | None = None,  # An average of the weights to keep
     sync: SyncFn = _no_sync,  # As for `train_step`
     graphs: CUDAGraphs | None = None,  # As for `train_step`
+    count: Callable[[Batch], int] = count_targets,  # As for `train_step`
 ) -> TrainState:  # Where it ended
     "Train until the limit, or until a hook asks to stop; `GuardError` for a bad step."
     state, end = start or TrainState(), total_samples(cfg, batches, steps)
@@ -295,8 +326,20 @@ def fit(
             micro = batches.step(state.position, end)  # this rank's micro-batches
             lr = schedule(state.step, state.total_steps)
             limit = _spike_limit(state, cfg.spike)
+            clock = state.clock
             result = train_step(
-                model, micro, loss, optimizer, lr, cfg.clip, world, sync, limit, state.clock, graphs
+                model,
+                micro,
+                loss,
+                optimizer,
+                lr,
+                cfg.clip,
+                world,
+                sync,
+                limit,
+                clock,
+                graphs,
+                count,
             )
             _advance(state, result, micro, lr, limit)
             state.position = min(state.position + batches.batch_size, end)
@@ -357,6 +400,7 @@ def _advance(
         "limit": limit,
         "loss": result["loss"],
         "grad_norm": result["grad_norm"],
+        "stats": result["stats"],
         "samples": describe_samples(micro_batches),
         "fed": batch_fingerprint(micro_batches),
     }
@@ -378,7 +422,7 @@ def estimate_steps(
     minutes: float,  # Wall-clock time to fill
     model: nn.Module,  # In training mode; not changed
     batches: BatchSampler,  # The training data
-    loss: LossFn,  # `(model, batch) -> (sum, count)`
+    loss: LossFn,  # Sum over a batch
     probes: int = 3,  # Timed steps, after one to warm up
     graphs: CUDAGraphs | None = None,  # As for `train_step`
 ) -> int:  # At least 1
@@ -393,7 +437,7 @@ def estimate_steps(
                 if replayed:
                     replayed.backward(b, 1)
                 else:
-                    loss(model, b.to(device))[0].backward()
+                    sum_of(loss, model, b.to(device)).backward()
             synchronize(device)
             times.append(time.perf_counter() - start)
     model.zero_grad(set_to_none=True)
