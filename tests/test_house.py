@@ -308,7 +308,7 @@ def test_run_notebooks_have_a_parameters_cell():
     from codex_nb.core.config import flat_names
     from codex_nb.experiments.launch import settings_class
 
-    for name in ("train", "finetune", "evaluate", "compare"):
+    for name in ("train", "finetune", "prefer", "evaluate", "compare"):
         tagged = [
             c for c in cells(NBS / f"{name}.ipynb") if "parameters" in c["metadata"].get("tags", [])
         ]
