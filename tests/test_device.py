@@ -94,7 +94,7 @@ class Batches:
 
 def loss(model, b):
     logits = model(b.ids_BT).flatten(0, 1)
-    return nn.functional.cross_entropy(logits, b.targets_BT.flatten(), reduction="sum"), None
+    return nn.functional.cross_entropy(logits, b.targets_BT.flatten(), reduction="sum")
 
 
 def trained(gpu, device, steps, *hooks):

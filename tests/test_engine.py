@@ -77,7 +77,7 @@ def test_bad_step_on_a_device_changes_nothing():
     model = Small()
     optimizer = make_optimizer(model, OptimConfig())
     for ok in (True, False, True):
-        loss(model, BatchSampler().step(0)[0])[0].backward()
+        loss(model, BatchSampler().step(0)[0]).backward()
         before = [p.detach().clone() for p in model.parameters()] + [
             t.clone() for s in optimizer.state.values() for t in s.values()
         ]

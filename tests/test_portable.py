@@ -243,7 +243,7 @@ def test_gradients_beyond_their_grid_are_refused(portable):
 
     def step(factor):
         def loss(_, b):
-            return objective(b.ids_BT, b.targets_BT, b.positions_BT, b.cu_seqlens) * factor, None
+            return objective(b.ids_BT, b.targets_BT, b.positions_BT, b.cu_seqlens) * factor
 
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         with arithmetic(model):

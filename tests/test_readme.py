@@ -32,6 +32,8 @@ ELSEWHERE = {  # what is executed by other tests, and why not here
     "codex-nb prune": "needs one that was stopped: nbs/cli/93_main.ipynb",
     "python3 carried/install.py": "tests/test_bundle.py",
     "codex-nb leaderboard": "needs a sweep: tests/test_sweep.py",
+    "codex-nb serve": "has no end: tests/test_serve.py",
+    "codex-nb export RUN --to gguf": "needs tokenizer=bpe-gpt2: tests/test_export_model.py",
 }
 SMALLER = {
     "-p preset tiny": "-p preset smoke -p steps 3",

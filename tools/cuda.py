@@ -143,7 +143,7 @@ def stepper(made):
     spread = vocabulary // made.tokenizer.vocab_size  # ids over the whole vocabulary
 
     def loss(_, b):
-        return made.objective(b.ids_BT, b.targets_BT, b.positions_BT, b.cu_seqlens), None
+        return made.objective(b.ids_BT, b.targets_BT, b.positions_BT, b.cu_seqlens)
 
     shape = batches.micro_batch, cfg.model.seq_len
     graphs = graphs_for(cfg.compute, made.model, loss, batches, shape)

@@ -57,7 +57,7 @@ def read_token(
     if not re.fullmatch(rf"[!-~]{{{_SHORTEST},}}", token):
         raise ConfigError(
             f"{place}: no token; give at least {_SHORTEST} letters, digits and signs in one line, "
-            'such as python3 -c "import secrets; print(secrets.token_urlsafe())" prints'
+            "such as openssl rand -hex 16 prints"
         )
     return token
 

@@ -57,7 +57,8 @@ class PreferenceDataset(PackedDataset):
             empty |= s.mask[source_RT + 1] == 0
         targets[empty] = IGNORE
         positions = np.broadcast_to(place_1T, source_RT.shape)
-        return tuple(x.reshape(-1, 2 * T) for x in (ids, targets, positions))  # type: ignore[return-value]
+        rows = [x.reshape(-1, 2 * T) for x in (ids, targets, positions)]
+        return rows[0], rows[1], rows[2]
 
     def documents(
         self,

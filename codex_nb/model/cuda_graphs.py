@@ -41,7 +41,7 @@ class CUDAGraphs:
     def __init__(
         self,
         model: nn.Module,  # In training mode, on a GPU
-        loss: Callable[[Any, Batch], torch.Tensor],  # `(model, batch) -> sum`
+        loss: Callable[[Any, Batch], Any],  # `(model, batch) -> sum`, and nothing beside it
         shape: tuple[int, int],  # Rows and length of the batches to record
         passes: int = 1,  # In a step: gradients of more than one are added up
         record: Record = record_graph,  # Replaced in tests

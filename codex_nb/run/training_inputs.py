@@ -323,7 +323,7 @@ def graphs_for(
     "The recorded passes of a training step."
     if compute.graphs != "on" or batches.world_size > 1:
         return None
-    return CUDAGraphs(model, loss, shape, math.ceil(batches.batch_size / shape[0]))  # type: ignore[arg-type]
+    return CUDAGraphs(model, loss, shape, math.ceil(batches.batch_size / shape[0]))
 
 # %% ../../nbs/run/64_training_inputs.ipynb #2b2be338
 class TrainingInputs(NamedTuple):
