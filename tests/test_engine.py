@@ -40,7 +40,7 @@ def loss(model, b):
         model.embed.weight,
         b.targets_BT.flatten(),
         dtype=torch.bfloat16,
-    ), None
+    )
 
 
 def test_loop_does_not_wait_for_the_device_between_loggings():
