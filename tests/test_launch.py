@@ -56,7 +56,7 @@ BAD = {
     "unknown parameter": ("epohcs 3", "epohcs: unknown parameter, given 3; did you mean epochs?"),
     "missing path": (
         "data {}/nowhere",
-        "there is no such file or folder; give a path, or one of chat, markov, sample, stdlib",
+        "there is no such file or folder; give a path, or one of chat, markov, preferences",
     ),
     "empty folder": ("data {}/empty", "no text in this folder: it is empty"),
     "picture": ("data {}/picture.png", "this looks like a picture, which holds no text"),

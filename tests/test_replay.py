@@ -192,9 +192,9 @@ def test_replay_finds_a_changed_line_and_another_version_of_a_package(home, tmp_
     other = tmp_path / "other" / "codex_nb"
     shutil.copytree(LIB, other, ignore=shutil.ignore_patterns("__pycache__"))
     path = other / "train" / "engine.py"
-    source, line = path.read_text(), "(batch_sum / tokens).backward()"
+    source, line = path.read_text(), "(batch_sum / n).backward()"
     assert source.count(line) == 1
-    path.write_text(source.replace(line, "(batch_sum / tokens * 1.0001).backward()"))
+    path.write_text(source.replace(line, "(batch_sum / n * 1.0001).backward()"))
     claim_another_tqdm(other.parent)
     found = replay(home, "--steps", 6, PYTHONPATH=str(other.parent))
     assert "files.train/engine.py" in found["diff"]["code"] and not found["diff"]["machine"]
