@@ -18,6 +18,7 @@ from codex_nb.run.run_folder import Run, find_run, list_runs, register_external_
 from codex_nb.run.run_list import label_run, remove_run, rename_run, run_rows
 from codex_nb.run.run_record import RunError
 from codex_nb.run.settings import KINDS
+from codex_nb.run.sources import run_or_model
 from codex_nb.tracking.metrics_log import MetricsWriter
 from codex_nb.tracking.sinks import close_ended_runs, mlflow_experiment
 
@@ -119,6 +120,7 @@ def test_run_elsewhere_is_listed_found_and_removed(home, tmp_path_factory):
     made("inside", parents={"base": part(folder)})
     assert [r["path"] for r in list_runs()] == [str(folder), str(home / "runs" / "inside")]
     assert find_run("mine") == folder and find_run("last").name == "inside"
+    assert run_or_model("last") == (find_run("last"), True)  # for chat, serve and base=last
     assert verify_files(find_run("inside"))["parents"]["base"] == "ok, in mine"
     refuses(lambda: remove_run(folder), "inside")
     remove_run(find_run("inside"))

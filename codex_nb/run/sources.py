@@ -14,7 +14,7 @@ from ..core.config import ConfigError
 from ..data.documents import ReadError
 from ..eval.benchmarks import check_tasks
 from ..model.model_registry import find_model
-from .run_folder import find_run, list_runs
+from .run_folder import LAST, find_run, list_runs
 from .settings import CompareConfig, JudgeConfig, RunConfig, Settings
 
 # %% ../../nbs/run/62_sources.ipynb #020cd0bb
@@ -24,7 +24,8 @@ def run_or_model(
     "Find the folder that a name means."
     runs = [r["name"] for r in list_runs() if r["name"].endswith(name)]
     path = Path(name)
-    if len(runs) == 1 or (path / "config.json").is_file() and (path / "checkpoints").is_dir():
+    is_run = (path / "config.json").is_file() and (path / "checkpoints").is_dir()
+    if name == LAST or len(runs) == 1 or is_run:
         return find_run(name), True
     try:
         return find_model(name), False
