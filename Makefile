@@ -5,11 +5,11 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train export check test prove cuda lab docs readme
+.PHONY: help setup train export check test prove cuda lab docs docs-serve readme
 .PHONY: lock vulnerabilities sbom build release clean
 
 help: ## list the targets
-	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "make %-16s %s\n", $$1, $$2}' Makefile
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-16s %s\n", $$1, $$2}' Makefile
 
 setup: $(STAMP) ## create .venv with the locked packages
 
@@ -49,12 +49,11 @@ cuda: ## check what only an NVIDIA GPU can show, into data/cuda.json: eight minu
 lab: $(STAMP) ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs
 
-docs: $(STAMP) ## render the site; needs Quarto
-	@command -v quarto >/dev/null || { \
-	    echo "make docs needs Quarto, which is not on this machine:" \
-	        "install it from quarto.org, then run this again"; \
-	    exit 1; }
-	$(BIN)/nbdev_docs
+docs: $(STAMP) ## render the site into _docs/; needs Quarto
+	$(BIN)/python tools/docs.py
+
+docs-serve: $(STAMP) ## show the rendered site on this machine
+	$(BIN)/python tools/docs.py --serve
 
 readme: $(STAMP) ## make README.md from nbs/index.ipynb
 	$(BIN)/python tools/readme.py

@@ -15,15 +15,17 @@ Tokenize         train_tokenizer, import_tokenizer, Tokenizer, TokenizerConfig, 
                  TokenStore, PackedDataset
 Build a model    build_model, load_model, ModelConfig, count_parameters, flops_per_token,
                  adapter_report
-Settings         RunConfig, FinetuneConfig, PreferConfig, JudgeConfig, CompareConfig, SweepConfig
+Settings         RunConfig, FinetuneConfig, PreferConfig, DistillConfig, JudgeConfig,
+                 CompareConfig, SweepConfig
 Train            train_and_judge, or step by step: prepare_data, tokenizer_for, dataset_for,
                  start_run, model_for, train_model, judge, judge_task, export_merged, finish,
                  print_next
 Preferences      PreferenceDataset, PreferenceLoss, preference_pairs, pair_logps
+Distillation     DistillationLoss, Teacher, open_teacher
 Only the loop    fit, Trainer, TrainState, Hook, prepare_training, LearnedText
 Evaluate         evaluate, score, sample_documents, summary_table, summary_lines, as_table
 Compare          bootstrap, bootstrap_ratio, paired_difference
-Generate         generate, reply, GenerateConfig
+Generate         generate, reply, chat_cell, GenerateConfig
 Runs             Run, RunRecord, find_run, list_runs, new_run_folder, find_base,
                  require_checkpoint, read_metrics, read_samples, plot_metrics, plot_system
 Check a run      verify_run, replay
@@ -47,6 +49,7 @@ _EXPORTS = {
     "data.pairs": ["PreferenceDataset"],
     "model.causal_lm": ["build_model", "count_parameters", "flops_per_token"],
     "model.model_config": ["ModelConfig"],
+    "model.distillation_loss": ["DistillationLoss"],
     "model.preference_loss": ["PreferenceLoss"],
     "model.adapters": ["adapter_report"],
     "model.model_registry": ["load_model"],
@@ -61,6 +64,7 @@ _EXPORTS = {
     "eval.statistics": ["bootstrap", "bootstrap_ratio", "paired_difference"],
     "run.settings": [
         "CompareConfig",
+        "DistillConfig",
         "FinetuneConfig",
         "JudgeConfig",
         "PreferConfig",
@@ -80,12 +84,14 @@ _EXPORTS = {
         "tokenizer_for",
     ],
     "run.reference": ["pair_logps", "preference_pairs"],
+    "run.teacher": ["Teacher", "open_teacher"],
     "run.preflight": ["LearnedText"],
     "run.trainer": ["Trainer"],
     "run.recipe": ["export_merged", "finish", "train_model"],
     "run.judging": ["judge", "judge_task", "train_and_judge"],
     "experiments.verify": ["verify_run"],
     "experiments.replay": ["replay"],
+    "deploy.chat_cell": ["chat_cell"],
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 

@@ -43,12 +43,14 @@ def pytest(name, *words):
 # show with larger runs what nbs/index, train and finetune, test_bases and test_formats, test_sweep,
 # test_replay, test_segments and test_attest, test_distributed and test_judging, test_plugins,
 # test_signals and test_launch test; and the tables of forgeries and of architectures, whose rows
-# test_forgery tests and compares with the page, and test_architectures tests.
+# test_forgery tests and compares with the page, and test_architectures tests. The notebook distill
+# trains three models; test_distillation executes it with smaller ones.
 LEFT_OUT = ["nbs/tutorials"]
 if PROVE:  # nbval executes everything but the lessons about compiled modules
     LEFT_OUT += [f"nbs/{p.name}" for p in (ROOT / "nbs").glob("*.ipynb")]
 else:
     LEFT_OUT += [f"nbs/reference/{name}.ipynb" for name in ("threat_model", "architectures")]
+    LEFT_OUT += ["nbs/distill.ipynb"]
 IGNORED = [f"--ignore={path}" for path in ["nbs/benchmarks", *LEFT_OUT]]
 TESTS = pytest("tests", "nbs", "tests", "--warm", *NBVAL, *IGNORED)
 PARTS = {"pip check": [[*PYTHON, "pip", "check"]], "tests": [[BIN / "python", *TESTS]]}

@@ -428,6 +428,7 @@ def test_core_is_scored_as_a_plain_loop_scores_it(model_folder, tmp_path):
 
 
 def test_a_refused_file_leaves_no_task_behind(files, tmp_path):
+    from codex_nb.core.config import ConfigError
     from codex_nb.core.store import TemporaryWorkspace
     from codex_nb.data.documents import ReadError
     from codex_nb.eval.benchmarks import import_task, list_tasks
@@ -446,6 +447,10 @@ def test_a_refused_file_leaves_no_task_behind(files, tmp_path):
             bad = tmp_path / "anatomy_test.csv"
             bad.write_text(csv_text(MMLU["test"][:1]) + "a,b,c,d,e,A,B\n")
             import_task("mmlu", bad)
+        with pytest.raises(ConfigError, match=r"shots: 5 requested, but only \d .*with --shots"):
+            few = [{"question": q, "answer": "#### 4"} for q in ("2 + 2?", "1 + 3?")]
+            write_lines(tmp_path / "test.jsonl", few)
+            import_task("gsm8k", tmp_path)
         assert list_tasks() == [] and not [*workspace.path.rglob("questions.jsonl")]
 
 

@@ -173,7 +173,10 @@ def test_builds_of_one_commit_are_identical(tmp_path):
     ((name, digest),) = build(source, "-t", "wheel").items()
     assert digest == made[name]
     names = zipfile.ZipFile(source / "dist" / name).namelist()
-    notebooks = ("train", "finetune", "prefer", "evaluate", "compare", "sweep", "audit")
+    notebooks = (
+        *("train", "finetune", "prefer", "distill"),
+        *("evaluate", "compare", "sweep", "audit"),
+    )
     assert {f"codex_nb/notebooks/{n}.ipynb" for n in notebooks} <= set(names)
     assert "codex_nb/py.typed" in names  # the package says that it is typed
     assert not [n for n in names if n.startswith(("tests", "nbs", "tools"))]

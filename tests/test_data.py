@@ -50,7 +50,9 @@ hard = st.one_of(
 )
 
 
-@pytest.fixture(scope="module", params=["bpe", "sp-unigram", "sp-bpe", "bytes", "chars"])
+@pytest.fixture(
+    scope="module", params=["bpe", "bpe-gpt2", "sp-unigram", "sp-bpe", "bytes", "chars"]
+)
 def tokenizer(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as m:
         m.setenv("CODEX_NB_HOME", str(tmp_path_factory.mktemp("home")))

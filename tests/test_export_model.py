@@ -164,6 +164,43 @@ def test_an_adapter_names_its_base_and_opens_with_peft(home, tmp_path):
     assert not list((tmp_path / "out").glob("model*"))
 
 
+def test_an_adapter_on_an_adapter_leaves_as_one_model(home, tmp_path, capsys):
+    import torch
+
+    from codex_nb.core.artifacts import publish, read_manifest
+    from codex_nb.core.tensors import write_tensors
+    from codex_nb.model.adapters import adapter_settings, adapter_tensors, add_adapter
+    from codex_nb.model.model_config import AdapterConfig
+    from codex_nb.model.model_registry import load_model
+    from codex_nb.run.bases import find_base, model_sizes
+    from codex_nb.run.settings import FinetuneConfig
+
+    below = find_base(str(find(home, "tuned")))
+    lora = AdapterConfig(adapter="lora", rank=2)
+    adapted = add_adapter(load_model(below), lora, 0, str(below))
+    with torch.no_grad():
+        for name, p in adapted.named_parameters():
+            if "lora_B" in name:
+                p.fill_(0.02)
+    ids = torch.arange(1, 9)[None]
+    expected = adapted.eval()(input_ids=ids).logits
+    second = tmp_path / "second"
+    with publish(second, "checkpoint", parents={"base": read_manifest(below).digest}) as draft:
+        tensors = adapter_tensors(adapted)
+        write_tensors(draft.path / "adapter_model.safetensors", tensors, {"format": "pt"})
+        (draft.path / "adapter_config.json").write_text(json.dumps(adapter_settings(adapted)))
+    assert to_hub(second, tmp_path / "merged") <= 1e-5
+    logits = load_model(tmp_path / "merged")(input_ids=ids).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert to_hub(second, tmp_path / "adapter", merge=False) <= 1e-4
+    assert (
+        f"is an adapter itself, merged: export {below.parent.parent.name}"
+        in capsys.readouterr().err
+    )
+    cfg = FinetuneConfig.from_preset("smoke", base=str(second))
+    assert model_sizes(cfg).parameters > 10 * sum(t.numel() for t in tensors.values())
+
+
 def test_gguf_holds_every_tensor_where_llama_cpp_looks_for_it(bases, tmp_path):
     import numpy as np
     from gguf import dequantize

@@ -308,7 +308,7 @@ def test_a_text_is_split_in_linear_time():
 
 # --- tokenizers
 
-KINDS = ["bpe", "sp-unigram", "sp-bpe", "bytes", "chars"]
+KINDS = ["bpe", "bpe-gpt2", "sp-unigram", "sp-bpe", "bytes", "chars"]
 
 
 @cache

@@ -20,6 +20,7 @@ from helpers import (
     wait_until,
 )
 
+from codex_nb.core.sandbox import sandbox_problem
 from codex_nb.experiments.verify import contradictions, verify_run
 
 
@@ -212,6 +213,9 @@ def bring_benchmarks(home, monkeypatch):
     (home / "lambada_test.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     (boolq,) = import_task("boolq", home)
     import_task("lambada_openai", home)
+    pairs = [dict(prompt=t, chosen=f" It is {n}.", rejected=" No.") for n, t in enumerate(texts)]
+    (home / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    import_task("preferences", home / "pairs.jsonl")
     return boolq.digest
 
 
@@ -236,14 +240,15 @@ def test_task_scores_are_the_means_of_its_records(home, monkeypatch):
     assert verify_run(home / "runs" / "asked")["problems"] == []
 
 
-def ask_tasks(home, name, checkpoint, task):
+def ask_tasks(home, name, checkpoint, task, **given):
     from codex_nb.run.judging import find_checkpoint, judge_tasks, open_trained
     from codex_nb.run.recipe import finish
     from codex_nb.run.settings import JudgeConfig
     from codex_nb.run.training_inputs import start_run
 
     found = find_checkpoint(checkpoint)
-    cfg = JudgeConfig.from_preset("smoke", task=task, dtype="fp32", checkpoint=checkpoint)
+    given |= dict(task=task, dtype="fp32", checkpoint=checkpoint)
+    cfg = JudgeConfig.from_preset("smoke", **given)
     run = start_run("evaluate", cfg, home / "runs" / name, checkpoint=found)
     judge_tasks(run, *open_trained(found), found)
     finish(run)
@@ -253,18 +258,65 @@ def ask_tasks(home, name, checkpoint, task):
 def test_imported_tasks_are_sealed_compared_and_verified(home, monkeypatch):
     bring_benchmarks(home, monkeypatch)
     for name in ("a-0", "b-0"):
-        folder = ask_tasks(home, f"asked-{name}", name, "boolq,lambada_openai")
+        folder = ask_tasks(home, f"asked-{name}", name, "boolq,lambada_openai,preferences")
         assert verify_run(folder)["problems"] == []
     done = codex("compare", "asked-a-0", "asked-b-0", "--task", "all", "--json", home=home)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)["comparisons"]
-    assert [(c["task"], c["questions"]) for c in found] == [("boolq", 12), ("lambada_openai", 8)]
+    counted = [(c["task"], c["metric"], c["questions"]) for c in found]
+    assert counted == [
+        ("boolq", "acc", 12),
+        ("lambada_openai", "acc", 8),
+        ("preferences", "accuracy", 8),
+    ]
+    for name in "ab":
+        rows = records(home, f"asked-{name}-0", "task-preferences")
+        whole = [r["nll"][0] < r["nll"][1] for r in rows]
+        assert [r["scores"]["accuracy"] for r in rows] == whole
+        metrics = summary(home, f"asked-{name}-0", "task-preferences")["metrics"]
+        assert math.isclose(metrics["accuracy"]["value"], np.mean(whole))
+        assert metrics["accuracy_per_token"]["normalised_by"] == "tokens"
     values = [summary(home, f"asked-{n}-0", "task-boolq")["metrics"]["acc"]["value"] for n in "ab"]
     assert math.isclose(found[0]["difference"]["value"], values[1] - values[0], abs_tol=1e-12)
     # a core score that does not follow from the answers, or answers that no task in it has
     core = json.loads((folder / "core.json").read_text())
     (folder / "core.json").write_text(json.dumps(core | {"value": core["value"] + 0.1}))
     assert any("core.json: value is" in problem for problem in contradictions(folder))
+
+
+def test_programs_are_refused_by_the_command_before_a_model_is_opened(home, monkeypatch):
+    bring_programs(home, monkeypatch)
+    done = evaluate(home, "refused", task="humaneval")
+    assert done.returncode == 1 and "-p run_code sandbox" in done.stderr
+    assert "Traceback" not in done.stderr and not (home / "runs" / "refused").exists()
+
+
+def bring_programs(home, monkeypatch):
+    from test_sandbox import HUMANEVAL
+
+    from codex_nb.eval.benchmarks import import_task
+
+    monkeypatch.setenv("CODEX_NB_HOME", str(home))
+    rows = [HUMANEVAL | {"task_id": f"HumanEval/{n}"} for n in range(3)]
+    path = home / "HumanEval.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    import_task("humaneval", path)
+    return HUMANEVAL["canonical_solution"]
+
+
+@pytest.mark.skipif(sandbox_problem() is not None, reason=f"no sandbox: {sandbox_problem()}")
+def test_programs_that_were_run_are_sealed_like_other_answers(home, monkeypatch):
+    solution = bring_programs(home, monkeypatch)
+    texts = [solution, "    return x\n", solution]
+    monkeypatch.setattr("codex_nb.eval.tasks._write_texts", lambda *args: texts)
+    folder = ask_tasks(home, "coded", "a-0", "humaneval", run_code="sandbox")
+    s, rows = summary(home, "coded", "task-humaneval"), records(home, "coded", "task-humaneval")
+    assert [r["scores"] for r in rows] == [{"pass@1": 1.0}, {"pass@1": 0.0}, {"pass@1": 1.0}]
+    assert [r["prediction"] for r in rows] == texts
+    assert rows[1]["meta"]["verdict"] == "AssertionError: assert candidate(shift(x)) == x"
+    assert math.isclose(s["metrics"]["pass@1"]["value"], 2 / 3)
+    assert s["sandbox"]["seconds"] == 5
+    assert verify_run(folder)["problems"] == []
 
 
 def test_evaluate_judges_the_newest_training_be_it_a_fine_tuning(home):

@@ -10,7 +10,7 @@ import urllib.request
 
 import nbformat
 import pytest
-from helpers import BIN, ROOT, free_port
+from helpers import BIN, ROOT, free_port, write_model, write_tokenizer
 
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -30,16 +30,10 @@ ERROR = ".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.error']"
 class Lab:
     "JupyterLab with one notebook open, and a browser that looks at it."
 
-    def __init__(self, folder, browser, **parameters):
+    def __init__(self, folder, browser, notebook):
         self.home, work = folder / "home", folder / "nbs"
         work.mkdir()
-        notebook = nbformat.read(ROOT / "nbs" / "train.ipynb", 4)
-        cell = next(c for c in notebook.cells if c.source.startswith("preset ="))
-        for name, value in parameters.items():
-            line = re.compile(rf"^{name} = None", re.M)
-            assert line.search(cell.source), name
-            cell.source = line.sub(f"{name} = {value!r}", cell.source)
-        nbformat.write(notebook, work / "train.ipynb")
+        nbformat.write(notebook, work / "notebook.ipynb")
         for name, settings in SETTINGS.items():
             path = folder / "config/lab/user-settings/@jupyterlab" / f"{name}.jupyterlab-settings"
             path.parent.mkdir(parents=True)
@@ -59,7 +53,7 @@ class Lab:
         url = f"http://127.0.0.1:{port}"
         self.until(lambda: answers(f"{url}/api"), pause=lambda: time.sleep(0.5))
         self.page = browser.new_page(viewport={"width": 1300, "height": 1000})
-        self.page.goto(f"{url}/lab/tree/train.ipynb", wait_until="domcontentloaded")
+        self.page.goto(f"{url}/lab/tree/notebook.ipynb", wait_until="domcontentloaded")
         self.page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
         self.page.wait_for_timeout(3000)
 
@@ -104,12 +98,22 @@ def browser():
         browser.close()
 
 
+def training_notebook(**parameters):
+    notebook = nbformat.read(ROOT / "nbs" / "train.ipynb", 4)
+    cell = next(c for c in notebook.cells if c.source.startswith("preset ="))
+    for name, value in parameters.items():
+        line = re.compile(rf"^{name} = None", re.M)
+        assert line.search(cell.source), name
+        cell.source = line.sub(f"{name} = {value!r}", cell.source)
+    return notebook
+
+
 @pytest.fixture
 def lab(tmp_path, browser):
     opened = []
 
-    def start(**parameters):
-        opened.append(Lab(tmp_path, browser, **parameters))
+    def start(notebook=None, **parameters):
+        opened.append(Lab(tmp_path, browser, notebook or training_notebook(**parameters)))
         return opened[0]
 
     yield start
@@ -132,3 +136,55 @@ def test_two_runs_in_one_kernel_show_their_plots(lab):
     assert len(lab.runs()) == 2
     for run in lab.runs():
         assert (run / "figures" / "training.png").stat().st_size > 5000
+
+
+def write_talker(folder):
+    "A model of random weights with a chat template, whose answers end only where they must."
+    special = ["<|end|>", "<|user|>", "<|assistant|>"]
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}<|assistant|>"
+    )
+    texts = ["Who mended the old clock? Ada did, in the evening."]
+    size = write_tokenizer(folder, texts, special, template=template)
+    shape = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, head_dim=32)
+    shape |= dict(intermediate_size=128, max_position_embeddings=256, vocab_size=size)
+    write_model(folder, eos_token_id=0, **shape)
+
+
+def test_a_chat_streams_stops_and_shows_markup_as_text(lab, tmp_path):
+    write_talker(tmp_path / "talker")
+    kernel = {"name": "python3", "display_name": "Python 3"}
+    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": kernel})
+    line = f"from codex_nb import chat_cell\n\nchat_cell({str(tmp_path / 'talker')!r})"
+    notebook.cells = [nbformat.v4.new_code_cell(line)]
+    lab = lab(notebook)
+    lab.choose("Run", "Run All Cells")
+    page = lab.page
+    box = page.locator("textarea[placeholder='Write something']")
+    box.wait_for(timeout=60_000)
+    attack = "<img src=x onerror='window.taken=1'><script>window.taken=1</script>Who are you?"
+
+    def write(text):
+        box.fill(text)
+        page.get_by_role("button", name="Send").click()
+
+    stop = page.get_by_role("button", name="Stop")
+    write(attack)
+    lab.until(lambda: page.get_by_text("model", exact=True).count() == 1)
+    lab.until(stop.is_disabled)
+    assert page.get_by_text("<img src=x onerror='window.taken=1'>").count() == 1
+    assert page.evaluate("window.taken") is None
+    page.get_by_text("Settings", exact=True).last.click()
+    length = page.get_by_label("max tokens")
+    length.fill("100000")
+    length.press("Enter")
+    write("And for ever?")
+    lab.until(stop.is_enabled)
+    answer = page.locator("div:has(> b:text-is('model'))").last
+    lab.until(lambda: len(answer.inner_text()) > 40)  # it streams
+    lab.screenshot("chat-streams")
+    stop.click()
+    lab.until(stop.is_disabled, seconds=20)
+    lab.screenshot("chat")
+    assert page.locator("div:has(> b)", has_text=re.compile("^model")).count() == 2
+    assert page.locator(ERROR).count() == 0

@@ -105,9 +105,10 @@ def test_every_setting_that_would_change_nothing_is_refused():
                 seen += 1
     assert seen > 15
     for name in SET_BY_BASE:
-        config = next(c for c in parts_of(RunConfig).values() if name in c.model_fields)
+        configs = (*parts_of(RunConfig).values(), RunConfig)
+        config = next(c for c in configs if name in c.model_fields)
         value = config.model_fields[name].get_default()
-        value = value if value is not None else {"ffn": 8, "kv_heads": 2}[name]
+        value = value if value is not None else {"ffn": 8, "kv_heads": 2, "depth": 2}[name]
         with pytest.raises(ConfigError, match=f"{name}: given together with base"):
             FinetuneConfig.from_preset(None, **{name: value})
 

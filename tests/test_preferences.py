@@ -1,12 +1,14 @@
 """Preference tuning beside a loop written from the definition, and what it does with odd pairs."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from helpers import train_losses
+from test_resume import signal_at
 
 from codex_nb.core.types import IGNORE
 
@@ -147,6 +149,7 @@ def test_what_is_no_pair_is_refused(record, message, tmp_path, monkeypatch):
 
 
 def test_pairs_that_do_not_fit_are_counted(tmp_path, monkeypatch, small_model):
+    from codex_nb.run.preflight import preflight, preflight_lines
     from codex_nb.run.settings import PreferConfig
     from codex_nb.run.training_inputs import prepare_data
 
@@ -168,3 +171,96 @@ def test_pairs_that_do_not_fit_are_counted(tmp_path, monkeypatch, small_model):
     ids, targets, positions = pairs.gather(np.arange(len(pairs)))
     assert ids.shape == (len(pairs), 96) and (positions[:, 48] == 0).all()
     assert ((targets != IGNORE).reshape(-1, 48).sum(1) > 0).all()
+    assert report["supervised"] == (targets != IGNORE).sum()
+    learned = f"{report['supervised']:,} of {report['tokens']:,} tokens an epoch"
+    end = f"the end of text {2 * len(pairs):,} times"
+    assert f"trained on: {learned}; {end}" in preflight_lines(preflight(cfg, timed=False))
+
+
+def in_parts(base, folder, cuts, between=lambda: None):
+    "Digest of a run, and its losses, that is stopped by SIGTERM at the cuts and resumed."
+    from codex_nb.run.run_record import load_parents
+    from codex_nb.run.settings import PreferConfig
+    from codex_nb.run.trainer import Trainer
+    from codex_nb.run.training_inputs import model_for, prepare_data, start_run
+    from codex_nb.train.interrupts import Interrupted
+
+    lora = dict(adapter="lora", rank=2, alpha=4.0, steps=6, eval_every=3, save_every=3)
+    cfg = PreferConfig.from_preset("smoke", base=str(base), **(SETTINGS | lora))
+    corpus, tokenizer, rows = prepare_data(cfg)
+    for cut in [*cuts, None]:
+        made = dict(corpus=corpus, tokenizer=tokenizer, tokens=rows.store)
+        run = start_run("prefer", cfg, folder, **made)
+        model = model_for(run.cfg, tokenizer)
+        trainer = Trainer(run, corpus, tokenizer, rows, model, (signal_at(cut, model),))
+        if cut is None:
+            trainer.fit()
+            continue
+        with pytest.raises(Interrupted):
+            trainer.fit()
+        run.lock.release()
+        between()
+    return run.finish().digest, train_losses(folder), load_parents(folder)["reference"]
+
+
+def test_a_stopped_run_ends_as_one_that_was_not(small_model, tmp_path, monkeypatch):
+    from codex_nb.core.store import store_folder
+
+    monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
+    straight = in_parts(small_model, tmp_path / "straight", [])
+    stored = store_folder("reference")
+    lost = lambda: shutil.rmtree(stored)  # noqa: E731
+    # The reference is computed again, and is the same
+    assert in_parts(small_model, tmp_path / "parts", [2, 5], lost) == straight
+    assert any(stored.iterdir())
+
+
+def test_pairs_become_conversations_for_a_base_that_chats(tmp_path, monkeypatch, small_model):
+    from codex_nb.data.corpus import CorpusConfig, open_corpus
+    from codex_nb.data.record_formats import write_documents
+    from codex_nb.run import training_inputs
+    from codex_nb.run.settings import PreferConfig
+
+    monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
+    words = "lamp river bread letter rain bridge horse market".split()
+    texts = [{"prompt": f"{a}?", "chosen": b, "rejected": f"{a} {b}"} for a in words for b in words]
+    path, talks = write(tmp_path / "pairs.jsonl", texts), tmp_path / "talks.jsonl"
+    documents = list(open_corpus(CorpusConfig(data=path, record_format="pairs")))
+    assert write_documents(documents, talks, as_conversations=True) == len(texts)
+    notes = {}
+    for data in (path, str(talks)):
+        for chats in (True, False):
+            monkeypatch.setattr(training_inputs, "has_seen_conversations", lambda base: chats)
+            cfg = PreferConfig.from_preset("smoke", base=str(small_model), data=data, **SETTINGS)
+            corpus, tokenizer, rows = training_inputs.prepare_data(cfg)
+            assert len(rows) == corpus.counts["train"]["documents"]
+            notes[data, chats] = training_inputs.template_note(cfg, corpus, tokenizer)
+    assert "--to messages --record-format pairs" in notes.pop((path, True))
+    assert set(notes.values()) == {None}
+
+
+def test_pairs_as_a_task_have_the_log_probabilities_that_the_loss_compares(
+    small_model, tmp_path, monkeypatch
+):
+    from codex_nb.eval.ranked_pairs import pair_question
+    from codex_nb.eval.tasks import ask
+    from codex_nb.model.preference_loss import PreferenceLoss
+    from codex_nb.run.bases import open_base
+    from codex_nb.run.reference import pair_logps, preference_pairs
+    from codex_nb.run.settings import PreferConfig
+    from codex_nb.run.training_inputs import prepare_data
+
+    monkeypatch.setenv("CODEX_NB_HOME", str(tmp_path))
+    cfg = PreferConfig.from_preset("smoke", base=str(small_model), **SETTINGS)
+    corpus, tokenizer, _ = prepare_data(cfg)
+    model = open_base(cfg)
+    held = preference_pairs(cfg, corpus, tokenizer, "validation")
+    logps, tokens = pair_logps(PreferenceLoss(model, cfg.preference), held)
+    documents = list(corpus.split("validation"))
+    questions = [pair_question(documents[i]) for i in held.used]
+    answers = ask(model, tokenizer, questions)
+    assert len(answers) > 5
+    np.testing.assert_allclose([a.nll for a in answers], -logps, atol=1e-4)
+    by_token = logps / tokens
+    for metric, x in {"accuracy": logps, "accuracy_per_token": by_token}.items():
+        assert [a.scores[metric] for a in answers] == (x[:, 0] > x[:, 1]).astype(float).tolist()

@@ -1,8 +1,9 @@
-"""The commands of the README do what it says.
+"""The commands of the README and of the guides do what they say.
 
 Those that execute a notebook are run in `make prove`, the others always.
 """
 
+import json
 import re
 import shlex
 import shutil
@@ -13,7 +14,14 @@ from pathlib import Path
 import pytest
 from helpers import BIN, NBS, PROVE, ROOT, codex, environment, shared_folder
 
-TEXT = (ROOT / "README.md").read_text()
+
+def text_of(notebook):
+    cells = json.loads(notebook.read_text())["cells"]
+    return "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+
+
+GUIDES = sorted((NBS / "guides").glob("*.ipynb"))
+TEXT = "\n\n".join([(ROOT / "README.md").read_text(), *map(text_of, GUIDES)])
 
 
 def commands_of(text):
@@ -33,11 +41,13 @@ ELSEWHERE = {  # what is executed by other tests, and why not here
     "python3 carried/install.py": "tests/test_bundle.py",
     "codex-nb leaderboard": "needs a sweep: tests/test_sweep.py",
     "codex-nb serve": "has no end: tests/test_serve.py",
+    "codex-nb run train -p depth": "takes ten minutes: tests/test_depth.py",
     "codex-nb export RUN --to gguf": "needs tokenizer=bpe-gpt2: tests/test_export_model.py",
 }
 SMALLER = {
     "-p preset tiny": "-p preset smoke -p steps 3",
     "-p steps 500": "-p steps 3",
+    "-p steps 300": "-p steps 3",
     "--trials 20": "--trials 2",
     "-p preset gpt2-124m": "-p preset smoke",
 }

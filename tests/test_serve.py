@@ -12,11 +12,13 @@ from contextlib import contextmanager
 from queue import SimpleQueue
 
 import pytest
+from described import find
 from helpers import codex, counts, free_port, start, wait_until, write_model
 from starlette.testclient import TestClient
 from test_lab import CHROMIUM, FLAGS
 
-from codex_nb.cli.serve import bind
+from codex_nb.cli.serve import _identity, bind
+from codex_nb.core.artifacts import MANIFEST, read_manifest
 from codex_nb.core.repro import set_determinism
 from codex_nb.data.documents import Message
 from codex_nb.data.tokenizer import Tokenizer
@@ -395,3 +397,18 @@ def test_the_page_chats_in_a_browser_and_reaches_nothing_else(endless, monkeypat
             assert page.locator("article").count() == 0
             browser.close()
     assert not wrong and asked and all(url.startswith((address, "data:")) for url in asked)
+
+
+def test_an_answer_of_an_adapter_names_its_base(described_runs, tmp_path):
+    home = described_runs / "plain"
+    base, folder = (
+        sorted((find(home, end) / "checkpoints").iterdir())[-1] for end in ("trained", "tuned")
+    )
+    alone = shutil.copytree(folder, tmp_path / "alone")
+    (alone / MANIFEST).unlink()  # as from elsewhere: the base is the one that it names
+    for adapter in (folder, alone):
+        served = ServedModel(context=8, **_identity("a", adapter, Tokenizer(adapter, "")))
+        assert served.origin()["base_digest"] == read_manifest(base).digest
+        assert served.digest != served.base_digest
+    served = ServedModel(context=8, **_identity("a", base, Tokenizer(base, "")))
+    assert "base_digest" not in served.origin()

@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 from fake_gpu import FakeGPU
+from helpers import PROVE
 from strict_cuda import RAISING, StrictCuda
 
 SMALL = dict(
@@ -93,6 +94,17 @@ def test_training_and_judging_do_nothing_that_a_gpu_refuses(kind, strict, tmp_pa
     train_and_judge(cfg, tmp_path / "run")
     assert strict.mode.steps == 2 and strict.mode.operators > 1000
     assert strict.gpu.copies and strict.gpu.waits
+
+
+@pytest.mark.skipif(not PROVE, reason="a teacher reads all rows, which takes minutes; make prove")
+@pytest.mark.parametrize("k", [0, 8])
+def test_distillation_does_nothing_that_a_gpu_refuses(k, small_model, strict, tmp_path):
+    from codex_nb.run.judging import train_and_judge
+    from codex_nb.run.settings import DistillConfig
+
+    given = SMALL | dict(teacher=str(small_model), teacher_top_k=k)
+    train_and_judge(DistillConfig.from_preset("smoke", **given), tmp_path / "run", judged=False)
+    assert strict.mode.steps == 2
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])

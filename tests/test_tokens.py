@@ -29,7 +29,7 @@ from codex_nb.data.tokens import PackedDataset, best_fit, build_tokens
 from codex_nb.eval.statistics import bootstrap_ratio
 from codex_nb.model.causal_lm import ModelConfig, build_model, logits_of
 
-KINDS = ["bpe", "sp-unigram", "sp-bpe", "bytes", "chars"]
+KINDS = ["bpe", "bpe-gpt2", "sp-unigram", "sp-bpe", "bytes", "chars"]
 
 
 @pytest.fixture(scope="module")

@@ -93,7 +93,8 @@ def data_check(
     plot: PlotOption = None,
     policy: PolicyOption = None,
     notebook: Annotated[
-        str, typer.Option("--notebook", help="The run to try the data for: train or finetune.")
+        str,
+        typer.Option("--notebook", help="The run to try the data for: train, finetune or prefer."),
     ] = "train",
     setting: SettingsArgument = None,
     parameter: ParameterOption = [],
@@ -138,11 +139,19 @@ def data_check(
 
 def _rows_maker(cfg: "RunConfig") -> "Callable[[Corpus], None]":
     "What a run does with its corpus before it starts."
+    from codex_nb.run.settings import DistillConfig
+
     if cfg.has_base:  # found in your workspace; the corpus is tried in another
         from codex_nb.run.bases import find_base
 
         base = str(find_base(cfg.model.base).absolute())
         cfg = cfg.updated(model=cfg.model.model_copy(update={"base": base}))
+    if isinstance(cfg, DistillConfig):
+        from codex_nb.run.bases import find_base
+
+        teacher = find_base(cfg.distillation.teacher, role="teacher").absolute()
+        named = cfg.distillation.model_copy(update={"teacher": str(teacher)})
+        cfg = cfg.updated(distillation=named)
 
     def prepare(corpus: "Corpus") -> None:
         from codex_nb.run.training_inputs import check_evaluation, prepare_data

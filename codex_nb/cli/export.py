@@ -107,17 +107,14 @@ def _export_model(
     base: str | None,
     force: bool,
 ) -> None:
-    from codex_nb.run.run_folder import LAST, latest_finished_run
     from codex_nb.run.run_record import readable, require_plain
-    from codex_nb.run.settings import TRAINING_KINDS
     from codex_nb.run.sources import run_or_model
 
     if kind is not None and kind not in TYPES[form]:
         raise typer.BadParameter(f"--type: {kind!r}; for {form} one of {', '.join(TYPES[form])}")
     if form == "gguf" and merge is False:
         raise typer.BadParameter("--adapter: a GGUF file holds a whole model; leave it out")
-    newest = latest_finished_run(TRAINING_KINDS) if run == LAST else None
-    found, is_run = (newest, True) if newest else run_or_model(run)
+    found, is_run = run_or_model(run)
     target = _target(found.absolute(), form, kind or TYPES["gguf"][0], out, force)
     if form == "gguf":
         from importlib.util import find_spec
@@ -129,7 +126,7 @@ def _export_model(
     with readable(found):
         if is_run:
             require_plain(found)
-        source = find_source(run)
+        source = find_source(str(found))  # once: another run may be the last a moment later
         if form == "hf":
             off = export_hub(source, target, kind, merge is not False, base, force)
         else:

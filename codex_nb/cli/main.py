@@ -42,7 +42,6 @@ from codex_nb.cli.common import (
     read_parameters,
 )
 from codex_nb.cli.data import (
-    data_app,
     models_app,
     plugins_app,
     store_app,
@@ -65,6 +64,7 @@ from .tasks import tasks_app
 if TYPE_CHECKING:
     from codex_nb.experiments.launch import Outcome
     from codex_nb.experiments.replay import Level
+from .data_build import data_app
 
 # %% ../../nbs/cli/93_main.ipynb #029297f8
 app = typer.Typer(

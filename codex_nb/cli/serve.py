@@ -213,15 +213,13 @@ def _identity(name: str, folder: Path, tokenizer: "Tokenizer") -> dict:  # For `
 
 def _base_digest(folder: Path) -> str | None:  # None for a model that is no adapter
     from codex_nb.core.artifacts import MANIFEST, read_manifest
-    from codex_nb.core.untrusted import read_json_object
-    from codex_nb.model.model_registry import find_model, model_digest
+    from codex_nb.model.model_registry import adapter_chain, model_digest
 
     if not (folder / "adapter_config.json").is_file():
         return None
     if (folder / MANIFEST).is_file() and (found := read_manifest(folder).parents.get("base")):
         return found  # the one that was opened: both were compared
-    named = read_json_object(folder / "adapter_config.json").get("base_model_name_or_path")
-    return model_digest(find_model(str(named)))
+    return model_digest(adapter_chain(folder)[1])
 
 
 def _announce(address: str, served: "ServedModel", token: str | None) -> None:

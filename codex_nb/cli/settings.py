@@ -134,7 +134,10 @@ def presets(notebook: KindOption = None, as_json: JsonOption = False) -> None:
         widths = {name: max(len(r[name]) for r in [header, *table]) for name in header}
         for cells in [header, *table]:
             print("  " + "  ".join(f"{v:{widths[n]}}" for n, v in cells.items()).rstrip())
-    print("\nTake one with preset=NAME: codex-nb run train preset=tiny lr=1e-3")
+    print(
+        "\nTake one with preset=NAME: codex-nb run train preset=tiny lr=1e-3\n"
+        "Or give the size of a new model in one number: codex-nb run train depth=4"
+    )
 
 
 def _cell(value: Any) -> str:
@@ -178,7 +181,7 @@ class HelpWithSettings(TyperCommand):
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         "Write the settings below the options."
-        kinds = ("train", "finetune", "prefer", "evaluate", "compare", "sweep")
+        kinds = ("train", "finetune", "prefer", "distill", "evaluate", "compare", "sweep")
         words = ctx.meta.get("codex_nb.words", [])
         kind = next((word for word in words if word in kinds), None)
         if kind is None:

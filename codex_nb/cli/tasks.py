@@ -24,7 +24,8 @@ def tasks_import(
         str,
         typer.Argument(
             help="arc_easy, arc_challenge, hellaswag, piqa, winogrande, mmlu, gsm8k, "
-            "lambada_openai, lambada_standard, boolq, ifeval, or core for a bundle of CORE."
+            "lambada_openai, lambada_standard, boolq, ifeval, humaneval, mbpp, preferences for "
+            "pairs of answers, or core for a bundle of CORE."
         ),
     ],
     path: Annotated[

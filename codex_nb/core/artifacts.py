@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'MANIFEST', 'ArtifactError', 'DiskError', 'disk_error', 'sha256_file', 'sync',
            'write_file', 'json_text', 'Manifest', 'content_digest', 'code_files', 'code_digest',
-           'git_head', 'producer', 'seal', 'artifact_files', 'read_manifest', 'problems',
-           'Artifact', 'open_artifact', 'Draft', 'write_folder', 'publish', 'clear_leftovers',
-           'temporary_folder']
+           'git_head', 'producer', 'seal', 'artifact_files', 'read_manifest', 'file_stamp',
+           'problems', 'Artifact', 'open_artifact', 'Draft', 'write_folder', 'publish',
+           'clear_leftovers', 'temporary_folder']
 
 # %% ../../nbs/core/02_artifacts.ipynb #2dc72037
 import ctypes
@@ -19,7 +19,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -344,8 +344,18 @@ def _check_types(m: Manifest) -> Manifest:
     return m
 
 # %% ../../nbs/core/02_artifacts.ipynb #c97305fc
+def file_stamp(
+    path: Path | str,  # A file
+) -> list[int]:  # Size, times of the last change of content and of inode in ns, inode
+    "What differs once a file was changed: its times can be set back, but not that of its inode."
+    status = os.stat(path)
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
 def problems(
     folder: Path | str,  # An artifact's folder
+    # Relative path -> stamp and SHA-256 of files that were read before, and not changed since
+    verified: Mapping[str, list[Any]] | None = None,
 ) -> list[str]:  # One line per problem; empty for an intact artifact
     "Compare every file with the manifest."
     folder = Path(folder)
@@ -363,12 +373,12 @@ def problems(
         path = present.get(name)
         if path is None:
             out.append(f"{folder / name}: missing")
-        elif problem := _file_problem(path, record):
+        elif problem := _file_problem(path, record, (verified or {}).get(name)):
             out.append(f"{path}: {problem}")
     return out
 
 
-def _file_problem(path: Path, record: dict[str, Any]) -> str:
+def _file_problem(path: Path, record: dict[str, Any], verified: list[Any] | None) -> str:
     if path.is_symlink():
         return "a link, must be a file"
     if not path.is_file():  # reading a pipe or a device may never end
@@ -376,6 +386,8 @@ def _file_problem(path: Path, record: dict[str, Any]) -> str:
     try:
         if (size := path.stat().st_size) != record["size"]:
             return f"{size} bytes, the manifest says {record['size']}"
+        if verified == [*file_stamp(path), record["sha256"]]:
+            return ""
         if sha256_file(path) != record["sha256"]:
             return "the content has changed (SHA-256 differs from the manifest's)"
     except OSError as e:
@@ -401,9 +413,10 @@ class Artifact:
 def open_artifact(
     folder: Path | str,  # The folder
     kind: str | None = None,  # Refuse any other kind
+    verified: Mapping[str, list[Any]] | None = None,  # As for `problems`
 ) -> Artifact:  # Verified
     "Verify and open an artifact; raises `ArtifactError` with everything that is wrong."
-    found = problems(folder)
+    found = problems(folder, verified)
     if found:
         raise ArtifactError("; ".join(found))
     manifest = read_manifest(folder)
@@ -422,6 +435,8 @@ class Draft:
     meta: dict[str, Any] = field(default_factory=dict)
     # Relative path -> `{"sha256", "size"}` of files that were synced and hashed while writing
     hashed: dict[str, dict[str, Any]] = field(default_factory=dict)
+    # Role -> digest of what it turned out to be made from, beside the parents known before
+    parents: dict[str, str] = field(default_factory=dict)
     _artifact: Artifact | None = None
 
     @property
@@ -457,7 +472,8 @@ def publish(
     with write_folder(target, replace) as tmp:
         draft = Draft(tmp)
         yield draft
-        manifest = seal(tmp, kind, config, parents, draft.meta, hashed=draft.hashed)
+        made_from = (parents or {}) | draft.parents
+        manifest = seal(tmp, kind, config, made_from, draft.meta, hashed=draft.hashed)
     draft._artifact = Artifact(Path(target).absolute(), manifest)
 
 # %% ../../nbs/core/02_artifacts.ipynb #4300e135

@@ -109,7 +109,7 @@ NOT_IN_DIGEST: dict[str, Any] = {"outside_digest": True}
 
 
 def not_in_digest_at(
-    *values: str,  # Values at which results are those of versions without the setting
+    *values: str | None,  # Values at which results are those of versions without the setting
 ) -> dict[str, Any]:  # For `Field(..., json_schema_extra=...)`
     "Mark a setting that belongs to the digest unless it has one of these values."
     return {"outside_digest_at": list(values)}
@@ -557,6 +557,7 @@ ENVIRONMENT = {
     "CODEX_NB_HOME": "the workspace: the folder that holds runs/ and store/",
     "CODEX_NB_RUN": "the run folder a launcher has chosen for the notebook it executes",
     "CODEX_NB_MODELS": "a folder of models, searched before models/ in the working directory",
+    "CODEX_NB_CHECK": "full: hash every file of the store when it is opened, changed or not",
     "CODEX_NB_ALLOW": "differences that resume --allow accepts, separated by commas",
     "CODEX_NB_PREFER": "the package to use where two offer a plug-in of one name, as "
     "KIND:NAME=PACKAGE, separated by commas",

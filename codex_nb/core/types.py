@@ -28,12 +28,16 @@ class Batch(NamedTuple):
     cu_seqlens: "torch.Tensor | None" = None
     # float64, shape (B, 2), of preference pairs: what the reference gives both answers, in nats
     reference_B2: "torch.Tensor | None" = None
+    # fp32 and int64, shape (B, T, k): a teacher's most likely ids, and their log-probabilities
+    teacher_logps_BTk: "torch.Tensor | None" = None
+    teacher_ids_BTk: "torch.Tensor | None" = None
 
     @property
     def loss_inputs(self) -> "tuple[torch.Tensor | None, ...]":
         "What a loss takes, in the order in which it takes it."
         inputs = (self.ids_BT, self.targets_BT, self.positions_BT, self.cu_seqlens)
-        return inputs if self.reference_B2 is None else (*inputs, self.reference_B2)
+        beside = (self.reference_B2, self.teacher_logps_BTk, self.teacher_ids_BTk)
+        return (*inputs, *(x for x in beside if x is not None))
 
     def to(
         self,

@@ -95,7 +95,11 @@ def to_batch(
     arrays = [ids_BT, targets_BT, positions_BT, index, cu_seqlens]
     if (reference := getattr(rows, "reference", None)) is not None:
         arrays.append(reference[index])
-    return Batch(*map(torch.from_numpy, arrays))
+    batch = Batch(*map(torch.from_numpy, arrays))
+    if (teacher := getattr(rows, "teacher", None)) is None:
+        return batch
+    logps_BTk, ids_BTk = map(torch.from_numpy, teacher(index, targets_BT))
+    return batch._replace(teacher_logps_BTk=logps_BTk, teacher_ids_BTk=ids_BTk)
 
 # %% ../../nbs/data/18_batches.ipynb #beddc805
 class BatchSampler:

@@ -18,12 +18,15 @@ from ..core.artifacts import ArtifactError
 from ..core.policy import PERSONAL, Policy, load_policy
 from ..core.progress import track
 from ..core.safety import RULES, find, merge_findings, redact
-from ..core.store import TemporaryWorkspace, workspace
+from ..core.store import TemporaryWorkspace, store_folder, stored_folders, workspace
 from codex_nb.data.corpus import (
+    SHARD_KIND,
     SPLITS,
     Corpus,
     CorpusConfig,
     continues_document,
+    corpus_names,
+    named_digests,
     open_corpus,
     read_source,
     split_of,
@@ -149,6 +152,17 @@ class _DuplicateCounts:
         }
 
 # %% ../../nbs/data/19_data_report.ipynb #2522b031
+def _built_corpora() -> list[Path]:
+    "What the store has of corpora that were built under a name."
+    folders = stored_folders("corpus") if corpus_names() else {}
+    built = [folders[digest] for digest in named_digests().values() if digest in folders]
+    if not built:
+        return []
+    # Where the files lie of which a corpus keeps no copy is remembered in a file.
+    shared = map(store_folder, ("corpus_name", SHARD_KIND, ".file-digests"))
+    return [path for path in [*built, *shared] if path.exists()]
+
+
 def _try_corpus(
     cfg: CorpusConfig, prepare: Callable[[Corpus], object] | None
 ) -> tuple[dict[str, dict[str, int]] | None, list[str], str | None]:
@@ -156,7 +170,12 @@ def _try_corpus(
     home = workspace()
     splits: dict[str, dict[str, int]] | None = None
     notes: list[str] = []
+    built = _built_corpora()
     with TemporaryWorkspace() as scratch:
+        for path in built:  # found here too, without a copy
+            link = scratch.path / path.relative_to(home)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path)
         try:
             corpus = open_corpus(cfg)
             splits, notes = corpus.counts, corpus.notes

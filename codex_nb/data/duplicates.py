@@ -30,21 +30,25 @@ class ExactDuplicates:
 
     def add(
         self,
-        digest: bytes,  # 32 bytes, the SHA-256 of the next document
+        digest: bytes,  # 32 bytes, the SHA-256 of the next document; or those of several
     ) -> None:
         "Record the hash of a document."
         self._file.write(digest)
 
     def find(self) -> np.ndarray:  # int64, shape (copies, 2): number of a copy, and of the first
         "Documents that repeat an earlier one, in ascending order; call it once, at the end."
+        pairs = np.concatenate([np.empty((0, 2), np.int64), *self.find_in_buckets()])
+        return pairs[np.argsort(pairs[:, 0])]
+
+    def find_in_buckets(self) -> Iterator[np.ndarray]:  # Each int64, shape (copies, 2)
+        "The same a bucket at a time, so that memory holds no more than one."
         self._file.close()
         if not self.path.stat().st_size:
-            return np.empty((0, 2), np.int64)
+            return
         words = np.memmap(self.path, dtype=">u8", mode="r").reshape(-1, 4)
         numbers, ends = self._sort_by_bucket(words, -(-len(words) // self.bucket_size))
-        parts = [_find_copies(words, index) for index in np.split(numbers, ends[:-1])]
-        pairs = np.concatenate(parts)
-        return pairs[np.argsort(pairs[:, 0])]
+        for index in np.split(numbers, ends[:-1]):
+            yield _find_copies(words, index)
 
     def _sort_by_bucket(self, words: np.ndarray, buckets: int) -> tuple[np.ndarray, np.ndarray]:
         "All numbers, bucket by bucket, and where each bucket ends; the first word decides."

@@ -69,20 +69,25 @@ class PreferenceDataset(PackedDataset):
 
     def report(self) -> dict:  # Counts; `utilisation` is the share of places that hold a token
         "Count what the rows hold, and what they leave out."
-        sizes = np.diff(self.store.offsets).reshape(-1, 2)[self.used]
-        left_out = self.store.documents // 2 - self.n
+        s = self.store
+        sizes, ends = np.diff(s.offsets).reshape(-1, 2)[self.used], s.ends.reshape(-1, 2)[self.used]
+        learned, ends = sizes, ends[ends >= 0]
+        if s.mask is not None:
+            before = np.concatenate([[0], s.mask[:].cumsum(dtype=np.int64)])[s.offsets + 1]
+            learned, ends = np.diff(before).reshape(-1, 2)[self.used], ends[s.mask[ends] > 0]
         return {
             "packing": self.packing,
             "isolate_documents": True,
             "rows": self.n,
             "seq_len": self.seq_len,
-            "documents": self.store.documents,
+            "documents": s.documents,
             "tokens": int(sizes.sum()),
             "utilisation": round(float(sizes.mean()) / self.answer_len, 4),
             "tokens_left_out": self.tail,
-            "pairs_left_out": left_out,
+            "pairs_left_out": s.documents // 2 - self.n,
             "documents_divided": 0,
-            "supervised": self.store.supervised,
+            "supervised": int(learned.sum()),
+            "end_of_text_learned": len(ends),
         }
 
 # %% ../../nbs/data/18_pairs.ipynb #a7186160

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_EXPANSION', 'DAMAGE', 'TEXT_SUFFIXES', 'Rejects', 'open_bytes', 'kind_of',
-           'read_jsonl', 'read_text', 'import_pyarrow', 'read_file', 'read_path']
+           'FileRange', 'read_jsonl', 'read_text', 'import_pyarrow', 'read_file', 'divide_file',
+           'read_path', 'is_saved_dataset', 'find_files', 'is_entered', 'reason_to_skip']
 
 # %% ../../nbs/data/11_readers.ipynb #fe4a1dff
 import codecs
@@ -21,8 +22,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
-from pathlib import Path
-from typing import Any, BinaryIO
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Any, BinaryIO, NamedTuple
 
 import msgspec
 import numpy as np
@@ -318,11 +319,55 @@ def _parse_or_reject(line: bytes, n: int, source: _Source) -> Document | None:
         return None
 
 
+class FileRange(NamedTuple):
+    "A part of a file that can be read by itself."
+
+    begin: int  # Of JSON lines its first byte, of Parquet its first row group
+    end: int  # The first one after it
+    first: int  # Records before it
+
+
+class _Window(io.RawIOBase):
+    "The bytes of a file from one place to another."
+
+    def __init__(self, f: BinaryIO, begin: int, end: int):
+        self.f, self.left = f, end - begin
+        f.seek(begin)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.f.read(min(len(buffer), self.left))
+        self.left -= len(data)
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self.f.close()
+        super().close()
+
+
+def _open_range(path: Path, part: FileRange | None) -> io.BufferedReader:
+    if part is None:
+        return open_bytes(path)
+    begin = part.begin
+    if begin == 0:  # the beginning is checked, and a byte order mark is left out
+        with open_bytes(path) as whole:
+            begin = whole.tell()
+    return io.BufferedReader(_Window(open(path, "rb"), begin, part.end), 1 << 20)
+
+
 def _read_jsonl(
-    path: Path, rejects: Rejects, name: str, records: RecordReader
+    path: Path,
+    rejects: Rejects,
+    name: str,
+    records: RecordReader,
+    part: FileRange | None = None,
 ) -> Iterator[Document]:
     blank: list[int] = []  # Empty lines, which only the end of a file may have
-    with _reading(path, rejects, name, records) as source, open_bytes(path) as f:
+    with _reading(path, rejects, name, records) as source, _open_range(path, part) as f:
+        source.line = part.first if part else 0
         for chunk, is_single in _chunks(f, source):
             first = source.line + 1
             at_once = not is_single and "text" in records.formats
@@ -513,13 +558,19 @@ def _damaged_table(what: str, error: Exception) -> Exception:
 
 
 def _read_parquet(
-    path: Path, rejects: Rejects, name: str, records: RecordReader
+    path: Path,
+    rejects: Rejects,
+    name: str,
+    records: RecordReader,
+    part: FileRange | None = None,
 ) -> Iterator[Document]:
     with _reading(path, rejects, name, records) as source:
         pa = import_pyarrow()
+        source.line = part.first if part else 0
+        groups = list(range(part.begin, part.end)) if part else None
         try:
             with pa.parquet.ParquetFile(path) as f:
-                rows = _arrow_rows(f.iter_batches(batch_size=256), source)
+                rows = _arrow_rows(f.iter_batches(batch_size=256, row_groups=groups), source)
                 yield from _read_rows(rows, f.schema_arrow.names, source)
         except Exception as e:  # Arrow has many, for values that Python cannot hold too
             raise _damaged_table("a complete Parquet file", e) from None
@@ -659,13 +710,66 @@ def read_file(
     name: str | None = None,  # What ids call the file; default: its name
     rejects: Rejects | None = None,  # Default: stop at the first bad line
     records: RecordReader | None = None,  # Which formats are read; default: all
+    part: FileRange | None = None,  # Of `divide_file`; default: all of it
 ) -> Iterator[Document]:  # In the order of the file
     "Stream the documents of a file by its suffix; `ReadError` has file, line and reason."
     path, records = Path(path), records or RecordReader()
     if path.exists() and not path.is_file():  # to open a pipe would wait for ever
         raise ReadError(f"{path}: not a regular file; give a file or a folder")
+    rejects, name = rejects or Rejects(), name or _printable(path.name)
+    if part is not None:
+        return _PARTIAL_READERS[kind_of(path)](path, rejects, name, records, part)
     read = _READERS.get(kind_of(path)) or _reader_of_text(path)
-    return read(path, rejects or Rejects(), name or _printable(path.name), records)
+    return read(path, rejects, name, records)
+
+
+_PARTIAL_READERS = {".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".parquet": _read_parquet}
+
+
+def divide_file(
+    path: Path | str,  # A file
+    size: int = 256 << 20,  # Bytes of a part, about
+) -> list[FileRange]:  # In order; empty for a file that is read as a whole
+    "Parts of a large file that can be read apart, by line of JSON or row group of Parquet."
+    path = Path(path)
+    if path.suffix.lower() not in _PARTIAL_READERS or path.stat().st_size < 2 * size:
+        return []
+    divide = _divide_parquet if kind_of(path) == ".parquet" else _divide_lines
+    parts = divide(path, size)
+    return parts if len(parts) > 1 else []
+
+
+def _divide_lines(path: Path, size: int) -> list[FileRange]:
+    parts, lines, total = [], 0, path.stat().st_size
+    with open(path, "rb") as f:
+        begin = first = done = 0
+        while data := f.read(_CHUNK_BYTES):
+            while cut := data.find(b"\n{", max(0, begin + size - done)) + 1:
+                if total - done - cut < size:
+                    break
+                parts.append(FileRange(begin, done + cut, first))
+                begin, first = done + cut, lines + data.count(b"\n", 0, cut)
+            lines += data.count(b"\n")
+            done += len(data)
+    return [*parts, FileRange(begin, total, first)]
+
+
+def _divide_parquet(path: Path, size: int) -> list[FileRange]:
+    pa = import_pyarrow()
+    parts = []
+    try:
+        with pa.parquet.ParquetFile(path) as f:
+            groups = [f.metadata.row_group(i) for i in range(f.metadata.num_row_groups)]
+            begin = first = rows = held = 0
+            for i, group in enumerate(groups):
+                if held and held + group.total_byte_size > size:
+                    parts.append(FileRange(begin, i, first))
+                    begin, first, held = i, rows, 0
+                rows += group.num_rows
+                held += group.total_byte_size
+    except Exception as e:
+        raise _damaged_table("a complete Parquet file", e) from None
+    return [*parts, FileRange(begin, len(groups), first)]
 
 # %% ../../nbs/data/11_readers.ipynb #b46def81
 TEXT_SUFFIXES = frozenset(
@@ -691,28 +795,43 @@ def read_path(
     rejects = rejects or Rejects()
     if not path.exists():
         raise ReadError(f"{path}: there is no such file or folder")
-    if not path.is_dir():
-        yield from read_file(path, rejects=rejects, records=records)
-        return
-    if _is_saved_dataset(path):
+    if is_saved_dataset(path):
         yield from _read_saved_dataset(path, rejects, records)
         return
+    for name, file in find_files(path, skipped, include, exclude):
+        yield from read_file(file, name, rejects, records)
+
+# %% ../../nbs/data/11_readers.ipynb #6c9977b7
+def is_saved_dataset(
+    folder: Path,  # A folder
+) -> bool:
+    "Whether `datasets` saved this folder."
+    is_one_split = (folder / "state.json").exists() and (folder / "dataset_info.json").exists()
+    return is_one_split or (folder / "dataset_dict.json").exists()
+
+
+def find_files(
+    path: Path | str,  # A file or a folder
+    skipped: Counter[str] | None = None,  # Gets the number of skipped files by reason
+    include: tuple[str, ...] = (),  # .gitignore patterns; only matching paths are found
+    exclude: tuple[str, ...] = (),  # .gitignore patterns of paths to leave out
+) -> Iterator[tuple[str, Path]]:  # What ids call each file, and the file; in the order of paths
+    "The files of a folder that are read; `ReadError` when there is none."
+    path, skipped = Path(path), Counter() if skipped is None else skipped
+    if not path.exists():
+        raise ReadError(f"{path}: there is no such file or folder")
+    if not path.is_dir():
+        yield _printable(path.name), path
+        return
     included = GitIgnoreSpec.from_lines(include) if include else None
-    excluded = GitIgnoreSpec.from_lines(exclude)
     found = False
-    for rel in _walk_folder(path, skipped, included, excluded):
+    for rel in _walk_folder(path, skipped, included, GitIgnoreSpec.from_lines(exclude)):
         found = True
-        yield from read_file(path / rel, _printable(rel), rejects, records)
+        yield _printable(rel), path / rel
     if not found:
         counts = ", ".join(f"{k}: {v}" for k, v in sorted(skipped.items()))
         why = f" (skipped: {counts})" if counts else ": it is empty"
         raise ReadError(f"{path}: no text in this folder{why}")
-
-# %% ../../nbs/data/11_readers.ipynb #6c9977b7
-def _is_saved_dataset(folder: Path) -> bool:
-    "Whether `datasets` saved this folder."
-    is_one_split = (folder / "state.json").exists() and (folder / "dataset_info.json").exists()
-    return is_one_split or (folder / "dataset_dict.json").exists()
 
 
 def _walk_folder(
@@ -727,7 +846,7 @@ def _walk_folder(
         here = Path(root).relative_to(folder)
         skipped["links"] += sum((Path(root) / d).is_symlink() for d in dirs)
         # Assigning to the slice tells os.walk which folders to enter, and in which order.
-        dirs[:] = sorted(d for d in dirs if _is_entered(here / d, exclude))
+        dirs[:] = sorted(d for d in dirs if is_entered(here / d, exclude))
         for name in sorted(names):
             rel = (here / name).as_posix()
             if reason := _reason_to_skip(Path(root) / name, rel, include, exclude):
@@ -738,8 +857,11 @@ def _walk_folder(
         del skipped[reason]
 
 
-def _is_entered(folder: Path, exclude: GitIgnoreSpec) -> bool:
-    "Whether the files of a folder, named by its relative path, are read."
+def is_entered(
+    folder: PurePath,  # Relative to the folder that is read
+    exclude: GitIgnoreSpec,  # Files in matching folders are not read
+) -> bool:
+    "Whether the files of a folder are read."
     if folder.name.startswith(".") or folder.name in ("__pycache__", "node_modules"):
         return False
     return not exclude.match_file(f"{folder.as_posix()}/")
@@ -749,17 +871,28 @@ def _reason_to_skip(
     path: Path, rel: str, include: GitIgnoreSpec | None, exclude: GitIgnoreSpec
 ) -> str | None:
     "Why a file of a folder is not read; None when it is."
-    kind = kind_of(path.name)
-    if path.name.startswith("."):
-        return "hidden"
-    if path.is_symlink():
+    if path.is_symlink() and not path.name.startswith("."):
         return "links"
-    if exclude.match_file(rel):
-        return "excluded"
-    if include and not include.match_file(rel):
-        return "not included"
-    if not include and kind not in TEXT_SUFFIXES and kind not in _READERS:
-        return kind or "no suffix"
+    if reason := reason_to_skip(rel, include, exclude):
+        return reason
     if not path.is_file():
         return "not a file"
     return None if path.stat().st_size else "empty"
+
+
+def reason_to_skip(
+    name: str,  # Of a file, relative to the folder
+    include: GitIgnoreSpec | None,  # Only matching paths are read
+    exclude: GitIgnoreSpec,  # Matching paths are not
+) -> str | None:
+    "Why a file is not read for its name; None when it is."
+    if PurePosixPath(name).name.startswith("."):
+        return "hidden"
+    if exclude.match_file(name):
+        return "excluded"
+    kind = kind_of(name)
+    if include and not include.match_file(name):
+        return "not included"
+    if not include and kind not in TEXT_SUFFIXES and kind not in _READERS:
+        return kind or "no suffix"
+    return None

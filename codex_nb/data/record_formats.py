@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import msgspec
+from msgspec import UNSET
 
 from ..core.artifacts import disk_error
 from .documents import BadLine, Document, Message, ReadError, document_of
@@ -548,7 +549,10 @@ class RecordReader:
                 )
         if self.left_out:
             fields = ", ".join(f"{k} ({n:,})" for k, n in sorted(self.left_out.items()))
-            lines.append(f"left out of them, and not learned from: {fields}")
+            line = f"left out of them, and not learned from: {fields}"
+            if self.left_out["rejected"]:
+                line += "; codex-nb run prefer learns from both answers"
+            lines.append(line)
         return lines
 
 
@@ -574,7 +578,8 @@ def as_conversation(
     if not doc.completion:
         raise BadLine("is a plain text, in which nobody speaks; only answers become messages")
     messages = (Message("user", doc.prompt or ""), Message("assistant", doc.completion))
-    return Document(doc.id, group=doc.group, meta=doc.meta, messages=messages)
+    rejected = Message("assistant", doc.rejected) if isinstance(doc.rejected, str) else UNSET
+    return Document(doc.id, group=doc.group, meta=doc.meta, messages=messages, rejected=rejected)
 
 # %% ../../nbs/data/10_record_formats.ipynb #c5060204
 def write_documents(

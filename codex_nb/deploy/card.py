@@ -25,6 +25,7 @@ from ..core.store import find_stored
 from ..data.corpus import SPLITS, Corpus
 from ..eval.evaluate import summary_lines
 from ..experiments.verify import verify_run
+from ..model.model_registry import adapter_chain
 from ..run.run_folder import find_in_runs, run_parts
 from ..run.run_record import RunError, RunRecord, readable
 from ..run.settings import TRAINING_KINDS, RunConfig
@@ -192,6 +193,7 @@ def _model_rows(checkpoint: Path, cfg: RunConfig, base: Path | None) -> list[tup
         ]
     if shaped is None:
         return [*rows, ("architecture", "that of the base, which is not here")]
+    shaped = adapter_chain(shaped)[-1]
     rows.append(("parameters", f"{count_parameters(shaped):,}"))
     if (shaped / "config.json").is_file():
         rows += _shape_rows(json.loads((shaped / "config.json").read_bytes()))
@@ -506,10 +508,15 @@ def _card_text(
     origin = (
         f" It started from {markdown_text(base_name)}, {markdown_text(digest)}." if digest else ""
     )
+    if teacher := record.parents.get("teacher"):
+        found = find_in_runs(teacher)
+        taught_by = f"the run {found.parts[-3]}" if found else "a model"
+        origin += f" It learned from {markdown_text(taught_by)}, {markdown_text(teacher)}."
     merge = " merged into" if merged else " of"
     method = f" an adapter ({cfg.adapter.adapter}){merge}" if adapter else ""
     tokenizer = record.parents.get("tokenizer", "not recorded")
-    kind = "that of the base" if cfg.has_base else cfg.tokenizer.tokenizer
+    brought = next(iter(cfg.set_by_models()), None)
+    kind = f"that of the {brought}" if brought else cfg.tokenizer.tokenizer
     model = [
         *_model_rows(checkpoint, cfg, base),
         ("tokenizer", f"{kind}, digest {tokenizer}"),

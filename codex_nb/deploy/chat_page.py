@@ -52,6 +52,11 @@ async function checked(response) {
   throw new Error(message);
 }
 
+function reason(error) {  // a browser says no more than "Failed to fetch"
+  if (!(error instanceof TypeError)) return error.message;
+  return "The server does not answer. Start it again with codex-nb serve, then send this again.";
+}
+
 async function open() {
   const response = await checked(await fetch("/v1/models", {headers: headers()}));
   served = (await response.json()).data[0];
@@ -137,7 +142,7 @@ async function send(event) {
     $("text").value = "";
     await answer();
   } catch (e) {
-    if (e.name !== "AbortError") $("problem").textContent = e.message;
+    if (e.name !== "AbortError") $("problem").textContent = reason(e);
     if (talk.length && talk[talk.length - 1].role === "user") {  // not answered: to be mended
       talk.pop();
       $("talk").lastElementChild.remove();
@@ -163,7 +168,7 @@ $("text").addEventListener("keydown", e => {
 });
 $("token").value = sessionStorage.getItem("token") || "";
 $("token").addEventListener("change", () => { served = null });
-open().catch(e => { $("problem").textContent = e.message });
+open().catch(e => { $("problem").textContent = reason(e) });
 """
 
 _BODY = """

@@ -24,6 +24,7 @@ from pathlib import Path
 from ..core.config import env_setting
 from ..core.device import has_gpu, list_gpus
 from ..core.repro import lock_file, packages, read_lock
+from ..core.sandbox import sandbox_problem
 from ..core.store import Lock, is_locked, workspace
 
 # %% ../../nbs/deploy/80_doctor.ipynb #707ef3bd
@@ -59,6 +60,8 @@ EXTRAS = {
     "optuna": ("sweep", "searches"),
     "pynvml": ("gpu", "readings of NVIDIA GPUs"),
     "gguf": ("gguf", "GGUF files for llama.cpp"),
+    "s3fs": ("remote", "data in object storage (S3)"),
+    "distributed": ("dask", "corpora built on a cluster"),
     "jupyterlab": ("lab", "notebooks in the browser"),
     "starlette": ("serve", "a server with OpenAI's routes"),
     "uvicorn": ("serve", "a server with OpenAI's routes"),
@@ -308,6 +311,14 @@ def _check_mlflow_store() -> Check:
     return Check("MLflow store", f"{n:,} run{'' if n == 1 else 's'} in {path}")
 
 
+def _check_sandbox() -> Check:
+    if problem := sandbox_problem():
+        found = f"{problem}; not available without it: HumanEval and MBPP"
+        remedy = "apt-get install bubblewrap" if "bubblewrap" in problem else ""
+        return Check("sandbox", found, available=False, active=False, remedy=remedy)
+    return Check("sandbox", "bwrap runs a program without files and network: HumanEval and MBPP")
+
+
 def _check_lock_file() -> Check:
     path = lock_file()
     if path is None:
@@ -353,6 +364,7 @@ def probe(
         "loopback": _check_loopback,
         "MLflow store": _check_mlflow_store,
         "lock file": _check_lock_file,
+        "sandbox": _check_sandbox,
     }
     return [
         _check_python(),

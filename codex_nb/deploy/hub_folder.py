@@ -31,7 +31,7 @@ from codex_nb.core.artifacts import (
     write_folder,
 )
 from ..core.config import ConfigError
-from ..core.library_warnings import library_warnings
+from ..core.library_warnings import library_warnings, note
 from ..core.tensors import tensor_table, weight_files, write_tensors
 from ..core.untrusted import explain_errors, read_json_object
 from ..data.documents import Message
@@ -45,9 +45,10 @@ from ..model.adapters import import_peft
 from ..model.causal_lm import context_length, hide_progress_bars, open_model
 from codex_nb.model.model_registry import (
     ADAPTER_WEIGHTS,
+    adapter_chain,
     check_adapter,
-    find_model,
     load_model,
+    load_rounded,
     model_digest,
 )
 from ..run.bases import find_base
@@ -106,9 +107,8 @@ def open_source(
     source: ModelSource,  # A model, or an adapter, which is merged
 ) -> tuple["PreTrainedModel", Tokenizer]:  # On the CPU, fp32
     "Open a model and its tokenizer."
-    folder = source.folder
-    if not (folder / "tokenizer.json").is_file() and source.is_adapter:  # it has that of its base
-        folder = base_folder(source)
+    chain = adapter_chain(source.folder)  # an adapter without a tokenizer has that of its base
+    folder = next((p for p in chain if (p / "tokenizer.json").is_file()), source.folder)
     return load_model(source.folder), Tokenizer(folder, "")
 
 
@@ -116,7 +116,7 @@ def base_folder(
     source: ModelSource,  # An adapter
 ) -> Path:
     "Find the base of an adapter."
-    return find_model(check_adapter(source.folder).get("base_model_name_or_path") or "")
+    return adapter_chain(source.folder)[1]
 
 
 def base_name(
@@ -185,8 +185,8 @@ def write_tokenizer_files(
         spec = fast.to_str(pretty=True)
     config = {k: v for k, v in tokenizer.config.items() if k not in _MACHINE_KEYS}
     config.pop("chat_template", None)
-    if length:
-        config.setdefault("model_max_length", length)
+    if length and config.get("model_max_length", 1e30) > 1e9:  # transformers' "not known"
+        config["model_max_length"] = length
     if hf.chat_template:
         template = hf.get_chat_template()
         if _render_ids(hf, _TALK) != chat_ids(tokenizer, _TALK)[0]:
@@ -384,6 +384,11 @@ def export_hub(
         if not merge:
             name = base or base_name(source)
             _write_adapter(source, folder, name, header)
+            if len(adapter_chain(source.folder)) > 2:
+                note(
+                    f"export: the base of {source.name} is an adapter itself, merged: export "
+                    f"{base_name(source)} too, and give the name that it gets with --base"
+                )
             del model
             with explain_errors("export", REMEDY):
                 check_tokenizer_files(folder, tokenizer)
@@ -419,8 +424,8 @@ def _write_adapter(source: ModelSource, folder: Path, base: str, header: dict[st
 
 def _check_adapter(source: ModelSource, folder: Path, answers: Answers) -> float:
     peft, found = import_peft(), []
-    for dtype in (torch.float32, torch.bfloat16):  # one of them is as it was trained beside it
-        model = open_model(base_folder(source), dtype=dtype).float()
+    for dtype in ("fp32", "bf16"):  # one of them is as it was trained beside it
+        model = load_rounded(base_folder(source), dtype)
         with library_warnings(str(folder)), hide_progress_bars():
             adapted = peft.PeftModel.from_pretrained(model, folder).eval()
         found.append(logits_difference(adapted, answers))

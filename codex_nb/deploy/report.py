@@ -474,7 +474,10 @@ def _settings(view: _View) -> str:
     with suppress(ConfigError):  # for settings or a preset of another version
         settings = record.settings()
         values = settings.values()
-        of_preset = type(settings).check(record.preset).values() if record.preset else {}
+        if record.preset:
+            of_preset = type(settings).check(record.preset).values()
+        elif values.get("depth"):  # what it has decided is shown
+            of_preset = type(settings)().values()
     rows = [
         (name, _shown(value), record.sources.get(name, ""))
         for name, value in sorted(values.items())

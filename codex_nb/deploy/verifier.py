@@ -172,6 +172,7 @@ _FROM_PACKAGE: tuple[Callable[..., Any], ...] = (
     artifact_files,
     read_manifest,
     artifacts._check_types,
+    artifacts.file_stamp,
     problems,
     artifacts._file_problem,
     run_parts,

@@ -8,6 +8,7 @@ __all__ = ['Row', 'UNLABELLED', 'BENCHMARKS', 'read_rows', 'Benchmark', 'read_be
            'check_tasks', 'open_task', 'centred', 'core_line', 'core_score']
 
 # %% ../../nbs/eval/57_benchmarks.ipynb #d5a46f3f
+import ast
 import csv
 import io
 import json
@@ -29,7 +30,15 @@ from ..core.store import find_stored, store_by_content, store_folder
 from ..data.documents import MAX_LINE, BadLine, ReadError, check_json
 from ..data.readers import DAMAGE, import_pyarrow, kind_of, open_bytes
 from .answer_checks import Instruction, instruction_problem
-from .questions import Question, question_problem, read_questions
+from .code_checks import CodeTest, check_code_setting
+from codex_nb.eval.questions import (
+    RUNS_CODE,
+    Question,
+    check_shots,
+    question_problem,
+    read_questions,
+)
+from .ranked_pairs import read_pairs
 
 # %% ../../nbs/eval/57_benchmarks.ipynb #61a50168
 Row = tuple[int, dict[str, Any]]  # A line or row, from 1, and its fields
@@ -238,6 +247,62 @@ def _ifeval(row: dict[str, Any]) -> Question:
         max_tokens=1280,
     )
 
+
+def _python(source: str) -> ast.Module:
+    try:
+        return ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
+        raise BadLine(f"a program that is no Python: {str(e)[:80]}") from None
+
+
+def _is_python(source: str) -> bool:
+    try:
+        return bool(_python(source))
+    except BadLine:
+        return False
+
+
+def _humaneval(row: dict[str, Any]) -> Question:
+    prompt, entry = _get(row, "prompt"), _get(row, "entry_point")
+    solution, tests = _get(row, "canonical_solution"), _get(row, "test")
+    _python(prompt + solution)
+    # Some tests use functions that the prompt has beside the one that is asked for.
+    setup = prompt if _is_python(prompt) else ""
+    return Question(
+        id=_get(row, "task_id"),
+        prompt=prompt,
+        answers=(solution,),
+        check=RUNS_CODE,
+        code=CodeTest(f"{tests}\ncheck({entry})", (entry,), before=prompt, setup=setup),
+        stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
+        max_tokens=1024,
+    )
+
+
+def _mbpp(row: dict[str, Any]) -> Question:
+    asked = _get(row, "text" if "text" in row else "prompt")  # the latter in the sanitized one
+    solution, tests, number = _get(row, "code"), _texts(row, "test_list"), _get(row, "task_id", int)
+    program = "\n".join([row.get("test_setup_code") or "", *tests])
+    used = {n.id for n in ast.walk(_python(program)) if isinstance(n, ast.Name)}
+    setup, names = [*(row.get("test_imports") or ())], []
+    for part in _python(solution).body:
+        if isinstance(part, (ast.Import, ast.ImportFrom)):  # tests may use them as well
+            setup.append(ast.unparse(part))
+        elif isinstance(part, (ast.FunctionDef, ast.ClassDef)) and part.name in used:
+            names.append(part.name)
+    shown = "".join(f"{test}\n" for test in tests[:3])
+    return Question(
+        id=f"MBPP/{number}",
+        prompt=f"You are an expert Python programmer, and here is your task: {asked} Your code "
+        f"should pass these tests:\n\n{shown}[BEGIN]\n",
+        answers=(f"{solution}\n[DONE]",),
+        check=RUNS_CODE,
+        code=CodeTest(program, (*dict.fromkeys(names),), setup="\n".join(setup)),
+        stop=("[DONE]",),
+        max_tokens=256,
+        group="test" if 11 <= number <= 510 else "few-shot" if 2 <= number <= 4 else "other",
+    )
+
 # %% ../../nbs/eval/57_benchmarks.ipynb #72d9733f
 @dataclass(frozen=True)
 class Benchmark:
@@ -264,6 +329,8 @@ BENCHMARKS = {
     "lambada_standard": Benchmark(_lambada, ("lambada_test_plain_text.txt",), "lambada_standard"),
     "boolq": Benchmark(_boolq, ("dev.jsonl", "val.jsonl"), "boolq"),
     "ifeval": Benchmark(_ifeval, ("input_data.jsonl",), "ifeval"),
+    "humaneval": Benchmark(_humaneval, ("HumanEval.jsonl",), "humaneval"),
+    "mbpp": Benchmark(_mbpp, ("mbpp.jsonl",), "mbpp", shots=3, sampler="first"),
 }
 
 # %% ../../nbs/eval/57_benchmarks.ipynb #6685b913
@@ -337,15 +404,18 @@ def _find_files(name: str, path: Path) -> list[Path]:
 
 # %% ../../nbs/eval/57_benchmarks.ipynb #c1f25da3
 def read_benchmark(
-    name: str,  # One of `BENCHMARKS`
+    name: str,  # One of `BENCHMARKS`, or `preferences` for pairs of answers in any form
     path: Path | str,  # A file, or the folder that has it
     leave_out: bool = False,  # Leave out questions with instructions that cannot be checked
 ) -> tuple[list[Question], int]:  # Not empty; how many were left out
     "Read the questions of a public benchmark; `ReadError` has file, line, reason and remedy."
+    if name == "preferences":
+        pairs = read_pairs(path)
+        _check_ids(pairs, Path(path))
+        return pairs, 0
     if name not in BENCHMARKS:
-        raise ConfigError(
-            f"there is no benchmark {name!r}; must be one of {', '.join((*BENCHMARKS, 'core'))}"
-        )
+        known = ", ".join((*BENCHMARKS, "preferences", "core"))
+        raise ConfigError(f"there is no benchmark {name!r}; must be one of {known}")
     questions: list[Question] = []
     left_out = 0
     for file in _find_files(name, Path(path).expanduser()):
@@ -506,7 +576,7 @@ def _chance(questions: Sequence[Question]) -> float:
 
 
 def import_task(
-    benchmark: str,  # One of `BENCHMARKS`, or `core` for a bundle
+    benchmark: str,  # One of `BENCHMARKS`, `preferences`, or `core` for a bundle
     path: Path | str,  # A file, or the folder that has it
     name: str | None = None,  # Of the task; default: the benchmark's
     examples: Path | str | None = None,  # A file of other questions, as few-shot examples
@@ -522,11 +592,19 @@ def import_task(
             made.append((task, questions, [], found | {"sampler": "core", "suite": "core"}))
     else:
         questions, left_out = read_benchmark(benchmark, path, leave_out)
-        known = BENCHMARKS[benchmark]
+        known = BENCHMARKS.get(benchmark, _PAIRS)
+        if benchmark == "preferences" and (examples or shots):
+            raise ConfigError("pairs are compared without examples; leave out examples and shots")
         if not examples and benchmark == "mmlu":
             examples = _mmlu_examples(Path(path).expanduser())
         shown = read_benchmark(benchmark, examples, leave_out)[0] if examples else []
         usual = known.shots if shots is None else shots
+        if benchmark == "mbpp":
+            questions, shown = _divide_mbpp(questions, shown, usual, Path(path))
+        try:
+            check_shots(questions, shown or questions, usual, known.sampler)
+        except ValueError as e:
+            raise ConfigError(f"{e} with --shots, or bring others with --examples") from None
         config = {
             "shots": usual,
             "chance": _chance(questions),
@@ -547,6 +625,24 @@ def import_task(
             (task, questions, shown, config | {"content": digest_of([content, config])})
         )
     return [_store_task(*one) for one in prepared]
+
+
+_PAIRS = Benchmark(_piqa, (), "")  # No examples, and no task of the harness
+
+
+def _divide_mbpp(
+    questions: list[Question], shown: list[Question], shots: int, path: Path
+) -> tuple[list[Question], list[Question]]:
+    "What is asked, and the examples: the authors' one file has both, by the number of the task."
+    asked = [q for q in questions if q.group == "test"]
+    shown = shown or [q for q in questions if q.group == "few-shot"]
+    if not asked or len(shown) < shots:
+        raise ReadError(
+            f"{path}: has {len(asked)} of the tasks 11 to 510, which are asked, and {len(shown)} "
+            "of 2 to 4, which are examples; bring the whole file, or give --examples or --shots 0"
+        )
+    plain = [[msgspec.structs.replace(q, group=None) for q in part] for part in (asked, shown)]
+    return plain[0], plain[1]
 
 
 def _mmlu_examples(path: Path) -> Path | None:
@@ -616,11 +712,17 @@ def is_harness_file(
 
 def check_tasks(
     task: str,  # The setting `task`
+    run_code: str = "refuse",  # The setting `run_code`
 ) -> None:
-    "`ReadError` for a task that is not there, `ConfigError` for two of one name; reads none."
+    """`ReadError` for a task that is not there, `ConfigError` for two of one name; reads none.
+
+    `ConfigError` also for an imported task whose answers are programs that may not be run."""
     names = task_names(task)
-    known = {"questions", *(row["name"] for row in list_tasks())}
+    stored = {row["name"]: row["benchmark"] for row in list_tasks()}
+    known = {"questions", *stored}
     for name in names:
+        if stored.get(name) in ("humaneval", "mbpp") and not _is_file(name):
+            check_code_setting(run_code, name)
         if name not in known and not _is_file(name):
             _task_of_file(name)
         if is_harness_file(name) and find_spec("lm_eval") is None:

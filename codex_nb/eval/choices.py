@@ -84,6 +84,8 @@ NORMALISED_BY = {
     "acc_norm": "characters",
     "acc_bytes": "bytes",
     "acc_per_token": "tokens",
+    "accuracy": "nothing",
+    "accuracy_per_token": "tokens",
 }
 
 

@@ -6,6 +6,8 @@
 __all__ = ['GenerateConfig', 'TaskConfig', 'EvaluateConfig']
 
 # %% ../../nbs/eval/50_eval_config.ipynb #59f75967
+from typing import Literal
+
 from pydantic import Field, field_validator
 
 from ..core.config import NOT_IN_DIGEST, Config
@@ -36,7 +38,7 @@ class TaskConfig(Config):
     "How questions are asked."
 
     ignored_when = dict.fromkeys(
-        ("shots", "task_metrics", "max_questions", "answer_tokens", "answer_stop"),
+        ("shots", "task_metrics", "max_questions", "answer_tokens", "answer_stop", "run_code"),
         (lambda c: c.task is None, "there is no task; give task as well"),
     )
     # A file of questions, the built-in `questions`, or imported tasks, with commas between them;
@@ -48,6 +50,9 @@ class TaskConfig(Config):
     answer_tokens: int = Field(32, ge=1)  # Longest written answer
     # Ends an answer to a `prompt`; in a conversation the end of the turn does
     answer_stop: list[str] = ["\n"]
+    # Whether programs that are answers are run: not at all, or in a sandbox. A permission, which
+    # changes no score.
+    run_code: Literal["refuse", "sandbox"] = Field("refuse", json_schema_extra=NOT_IN_DIGEST)
 
 # %% ../../nbs/eval/50_eval_config.ipynb #863a7c0d
 class EvaluateConfig(Config):

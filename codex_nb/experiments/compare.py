@@ -129,8 +129,9 @@ def _training_runs() -> Iterator[Path]:  # finished ones, the newest first
 def _training_run_of(digest: str) -> Path | None:  # the run that made a checkpoint
     for folder in _training_runs():
         parents = read_manifest(folder).parents
-        # A run also has the checkpoint that it started from among its parents.
-        made = {*load_states(folder).values(), *(d for r, d in parents.items() if r != "base")}
+        # A run also has the checkpoints that it started and learned from among its parents.
+        own = (d for role, d in parents.items() if role not in ("base", "teacher"))
+        made = {*load_states(folder).values(), *own}
         if digest in made:
             return folder
     return None
@@ -157,9 +158,10 @@ def _training_identity(model: EvaluatedModel) -> str:  # equal for runs that dif
     return json.dumps([settings, _input_digests(model.run)], sort_keys=True)
 
 
-def _input_digests(run: Path | None) -> dict[str, str]:  # corpus, tokenizer, base -> digest
+def _input_digests(run: Path | None) -> dict[str, str]:  # of corpus, tokenizer and models, by role
     parents = load_parents(run) if run else {}
-    return {role: parents[role] for role in ("corpus", "tokenizer", "base") if role in parents}
+    roles = ("corpus", "tokenizer", "base", "teacher")
+    return {role: parents[role] for role in roles if role in parents}
 
 # %% ../../nbs/experiments/74_compare.ipynb #77693039
 def setting_differences(
@@ -171,7 +173,7 @@ def setting_differences(
     for name in dict.fromkeys(n for m in models for n in m.settings):
         if all(name in m.settings for m in trained):
             rows.append((name, [m.settings.get(name) for m in models]))
-    for role in ("corpus", "base"):
+    for role in ("corpus", "base", "teacher"):
         digests = [_input_digests(m.run).get(role, "") for m in models]
         rows.append((f"training {role}", [d[:12] for d in digests]))
     rows.append(("tokenizer", _tokenizer_digests(models)))

@@ -660,12 +660,14 @@ def recorded_parameters(
     for name, source in record.sources.items():
         if source in ("given", "auto") and name in names and recorded.value(name) is not None:
             parameters[name] = recorded.value(name)
-    # A preset may have changed since: give what it would set differently today.
-    today = check_parameters(type(recorded), parameters)
-    for name in names:
-        value = recorded.value(name)
-        if value is not None and today.value(name) != value:
-            parameters[name] = value
+    # A preset or the rule of `depth` may have changed since: give what would be set differently
+    # today. Twice, because what that rule says follows from what it is given.
+    for _ in range(2):
+        today = check_parameters(type(recorded), parameters)
+        for name in names:
+            value = recorded.value(name)
+            if value is not None and today.value(name) != value:
+                parameters[name] = value
     return record.kind, parameters
 
 # %% ../../nbs/experiments/70_launch.ipynb #9dc97479
@@ -736,7 +738,7 @@ def prepare_run(
     path, folder = find_notebook(notebook), Path(folder).absolute()
     cfg = check_parameters(settings_class(path), parameters)
     if not isinstance(cfg, RunConfig):
-        raise ConfigError(f"notebook: {notebook} trains nothing; give train or finetune")
+        raise ConfigError(f"notebook: {notebook} trains nothing; give train, finetune or prefer")
     if folder.exists() and any(folder.iterdir()):
         raise RunError(f"{folder}: the folder is not empty; choose another")
     from codex_nb.run.bases import resolve_compute_settings, resolve_packing  # torch: only now

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.artifacts import MANIFEST, ArtifactError, json_text, read_manifest, write_file
-from ..core.config import diff_dicts
+from ..core.config import diff_dicts, environment_with
 from ..core.repro import numeric_identity
 from ..core.store import find_stored, workspace
 from ..core.untrusted import explain_errors
@@ -104,7 +104,8 @@ def _order_level(run: RunContents, steps: int | None) -> Level:
         return Level("L1", None, detail)
     digest = run.record.parents.get("tokens", "")
     try:
-        store = find_stored("tokens", digest)
+        with environment_with(CODEX_NB_CHECK="full"):  # a proof trusts no hint
+            store = find_stored("tokens", digest)
     except ArtifactError as e:
         return Level("L1", False, f"the token store is damaged: {e}")
     if store is None:
@@ -434,7 +435,8 @@ def replay(
     cwd = original.record.launch_folder(run)
     given |= parameters or {}
     isolated = not own_notebook
-    outcome = launch(notebook, given, folder, echo, stop, cwd, isolated=isolated)
+    with environment_with(CODEX_NB_CHECK="full"):
+        outcome = launch(notebook, given, folder, echo, stop, cwd, isolated=isolated)
     if outcome.folder is None:
         shutil.rmtree(folder, ignore_errors=True)
         missing_data = "ReadError: data:" in str(outcome.error)

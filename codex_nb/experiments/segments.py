@@ -32,7 +32,7 @@ from codex_nb.core.artifacts import (
     read_manifest,
     write_file,
 )
-from ..core.config import ConfigError, diff_dicts
+from ..core.config import ConfigError, diff_dicts, environment_with
 from ..core.repro import numeric_identity
 from ..core.safety import redact_json
 from ..core.store import workspace
@@ -61,7 +61,13 @@ from codex_nb.run.run_record import (
     load_states,
     readable,
 )
-from ..run.settings import KINDS, TRAINING_KINDS, JudgeConfig, RunConfig
+from codex_nb.run.settings import (
+    KINDS,
+    TRAINING_KINDS,
+    DistillConfig,
+    JudgeConfig,
+    RunConfig,
+)
 from ..run.training_inputs import model_for, setup_process, tokenizer_for
 from ..tracking.metrics_log import read_samples
 from codex_nb.train.checkpoint import (
@@ -184,15 +190,17 @@ def execute_training(
 
 
 def _require_base(run: RunContents, cfg: RunConfig) -> None:
-    if not cfg.has_base:
-        return
-    base = find_base(cfg.model.base, run.folder)
-    digest, named = model_digest(base), run.record.parents.get("base", "")
-    if digest != named:
-        raise RunError(
-            f"{base}: has the digest {digest[:12]}, the run names {named[:12] or 'none'}; "
-            "give the location of its base with -p base PATH"
-        )
+    names = {"base": cfg.model.base} if cfg.has_base else {}
+    if isinstance(cfg, DistillConfig):
+        names["teacher"] = cfg.distillation.teacher
+    for role, name in names.items():
+        model = find_base(name, run.folder, role)
+        digest, named = model_digest(model), run.record.parents.get(role, "")
+        if digest != named:
+            raise RunError(
+                f"{model}: has the digest {digest[:12]}, the run names {named[:12] or 'none'}; "
+                f"give the location of its {role} with -p {role} PATH"
+            )
 
 
 def _settings_for_audit(run: RunContents, parameters: dict[str, Any]) -> RunConfig | JudgeConfig:
@@ -427,6 +435,7 @@ def _totals(found: dict[str, list[Segment]]) -> dict[str, tuple[int, int]]:
 Execute = Callable[[RunContents, Segment, Path, dict[str, Any]], tuple[bool | None, str]]
 
 
+@environment_with(CODEX_NB_CHECK="full")  # a proof trusts no hint
 def execute(
     run: RunContents,  # The run that is audited
     segment: Segment,  # Of its training or of an evaluation

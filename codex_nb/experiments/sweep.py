@@ -26,6 +26,7 @@ from ..core.artifacts import MANIFEST, ArtifactError, DiskError, read_manifest
 from ..core.config import ConfigError, env_setting, flat_names
 from ..core.device import gpu_count
 from ..core.library_warnings import library_warnings
+from ..core.processes import die_with_parent
 from ..core.repro import seed_for
 from ..core.store import Lock
 from ..eval.statistics import Interval
@@ -46,7 +47,6 @@ from codex_nb.train.interrupts import (
     RESUMABLE,
     RESUMABLE_CODES,
     ProcessKilled,
-    die_with_parent,
     why_killed,
 )
 from ..train.workers import WorkerError, run_workers, worker_main

@@ -145,7 +145,7 @@ def check_checkpoints(folder: Path, record: RunRecord) -> Contradictions:
             continue
         if state["data"].get("tokens") != record.parents.get("tokens"):
             yield f"{p}: was trained on another token store than the run"
-        for role in record.parents.keys() & {*made_from, "base"}:
+        for role in record.parents.keys() & {*made_from, "base", "teacher"}:
             if made_from.get(role) != record.parents[role]:
                 yield f"{p}: was made from another {role} than the run"
         # A signal may have put off the evaluation of its step.
@@ -244,7 +244,7 @@ def _check_summary(folder: Path, cfg: RunConfig | JudgeConfig, is_task: bool) ->
     if is_task:
         answers = [Answer(**r) for r in rows]
         again = summarize_answers(answers, cfg.evaluate.resamples, cfg.seed) | {"seed": cfg.seed}
-        stated = ("task", "questions_in_task", "shots", "chance", "harness")
+        stated = ("task", "questions_in_task", "shots", "chance", "harness", "sandbox")
         if "chance" in summary:
             again["centred"] = centred(again, summary["chance"])
     else:

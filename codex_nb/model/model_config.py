@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GATED', 'ModelConfig', 'rough_flops', 'ComputeConfig', 'AdapterConfig',
-           'PreferenceConfig']
+           'PreferenceConfig', 'DistillationConfig']
 
 # %% ../../nbs/model/20_model_config.ipynb #8fa004bd
 from typing import Literal
@@ -147,3 +147,19 @@ class PreferenceConfig(Config):
     def strength(self) -> float:
         "The beta that is used."
         return self.beta or {"dpo": 0.1, "simpo": 2.0}[self.preference]
+
+# %% ../../nbs/model/20_model_config.ipynb #d15c0001
+class DistillationConfig(Config):
+    "How a student learns from a teacher's distributions."
+
+    # The model to learn from: a folder, a name, or a run; default: the newest finished training
+    # run. Identity: its digest.
+    teacher: str | None = Field(None, json_schema_extra=NOT_IN_DIGEST)
+    # Share of the loss that compares with the teacher; the rest is cross entropy on the data.
+    # 0 only measures it, and 1 leaves the data's tokens out
+    teacher_weight: float = Field(0.5, ge=0, le=1)
+    # At which temperature both distributions are compared (Hinton 2015)
+    teacher_temperature: float = Field(1.0, gt=0)
+    # The teacher's most likely tokens at each target, computed once and kept; 0: its whole
+    # distribution, computed while the student trains
+    teacher_top_k: int = Field(0, ge=0)

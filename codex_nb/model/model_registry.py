@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ADAPTER_WEIGHTS', 'MODEL_FILES', 'QUANTIZED', 'model_search_path', 'is_model_folder',
            'find_model', 'describe_model', 'list_models', 'verify_model', 'hash_model_files',
-           'model_digest', 'import_model', 'check_adapter', 'quantized_base', 'quantized_tensors',
-           'load_model']
+           'model_digest', 'import_model', 'check_adapter', 'adapter_chain', 'quantized_base',
+           'quantized_tensors', 'load_model', 'load_rounded']
 
 # %% ../../nbs/model/25_model_registry.ipynb #473865b2
 import math
@@ -291,6 +291,34 @@ def check_adapter(
             )
     return settings
 
+# %% ../../nbs/model/25_model_registry.ipynb #a44443b8
+def adapter_chain(
+    folder: Path | str,  # A model or an adapter
+) -> list[Path]:  # That folder first, a model last; `ArtifactError` for an adapter on itself
+    "An adapter, the adapters below it, and the model below them all."
+    chain = [Path(folder)]
+    while (chain[-1] / "adapter_config.json").is_file():
+        base = check_adapter(chain[-1]).get("base_model_name_or_path") or ""
+        found = _moved_with(chain[-1], base) or find_model(base)
+        if any(found.samefile(above) for above in chain):
+            raise ArtifactError(
+                f"{chain[-1] / 'adapter_config.json'}: base_model_name_or_path: {base!r} is this "
+                "adapter itself, or one that needs it; name the model that it was trained on"
+            )
+        chain.append(found)
+    return chain
+
+
+def _moved_with(adapter: Path, base: str) -> Path | None:
+    "A base in another run of the same workspace, where both were moved."
+    is_recorded = (adapter / MANIFEST).is_file() and "base" in read_manifest(adapter).parents
+    if not is_recorded or is_model_folder(base) or "runs" not in Path(base).parts:
+        return None
+    parts = Path(base).parts
+    place = Path(*parts[len(parts) - 1 - parts[::-1].index("runs") :])
+    found = (above / place for above in adapter.absolute().parents)
+    return next(filter(is_model_folder, found), None)
+
 # %% ../../nbs/model/25_model_registry.ipynb #c4b1e2a1
 QUANTIZED = "nf4.safetensors"
 
@@ -348,15 +376,13 @@ def load_model(
     folder = Path(folder)
     if not (folder / "adapter_config.json").is_file():
         return open_model(folder, device, _torch_dtype(dtype))
-    settings = check_adapter(folder)
+    base = adapter_chain(folder)[1]
     trained_on, base_dtype, codes = None, "fp32", None
     if (folder / MANIFEST).is_file():
         manifest = read_manifest(folder)
         trained_on = manifest.parents.get("base")
         base_dtype = _base_dtype_in(manifest.config)
         codes = manifest.parents.get("quantized_base")
-    named = settings.get("base_model_name_or_path") or ""
-    base = (trained_on and _moved_with(folder, named)) or find_model(named)
     if trained_on and (found := model_digest(base)) != trained_on:
         raise ArtifactError(
             f"{folder}: the adapter belongs to a base {trained_on[:12]}, "
@@ -365,14 +391,24 @@ def load_model(
     return _load_merged(base, folder, device, base_dtype, codes)
 
 
-def _moved_with(folder: Path, base: str) -> Path | None:
-    "A base in another run of the same workspace, where both were moved; its digest is checked."
-    if is_model_folder(base) or "runs" not in Path(base).parts:
-        return None
-    parts = Path(base).parts
-    place = Path(*parts[len(parts) - 1 - parts[::-1].index("runs") :])
-    found = (above / place for above in folder.absolute().parents)
-    return next(filter(is_model_folder, found), None)
+def load_rounded(
+    base: Path | str,  # A model or an adapter
+    base_dtype: str,  # `fp32`, `bf16` or `nf4`, in which it is held in training
+    device: str = "cpu",  # Where the model goes
+    codes: str | None = None,  # Digest of its four bits; default: those that are made here
+) -> "PreTrainedModel":  # fp32
+    "Open the base of an adapter as the numbers beside which it was trained."
+    from codex_nb.model.adapters import linear_layers
+    from codex_nb.model.frozen_base import freeze_in_bf16, freeze_in_nf4, thaw
+
+    model = load_model(base, device, "fp32" if base_dtype == "fp32" else "bf16")
+    if base_dtype == "nf4":
+        freeze_in_nf4(model, linear_layers(model), quantized_tensors(base, codes))
+        thaw(model)
+    elif base_dtype == "bf16":
+        freeze_in_bf16(model)  # an adapter was merged in fp32
+        thaw(model)
+    return model.float()
 
 
 def _base_dtype_in(config: dict[str, Any]) -> str:  # of a checkpoint's manifest
@@ -391,17 +427,11 @@ def _torch_dtype(name: str) -> "torch.dtype":
 def _load_merged(
     base: Path, adapter: Path, device: str, base_dtype: str, codes: str | None
 ) -> "PreTrainedModel":
-    from codex_nb.model.adapters import adapter_tensors, import_peft, linear_layers, merge_adapter
-    from codex_nb.model.causal_lm import hide_progress_bars, open_model
-    from codex_nb.model.frozen_base import freeze_in_nf4, thaw
+    from codex_nb.model.adapters import adapter_tensors, import_peft, merge_adapter
+    from codex_nb.model.causal_lm import hide_progress_bars
 
     # As the adapter was trained beside it: rounded, if it was.
-    peft, model = import_peft(), open_model(base, device, _torch_dtype(base_dtype))
-    if base_dtype == "nf4":
-        freeze_in_nf4(model, linear_layers(model), quantized_tensors(base, codes))
-        thaw(model)
-    elif base_dtype == "bf16":
-        model.float()
+    peft, model = import_peft(), load_rounded(base, base_dtype, device, codes)
     try:
         with library_warnings(str(adapter)), hide_progress_bars():
             adapted = peft.PeftModel.from_pretrained(model, adapter)

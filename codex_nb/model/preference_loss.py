@@ -118,7 +118,7 @@ class PreferenceLoss(LMLoss):
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fp32 and int64, shape (B, 2)
         "Log-probabilities of both answers, and how many tokens they have."
         batch = Batch(ids_BT, targets_BT, positions_BT, ids_BT[:, 0], cu_seqlens)
-        ids, targets, positions, _, cu_seqlens, _ = split_pairs(batch)
+        ids, targets, positions, _, cu_seqlens, *_ = split_pairs(batch)
         logps = self.answer_logps(ids, targets, positions, cu_seqlens)
         return logps.view(-1, 2), (targets != IGNORE).sum(1).view(-1, 2)
 

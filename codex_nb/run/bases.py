@@ -34,8 +34,7 @@ from ..model.frozen_base import freeze_in_bf16, freeze_in_nf4
 from ..model.loss import default_chunk
 from ..model.model_config import GATED, rough_flops
 from codex_nb.model.model_registry import (
-    check_adapter,
-    find_model,
+    adapter_chain,
     load_model,
     quantized_tensors,
 )
@@ -46,7 +45,7 @@ from codex_nb.run.run_folder import (
     latest_finished_run,
     recorded_parent,
 )
-from .settings import TRAINING_KINDS, RunConfig
+from .settings import TRAINING_KINDS, DistillConfig, RunConfig
 from .sources import run_or_model
 from ..tracking.system_monitor import Memory, memory_here
 from ..train.checkpoint import latest_checkpoint
@@ -59,43 +58,44 @@ def find_base(
     # A path, a registered model, a run, or `last`; None: the newest finished run of `train`
     name: str | None,
     run: Path | str | None = None,  # The folder of the run it is for; default: `$CODEX_NB_RUN`
+    role: str = "base",  # Or `teacher`: what the run has it for
 ) -> Path:  # A folder with a model; `ConfigError` lists where it was looked for
-    "Find the model that a run starts from."
+    "Find the model that a run starts from, or learns from."
     if name is None:
-        return _recorded_base(run) or _newest_base(["train"])
+        return _recorded_model(role, run) or _newest_model(role, ["train"])
     if name == LAST:  # decided once: a resumed run and a replay start from what was newest then
-        return _recorded_base(run) or _newest_base(TRAINING_KINDS)
-    folder, is_run = run_or_model(name)
-    return _base_in_run(folder) if is_run else folder
+        return _recorded_model(role, run) or _newest_model(role, TRAINING_KINDS)
+    folder, is_run = run_or_model(name, role)
+    return _model_in_run(role, folder) if is_run else folder
 
 
-def _recorded_base(run: Path | str | None) -> Path | None:
-    digest = recorded_parent("base", run)
+def _recorded_model(role: str, run: Path | str | None) -> Path | None:
+    digest = recorded_parent(role, run)
     if digest is None:
         return None
     if path := find_in_runs(digest):
         return path
     raise ConfigError(
-        f"base: the one that this run started from ({digest[:12]}) is no longer in "
-        f"{workspace() / 'runs'}; name a folder that holds it with base=PATH"
+        f"{role}: the one that this run started from ({digest[:12]}) is no longer in "
+        f"{workspace() / 'runs'}; name a folder that holds it with {role}=PATH"
     )
 
 
-def _newest_base(kinds: Collection[str]) -> Path:
+def _newest_model(role: str, kinds: Collection[str]) -> Path:
     run = latest_finished_run(kinds)
     if run is None:
         raise ConfigError(
-            f"base: none was given, and there is no finished training run in "
+            f"{role}: none was given, and there is no finished training run in "
             f"{workspace() / 'runs'}; train one with: codex-nb run train"
         )
-    return _base_in_run(run)
+    return _model_in_run(role, run)
 
 
-def _base_in_run(run: Path) -> Path:
+def _model_in_run(role: str, run: Path) -> Path:
     checkpoint, damaged = latest_checkpoint(run / "checkpoints")
     if checkpoint is None:
         raise ConfigError(
-            f"base: {run}: no intact checkpoint in this run" + "".join(f"; {d}" for d in damaged)
+            f"{role}: {run}: no intact checkpoint in this run" + "".join(f"; {d}" for d in damaged)
         )
     return checkpoint.path
 
@@ -144,17 +144,26 @@ def _model_config(cfg: RunConfig) -> dict[str, Any]:  # As in the model's `confi
 
 
 def _folder_of_base(cfg: RunConfig) -> Path:
-    folder = find_base(cfg.model.base)
-    if not (folder / "config.json").is_file():  # an adapter: its base has the shape
-        folder = find_model(check_adapter(folder).get("base_model_name_or_path") or "")
-    return folder
+    return _folder_with_shape(find_base(cfg.model.base))
+
+
+def _folder_of_teacher(cfg: DistillConfig) -> Path:
+    return _folder_with_shape(find_base(cfg.distillation.teacher, role="teacher"))
+
+
+def _folder_with_shape(folder: Path) -> Path:
+    return adapter_chain(folder)[-1]  # what is below an adapter has its shape
 
 
 def _shape(  # layers, width, vocabulary size
     cfg: RunConfig, config: dict[str, Any]
 ) -> tuple[int, int, int]:
     if not cfg.has_base:
-        return cfg.model.layers, cfg.model.width, cfg.tokenizer.vocab_size
+        vocab_size = cfg.tokenizer.vocab_size
+        if isinstance(cfg, DistillConfig):  # a new student has its teacher's tokenizer
+            teacher = read_json_object(_folder_of_teacher(cfg) / "config.json")
+            vocab_size = teacher.get("vocab_size") or vocab_size
+        return cfg.model.layers, cfg.model.width, vocab_size
 
     def first(*names: str) -> int:  # GPT-2 has names of its own
         name, value = next(((n, config[n]) for n in names if config.get(n)), (names[0], 1))
@@ -249,11 +258,7 @@ def model_sizes(
         parameters = layers * per_layer + vocab_size * width * (1 if m.tie_embeddings else 2)
         return ModelSizes(parameters, [], layers, width, ffn, vocab_size, m.arch in GATED)
     ffn = next((config[n] for n in ("intermediate_size", "n_inner") if config.get(n)), 4 * width)
-    shapes = {
-        name.removesuffix(".weight"): entry["shape"]
-        for path in weight_files(_folder_of_base(cfg))
-        for name, entry in tensor_table(path).items()
-    }
+    shapes = _shapes_in(_folder_of_base(cfg))
     not_layers = ("embed", "wte", "wpe", "lm_head", "norm")
     matrices = [
         (name, shape)
@@ -263,6 +268,14 @@ def model_sizes(
     parameters = sum(math.prod(shape) for shape in shapes.values())
     gated = any("gate" in name for name in shapes)
     return ModelSizes(parameters, matrices, layers, width, int(ffn), vocab_size, gated)
+
+
+def _shapes_in(folder: Path) -> dict[str, list[int]]:
+    return {
+        name.removesuffix(".weight"): entry["shape"]
+        for path in weight_files(folder)
+        for name, entry in tensor_table(path).items()
+    }
 
 
 def memory_needed(
@@ -300,6 +313,13 @@ def memory_needed(
         "logits": 12 * min(tokens, chunk) * n.vocab_size,
         "checkpoint": 0 if on_cuda else (4 + per_trained) * trained // shards,
     }
+    if isinstance(cfg, DistillConfig) and not cfg.distillation.teacher_top_k:
+        # Its weights, what its widest layer computes, and its logits beside the student's.
+        shapes = _shapes_in(_folder_of_teacher(cfg)).values()
+        weights = sum(math.prod(shape) for shape in shapes)
+        widest = max(min(shape) for shape in shapes if len(shape) > 1)
+        needed["teacher"] = (2 if cfg.model.dtype == "bf16" else 4) * weights
+        needed["teacher"] += 4 * tokens * 12 * widest + needed["logits"]
     return {name: size for name, size in needed.items() if size}
 
 

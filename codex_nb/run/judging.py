@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from msgspec import UNSET
 
 from codex_nb.core.artifacts import (
     Artifact,
@@ -32,11 +33,12 @@ from ..core.config import ConfigError, digest_of
 from ..core.device import gpu_of
 from ..core.repro import set_determinism
 from ..core.store import find_stored, store_folder, workspace
-from ..data.corpus import Corpus, CorpusConfig, build_corpus, open_corpus
+from ..data.corpus import Corpus, CorpusConfig, build_corpus, named_corpus, open_corpus
 from ..data.documents import Document
 from ..data.tokenizer import Tokenizer
 from ..data.tokenizer_training import import_tokenizer
 from codex_nb.eval.benchmarks import (
+    Task,
     centred,
     check_tasks,
     core_score,
@@ -44,8 +46,10 @@ from codex_nb.eval.benchmarks import (
     open_task,
     task_names,
 )
+from ..eval.code_checks import describe_sandbox
 from ..eval.contamination import find_overlaps
 from ..eval.evaluate import publish_evaluation, read_evaluation, summarize
+from ..eval.questions import RUNS_CODE, check_shots
 from ..eval.scoring import load_records, sample_documents, score_shard, target_text
 from ..eval.tasks import Answer, ask, summarize_answers
 from ..model.model_registry import find_model, load_model, model_digest
@@ -60,7 +64,7 @@ from codex_nb.run.run_folder import (
     list_runs,
     recorded_parent,
 )
-from .settings import TRAINING_KINDS, JudgeConfig, PreferConfig, RunConfig
+from .settings import TRAINING_KINDS, JudgeConfig, RunConfig
 from codex_nb.run.training_inputs import (
     documents_of,
     evaluation_documents,
@@ -70,11 +74,12 @@ from codex_nb.run.training_inputs import (
 )
 from ..tracking.system_monitor import memory_here
 from ..train.checkpoint import require_checkpoint
-from ..train.interrupts import ProcessKilled, die_with_parent, why_killed
+from ..train.interrupts import ProcessKilled, why_killed
 from ..train.workers import WorkerError, run_workers, worker_main
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+from ..core.processes import die_with_parent
 
 # %% ../../nbs/run/68_judging.ipynb #ad157385
 def judge(
@@ -135,11 +140,11 @@ def train_and_judge(
     judged: bool = True,  # False leaves the evaluation out
     corpus: Corpus | Iterable[Document | str] | None = None,  # Default: what the settings name
 ) -> Run[RunConfig]:  # Sealed
-    "Train on a corpus or on texts, evaluate, and seal: all that `train.ipynb` does."
+    "Train on a corpus or on texts, evaluate, and seal, as the notebook for such settings does."
     if not (corpus is None or isinstance(corpus, Corpus)):
         corpus = build_corpus(corpus)
     corpus, tokenizer, dataset = prepare_data(cfg, corpus)
-    kind = "prefer" if isinstance(cfg, PreferConfig) else "train"
+    kind = [kind for kind, cls in TRAINING_KINDS.items() if isinstance(cfg, cls)][-1]
     run = start_run(kind, cfg, folder, corpus=corpus, tokenizer=tokenizer, tokens=dataset.store)
     model = model_for(run.cfg, tokenizer)
     train_model(run, corpus, tokenizer, dataset, model)
@@ -264,6 +269,8 @@ def judge_task(
     summary = summarize_answers(answers, run.cfg.evaluate.resamples, seed)
     counts = {"questions_in_task": len(task.questions), "shots": shots, "seed": seed}
     summary |= {"task": task.name, **counts}
+    if any(q.check == RUNS_CODE for q in questions):
+        summary["sandbox"] = describe_sandbox()
     if task.chance is not None:
         summary |= {"chance": task.chance, "centred": centred(summary, task.chance)}
     parents = {
@@ -275,6 +282,23 @@ def judge_task(
         parents["task"] = task.digest
     publish_evaluation(target, answers, summary, cfg, parents)
     return summary
+
+
+def _check_used(cfg: JudgeConfig, tasks: list[Task]) -> None:
+    "`ConfigError` for a setting that no question of any task uses, since each states its own."
+    questions = [q for task in tasks for q in task.questions]
+    written = [q for q in questions if not q.choices and not q.scoring]
+    used = {
+        "answer_tokens": any(not q.max_tokens for q in written),
+        "answer_stop": any(q.stop is UNSET and q.prompt is not UNSET for q in written),
+        "task_metrics": any(not q.check for q in written),
+    }
+    for name, is_used in used.items():
+        if not is_used and cfg.sources.get(name) == "given":
+            raise ConfigError(
+                f"{name}: no question of {', '.join(task.name for task in tasks)} uses it, since "
+                "each has choices or says itself how it is answered; leave it out"
+            )
 
 
 def _questions_role(run: Run[JudgeConfig], task: str) -> str:
@@ -329,8 +353,14 @@ def judge_tasks(
 ) -> list[dict[str, Any]]:  # From `judge_task`, in the order of the setting
     "Ask a model the questions of all its tasks; several have their core score in `core.json`."
     setting = run.cfg.questions.task or ""
-    check_tasks(setting)  # before the first question is asked
     names = task_names(setting)
+    check_tasks(setting, run.cfg.questions.run_code)  # before the first question is asked
+    tasks = [open_task(name) for name in names if not is_harness_file(name)]
+    for task in tasks:
+        shots = run.cfg.questions.shots or task.shots
+        check_shots(task.questions, task.examples, shots, task.sampler)
+    if len(tasks) == len(names):
+        _check_used(run.cfg, tasks)
     summaries = [judge_task(run, model, tokenizer, checkpoint, name) for name in names]
     if len(names) > 1 and (core := core_score(summaries)):
         write_file(run.folder / "core.json", json_text(core))
@@ -426,6 +456,8 @@ def corpus_for(
 ) -> Corpus:  # `ArtifactError` when it is not in the store
     "The corpus to evaluate on."
     if cfg.data and cfg.evaluate.split == "all":  # read as it is
+        if built := named_corpus(CorpusConfig(data=cfg.data)):
+            return built
         unsplit = dict(validation_fraction=0, test_fraction=0, dedup="off", split_by="hash")
         return open_corpus(CorpusConfig.from_dict({"data": cfg.data, **unsplit}))
     if cfg.data:

@@ -34,7 +34,8 @@ from codex_nb.run.bases import (
     resolve_compute_settings,
     resolve_packing,
 )
-from .settings import RunConfig
+from .settings import DistillConfig, RunConfig
+from .teacher import Teacher, teacher_for
 from codex_nb.run.training_inputs import (
     check_evaluation,
     graphs_for,
@@ -42,6 +43,7 @@ from codex_nb.run.training_inputs import (
     objective_for,
     prepare_data,
     repacked,
+    template_note,
 )
 from ..train.engine import sum_of, total_samples, train_step
 from ..train.optim import make_optimizer
@@ -99,6 +101,11 @@ def preflight(
     if isinstance(dataset, PreferenceDataset):
         # A step takes as long with any reference, and this one need not be computed.
         dataset.reference = np.zeros((len(dataset), 2))
+    teacher = None
+    if isinstance(cfg, DistillConfig):
+        teacher = teacher_for(cfg, tokenizer)
+        if kept := cfg.distillation.teacher_top_k:
+            dataset.teacher = partial(_any_teacher, kept)
     model = model_for(cfg, tokenizer)
     torch.nn.Module.to(model, cfg.model.device)
     fit = cfg.fit
@@ -123,7 +130,9 @@ def preflight(
         "memory": memory_needed(cfg),
         "first_row": tokenizer.decode(first_row)[:200],
     }
-    seconds, activations, peak = _try_step(model, batches, cfg) if timed else (None, None, None)
+    seconds, activations, peak = None, None, None
+    if timed:
+        seconds, activations, peak = _try_step(model, batches, cfg, teacher)
     out |= {"seconds_per_step": seconds, "activation_bytes": activations, "peak_gpu_bytes": peak}
     if fit.minutes:
         out["minutes"] = fit.minutes
@@ -139,7 +148,8 @@ def preflight(
         }
     out["turn_ends_learned"] = _learns_turn_ends(corpus, tokenizer)
     out["unknown"] = _unknown_text(corpus, tokenizer)
-    found = _warnings(out, cfg) + ([advice] if advice else [])
+    found = cfg.depth_notes(len(dataset.store)) + _warnings(out, cfg)
+    found += filter(None, (advice, template_note(cfg, corpus, tokenizer)))
     return out | {"warnings": [*corpus.notes, *found]}
 
 
@@ -166,14 +176,15 @@ def _unknown_text(corpus: Corpus, tokenizer: Tokenizer, look: int = 1000) -> dic
 
 
 def _try_step(
-    model: "PreTrainedModel", batches: BatchSampler, cfg: RunConfig
+    model: "PreTrainedModel", batches: BatchSampler, cfg: RunConfig, teacher: Teacher | None
 ) -> tuple[float, int, int | None]:  # seconds, bytes of activations, peak bytes on a GPU
     device = torch.device(cfg.model.device)
     # On a GPU compiling changes memory and time by half; on a CPU it takes longer than it is worth.
     compute = cfg.compute if is_cuda(device) else cfg.compute.model_copy(update={"compile": "off"})
     rows = min(batches.micro_batch, batches.batch_size // batches.world_size)
     shape = rows, cfg.model.seq_len
-    objective, compute = objective_for(cfg.updated(compute=compute), model, batches, shape)
+    cfg = cfg.updated(compute=compute)
+    objective, compute = objective_for(cfg, model, batches, shape, teacher=teacher)
 
     def loss(_: Any, b: Batch) -> Any:
         return objective(*b.loss_inputs)
@@ -194,6 +205,13 @@ def _try_step(
         synchronize(device)
         seconds = time.perf_counter() - start
     return round(seconds, 4), activations, peak_memory(device)
+
+
+def _any_teacher(
+    k: int, index: np.ndarray, targets_BT: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:  # as `TeacherTargets` would give
+    shape = (*targets_BT.shape, k)
+    return np.full(shape, -np.log(k + 1), np.float32), np.broadcast_to(np.arange(k), shape).copy()
 
 
 def _activation_bytes(forward: Callable[[], torch.Tensor], model: torch.nn.Module) -> int:

@@ -38,7 +38,7 @@ from .bases import find_base
 from .callbacks import sinks_of
 from .run_folder import LAST, RecordBackup, Run
 from .run_record import RunRecord
-from .settings import TRAINING_KINDS, RunConfig
+from .settings import TRAINING_KINDS, DistillConfig, RunConfig
 from .trainer import Trainer
 from codex_nb.run.training_inputs import (
     display_path,
@@ -65,7 +65,6 @@ from codex_nb.train.interrupts import (
     RESUMABLE,
     Interrupted,
     ProcessKilled,
-    die_with_parent,
     is_out_of_memory,
     why_killed,
 )
@@ -74,6 +73,7 @@ from ..train.workers import WorkerError, run_workers
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+from ..core.processes import die_with_parent
 
 # %% ../../nbs/run/67_recipe.ipynb #37f43f9b
 def train_model(
@@ -132,7 +132,7 @@ def train_in_processes(
         command = [sys.executable, *command]
     else:
         program = (
-            "from codex_nb.train.interrupts import die_with_parent; die_with_parent(); "
+            "from codex_nb.core.processes import die_with_parent; die_with_parent(); "
             "from torch.distributed.run import main; main()"
         )
         torchrun = [sys.executable, "-c", program, "--standalone", "--nproc-per-node", str(n)]
@@ -227,11 +227,15 @@ def with_base(
     cfg: RunConfig,  # Settings of a run
     folder: Path,  # Its folder
 ) -> RunConfig:
-    "The same with the base that the run's record names, also if a newer one would be found now."
-    if not cfg.has_base or cfg.model.base not in (None, LAST):
-        return cfg
-    base = str(find_base(cfg.model.base, folder))
-    return cfg.updated(model=cfg.model.model_copy(update={"base": base}))
+    "The same with the models that the run's record names, also if newer ones would be found now."
+    if cfg.has_base and cfg.model.base in (None, LAST):
+        base = str(find_base(cfg.model.base, folder))
+        cfg = cfg.updated(model=cfg.model.model_copy(update={"base": base}))
+    if isinstance(cfg, DistillConfig) and cfg.distillation.teacher in (None, LAST):
+        teacher = str(find_base(cfg.distillation.teacher, folder, "teacher"))
+        named = cfg.distillation.model_copy(update={"teacher": teacher})
+        cfg = cfg.updated(distillation=named)
+    return cfg
 
 
 def _start_on_rank_0(

@@ -7,7 +7,6 @@ __all__ = ['pair_logps', 'preference_pairs', 'reference_for', 'recorded_referenc
 
 # %% ../../nbs/run/64_reference.ipynb #6a10c0e4
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,9 +24,6 @@ from ..model.model_registry import model_digest
 from ..model.preference_loss import PreferenceLoss
 from .bases import find_base, open_base
 from .settings import PreferConfig
-
-if TYPE_CHECKING:
-    pass
 
 # %% ../../nbs/run/64_reference.ipynb #6a10c0e7
 @torch.no_grad()
@@ -111,8 +107,8 @@ def recorded_reference(
     if found := find_stored("reference", digest):
         return found
     raise ArtifactError(
-        f"the reference {digest[:12]} of this run is not in the store; start a new run, which "
-        "computes it again"
+        f"the reference {digest[:12]} of this run is not in the store; resume the run with "
+        "codex-nb resume, which computes it again"
     )
 
 # %% ../../nbs/run/64_reference.ipynb #6a10c0eb

@@ -35,7 +35,13 @@ from codex_nb.core.artifacts import (
     seal,
     write_file,
 )
-from ..core.config import Config, canonical_json, digest_of, env_setting
+from codex_nb.core.config import (
+    Config,
+    canonical_json,
+    digest_of,
+    env_setting,
+    environment_with,
+)
 from ..core.repro import code_changes, environment
 from ..core.safety import find_secrets, redact
 from ..core.store import Lock, find_stored, is_locked, workspace
@@ -438,7 +444,9 @@ def latest_finished_run(
 def in_use(
     root: Path | str | None = None,  # Default: the workspace's `runs/`
 ) -> set[str]:  # Digests
-    "The parents of runs that are running or can be resumed."
+    "The parents of runs that are running or can be resumed, and corpora that have a name."
+    from codex_nb.data.corpus import named_digests  # which takes a while
+
     inside = Path(root or workspace() / "runs")
     folders = {*(inside.iterdir() if inside.is_dir() else []), *_external_runs()}
     out: set[str] = set()
@@ -447,7 +455,7 @@ def in_use(
         with suppress(ArtifactError, ValueError, KeyError, TypeError, OSError):
             if _may_go_on(p):
                 out |= {*load_parents(p).values()}
-    return out
+    return out | {*named_digests().values()}
 
 
 def _may_go_on(folder: Path) -> bool:
@@ -496,9 +504,9 @@ def find_in_runs(
 def trained_parents(
     run: Path | str,  # A run folder
 ) -> dict[str, tuple[str, Path | None]]:  # Role -> digest, and its run if that is here
-    "The trained models that a run starts from: a base, or the checkpoint it evaluates."
+    "The trained models that a run is made from: base, teacher, or the checkpoint it evaluates."
     out = {}
-    for role in ("base", "checkpoint"):
+    for role in ("base", "teacher", "checkpoint"):
         if digest := load_parents(run).get(role):
             part = find_in_runs(digest)
             out[role] = digest, part and part.parents[1]
@@ -527,7 +535,14 @@ def recorded_parent(
 
 # %% ../../nbs/run/62_run_folder.ipynb #ce045a52
 # Parents that a run builds again when they are not in the store
-REBUILDABLE = ("corpus", "tokenizer", "tokens", "quantized_base", "reference")
+REBUILDABLE = (
+    "corpus",
+    "tokenizer",
+    "tokens",
+    "quantized_base",
+    "reference",
+    "teacher_targets",
+)
 
 
 def verify_files(
@@ -558,7 +573,9 @@ def verify_files(
 
 
 def _parent_state(role: str, digest: str) -> str:
-    if find_stored(role, digest):
+    with environment_with(CODEX_NB_CHECK="full"):  # a proof trusts no hint
+        is_stored = find_stored(role, digest) is not None
+    if is_stored:
         return "ok"
     if path := find_in_runs(digest):
         open_artifact(path)

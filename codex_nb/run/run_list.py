@@ -164,9 +164,10 @@ def setting_values(
 
 
 @cache
-def _preset_values(kind: str, preset: str) -> dict[str, Any]:
+def _preset_values(kind: str, preset: str, depth: int | None) -> dict[str, Any]:
     try:
-        return setting_values(kind, KINDS[kind].check(preset).to_dict())
+        named = {} if depth is None else {"depth": depth}
+        return setting_values(kind, KINDS[kind].check(preset, **named).to_dict())
     except (KeyError, ConfigError):  # of another version
         return {}
 
@@ -176,7 +177,9 @@ def differing_settings(
 ) -> dict[str, Any]:  # Short name -> value
     "The settings of a run that were given, and are not as in its preset."
     values = setting_values(record.kind, record.config)
-    preset = _preset_values(record.kind, record.preset)
+    depth = values.get("depth")
+    depth = depth if isinstance(depth, int) else None  # a record may hold anything
+    preset = _preset_values(record.kind, record.preset, depth) | {"depth": None}
     given = [name for name, source in record.sources.items() if source == "given"]
     return {n: values[n] for n in given if n in values and values[n] != preset.get(n, ...)}
 
@@ -314,7 +317,8 @@ def _trials(folder: Path) -> list[Path]:
     return [p for p in folder.parent.glob("*-trial-*") if _sweep_of(p) == folder]
 
 
-_NAMING = ("base", "checkpoint", "runs", "data", "tokenizer_path")  # Settings that may name a run
+# Settings that may name a run
+_NAMING = ("base", "teacher", "checkpoint", "runs", "data", "tokenizer_path")
 
 
 def _naming_setting(other: Path, folder: Path) -> str | None:

@@ -184,6 +184,12 @@ PURPOSES = {
         "lora": "adapt a model that answers; the usual choice",
         "full": "train all weights; needs more memory",
     },
+    "distill": {
+        "smoke": "try distillation in seconds",
+        "tiny": "a small student of a model like train's tiny; its teacher is asked once",
+        "small": "a student of a model like train's small; a GPU helps",
+        "full": "conversations: all weights of a base, or of a new student",
+    },
     "evaluate": {
         "smoke": "a quick look at 50 documents",
         "full": "up to 100,000 documents, for figures to publish",
@@ -206,6 +212,7 @@ def preset_table(
             row |= {"steps": fit.steps, "epochs": fit.epochs, "context": model.seq_len}
             if not cfg.has_base:
                 row |= {"arch": model.arch, "layers": model.layers, "width": model.width}
-                row["parameters"] = parameter_count(model, cfg.tokenizer.vocab_size)
+                if "vocab_size" in cfg.values():  # else it is a teacher's
+                    row["parameters"] = parameter_count(model, cfg.tokenizer.vocab_size)
         rows.append(row)
     return rows

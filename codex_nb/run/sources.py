@@ -8,20 +8,30 @@ __all__ = ['run_or_model', 'check_sources']
 # %% ../../nbs/run/62_sources.ipynb #fd0201e4
 from pathlib import Path
 
-from ..core import plugins
 from ..core.artifacts import MANIFEST
 from ..core.config import ConfigError
-from ..data.documents import ReadError
+from ..data.corpus import find_data
+from ..data.remote import is_remote, open_remote
 from ..eval.benchmarks import check_tasks
 from ..model.model_registry import find_model
-from .run_folder import LAST, find_run, list_runs
-from .settings import CompareConfig, JudgeConfig, RunConfig, Settings
+from .run_folder import LAST, find_run, latest_finished_run, list_runs
+from codex_nb.run.settings import (
+    TRAINING_KINDS,
+    CompareConfig,
+    DistillConfig,
+    JudgeConfig,
+    RunConfig,
+    Settings,
+)
 
 # %% ../../nbs/run/62_sources.ipynb #020cd0bb
 def run_or_model(
     name: str,  # A path, a registered model, or a run
+    role: str = "base",  # The setting that names it
 ) -> tuple[Path, bool]:  # Its folder, and whether it is a run; `ConfigError` where there is none
-    "Find the folder that a name means."
+    "Find the folder that a name means; `last` is the newest finished run that trained."
+    if name == LAST and (newest := latest_finished_run(TRAINING_KINDS)):
+        return newest, True
     runs = [r["name"] for r in list_runs() if r["name"].endswith(name)]
     path = Path(name)
     is_run = (path / "config.json").is_file() and (path / "checkpoints").is_dir()
@@ -30,7 +40,7 @@ def run_or_model(
     try:
         return find_model(name), False
     except ConfigError as e:
-        raise ConfigError(f"base: {e}") from None
+        raise ConfigError(f"{role}: {e}") from None
 
 # %% ../../nbs/run/62_sources.ipynb #e7f430d2
 def check_sources(
@@ -38,15 +48,22 @@ def check_sources(
 ) -> None:
     "Raise `ConfigError`, `ReadError` or `RunError` for a name that leads nowhere."
     if isinstance(cfg, RunConfig):
-        _check_data(cfg.corpus.data)
+        if is_remote(cfg.corpus.data or ""):
+            open_remote(str(cfg.corpus.data), cfg.corpus.remote)
+        else:
+            _check_data(cfg.corpus.data)
         if cfg.model.base is not None:
             run_or_model(cfg.model.base)
+        if isinstance(cfg, DistillConfig) and cfg.distillation.teacher is not None:
+            run_or_model(cfg.distillation.teacher, "teacher")
     elif isinstance(cfg, JudgeConfig):
+        if is_remote(cfg.data or ""):
+            raise ConfigError(f"data: {cfg.data}: an evaluation reads no address; give a file")
         _check_data(cfg.data)
         if cfg.checkpoint is not None and not Path(cfg.checkpoint).exists():
             _require_run_or_model(cfg.checkpoint)
         if cfg.questions.task is not None:
-            check_tasks(cfg.questions.task)
+            check_tasks(cfg.questions.task, cfg.questions.run_code)
     elif isinstance(cfg, CompareConfig):
         for name in cfg.runs:
             if not (Path(name) / MANIFEST).exists():
@@ -61,16 +78,5 @@ def _require_run_or_model(name: str) -> None:
 
 
 def _check_data(data: str | None) -> None:
-    datasets = plugins.entries("dataset")
-    if data is None or data in datasets:
-        return
-    path = Path(data).expanduser()
-    try:
-        if path.exists():
-            return
-    except OSError:  # a name that the system refuses: the reader says why
-        return
-    raise ReadError(
-        f"data: {path.absolute()}: there is no such file or folder; "
-        f"give a path, or one of {', '.join(datasets)}"
-    )
+    if data is not None:
+        find_data(data)

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['S', 'setup_process', 'resolve_threads', 'HasDigest', 'start_run', 'display_path',
            'tokenizer_for', 'dataset_for', 'rows_of', 'repacked', 'model_for', 'documents_of',
-           'evaluation_documents', 'check_evaluation', 'objective_for', 'graphs_for',
-           'TrainingInputs', 'prepare_data', 'prepare_training']
+           'evaluation_documents', 'check_evaluation', 'template_note', 'objective_for',
+           'graphs_for', 'TrainingInputs', 'prepare_data', 'prepare_training']
 
 # %% ../../nbs/run/64_training_inputs.ipynb #3c2bb332
 import math
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
@@ -19,6 +20,7 @@ import torch
 
 from ..core.config import ConfigError, env_setting
 from ..core.device import is_cuda, set_current_device
+from ..core.processes import die_with_parent
 from ..core.repro import seed_everything, set_determinism
 from ..data.batches import BatchSampler
 from ..data.corpus import SPLITS, Corpus, open_corpus
@@ -33,6 +35,7 @@ from ..model.adapters import add_adapter
 from ..model.causal_lm import build_model, context_length, window_length
 from ..model.compute import apply_compute
 from ..model.cuda_graphs import CUDAGraphs
+from ..model.distillation_loss import DistillationLoss
 from ..model.loss import LMLoss, compiled_problem
 from ..model.model_config import ComputeConfig
 from ..model.model_registry import model_digest, quantized_base
@@ -46,14 +49,15 @@ from codex_nb.run.bases import (
     resolve_compute_settings,
     resolve_packing,
 )
+from .next_steps import has_seen_conversations
 from .reference import reference_for
 from .run_folder import Run, register_external_run
 from .run_record import RunRecord
-from .settings import PreferConfig, RunConfig, Settings
+from .settings import DistillConfig, PreferConfig, RunConfig, Settings
+from .teacher import Teacher, check_teacher, teacher_targets_for
 from ..tracking.threads import choose_threads, default_threads, set_threads
 from ..train.distributed import World, this_world
 from ..train.engine import LossFn
-from ..train.interrupts import die_with_parent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,11 +112,12 @@ def start_run(
     **parents: HasDigest,  # Role -> what the run is made from
 ) -> Run[S]:  # Its folder exists and is locked; `run.cfg` has no `auto` left
     "Set seeds and determinism, and start or resume a run."
-    advice = why_threads = None
+    advice = why_threads = unused = None
     tokens, corpus, tokenizer = map(parents.get, ("tokens", "corpus", "tokenizer"))
     if isinstance(cfg, RunConfig):
         if isinstance(corpus, Corpus) and isinstance(tokenizer, Tokenizer):
             check_evaluation(cfg, corpus, tokenizer)
+            unused = template_note(cfg, corpus, tokenizer, folder)
         cfg = resolve_compute_settings(cfg, tokens)  # type: ignore[arg-type,assignment]
         advice = memory_advice(cfg)  # type: ignore[arg-type]
         if cfg.has_base and cfg.adapter.base_dtype == "nf4":
@@ -123,6 +128,10 @@ def start_run(
     if isinstance(cfg, PreferConfig) and cfg.preference.preference == "dpo":
         if isinstance(corpus, Corpus) and isinstance(tokenizer, Tokenizer):
             parents["reference"] = reference_for(cfg, corpus, tokenizer, folder)
+    if isinstance(cfg, DistillConfig) and cfg.distillation.teacher_top_k:
+        if isinstance(tokens, TokenStore) and isinstance(tokenizer, Tokenizer):
+            rows, vocab_size = rows_of(tokens, cfg), tokenizer.vocab_size
+            parents["teacher_targets"] = teacher_targets_for(cfg, rows, vocab_size, folder)
     if env_setting("CODEX_NB_RUN") and "ipykernel" in sys.modules:
         die_with_parent()
     run = Run.start(kind, cfg, cfg.run_name, folder)
@@ -131,8 +140,13 @@ def start_run(
         run.add_parent(role, artifact.digest)
     if isinstance(cfg, RunConfig) and cfg.has_base:
         run.add_parent("base", model_digest(find_base(cfg.model.base, folder)))
+    if isinstance(cfg, DistillConfig):
+        teacher = find_base(cfg.distillation.teacher, folder, "teacher")
+        run.add_parent("teacher", model_digest(teacher))
     print(f"{'resuming' if run.resumed else 'writing to'} {display_path(run.folder)}")
-    for note in filter(None, (advice, why_threads)):
+    available = len(tokens) if isinstance(tokens, TokenStore) else None
+    by_depth = cfg.depth_notes(available) if isinstance(cfg, RunConfig) else []
+    for note in filter(None, (*by_depth, advice, why_threads, unused)):
         if not run.resumed:
             print(f"note: {note}")
     data = parents.get("corpus")
@@ -156,10 +170,18 @@ def tokenizer_for(
     cfg: RunConfig,  # The run's settings
     corpus: Corpus,  # The training corpus
 ) -> Tokenizer:  # In the store
-    "The tokenizer of a run: its base's, a named one, or one trained on its corpus."
-    if cfg.tokenizer.tokenizer_path or not cfg.has_base:
-        return train_tokenizer(corpus, cfg.tokenizer)
-    return import_tokenizer(find_base(cfg.model.base))
+    "The tokenizer of a run: its base's or teacher's, a named one, or one trained on its corpus."
+    if cfg.tokenizer.tokenizer_path:
+        tokenizer = train_tokenizer(corpus, cfg.tokenizer)
+    elif cfg.has_base:
+        tokenizer = import_tokenizer(find_base(cfg.model.base))
+    elif isinstance(cfg, DistillConfig):
+        tokenizer = import_tokenizer(find_base(cfg.distillation.teacher, role="teacher"))
+    else:
+        tokenizer = train_tokenizer(corpus, cfg.tokenizer)
+    if isinstance(cfg, DistillConfig):
+        check_teacher(cfg, tokenizer)
+    return tokenizer
 
 
 def dataset_for(
@@ -283,6 +305,27 @@ def check_evaluation(
         if doc.messages:  # every text can be encoded
             encode_document(tokenizer, doc)
 
+
+def template_note(
+    cfg: RunConfig,  # The run's settings
+    corpus: Corpus,  # The training corpus
+    tokenizer: Tokenizer,  # Encodes it
+    run: Path | str | None = None,  # The folder of the run it is for
+) -> str | None:  # None where the data suit the base
+    "What to say where a base that answers in conversations is given prompts that are none."
+    documents = list(islice(corpus.split("train"), 20))
+    if not cfg.has_base or not documents or any(not d.completion for d in documents):
+        return None
+    chats = has_seen_conversations(find_base(cfg.model.base, run))
+    if not (chats or chats is None and tokenizer.in_transformers().chat_template):
+        return None
+    pairs = " --record-format pairs" if isinstance(cfg, PreferConfig) else ""
+    return (
+        "the data are prompts with answers, not conversations, so the answers follow the prompts "
+        "without the chat template of the base; if you mean to chat, make conversations with: "
+        f"codex-nb data convert FILE NEW.jsonl --to messages{pairs}"
+    )
+
 # %% ../../nbs/run/64_training_inputs.ipynb #91457b21
 def objective_for(
     cfg: RunConfig,  # The run's settings, without `auto`
@@ -292,11 +335,16 @@ def objective_for(
     world: World = World(),
     check: bool | None = None,  # Whether to test compiled code; default: on a GPU
     layers: list[torch.nn.Module] | None = None,  # Of a model that is to be sharded
+    teacher: Teacher | None = None,  # For distillation
 ) -> tuple[LMLoss, ComputeConfig]:  # And how it computes: uncompiled if compiling goes wrong
     "The training loss of a model."
     compute, dtype = cfg.compute, cfg.model.dtype
     if isinstance(cfg, PreferConfig):
         return PreferenceLoss(model, cfg.preference, dtype, compute), compute
+    if isinstance(cfg, DistillConfig):
+        if teacher is None:
+            raise ValueError("there is no teacher to learn from: give one, from teacher_for")
+        return DistillationLoss(model, cfg.distillation, *teacher, dtype, compute), compute
     objective = LMLoss(model, dtype, compute, shape, layers)
     if check is None:  # before it is sharded, a model is on no device that it is compiled for
         check = is_cuda(cfg.model.device) and layers is None

@@ -30,6 +30,7 @@ from ..model.portable_mode import is_portable
 from ..tracking.timers import StepClock, Throughput
 from .distributed import World, full_tensor
 from .optim import EMA, Optimizer, guarded_step
+from .prefetch import Prefetcher
 from .train_config import FitConfig
 
 # %% ../../nbs/train/47_engine.ipynb #ddcd08aa
@@ -316,14 +317,14 @@ def fit(
     state.total_steps = math.ceil(end / batches.batch_size)
     device = next(model.parameters()).device
     state.clock = StepClock(device)
-    began = time.monotonic()
+    began, reader = time.monotonic(), Prefetcher(batches, end, cfg.prefetch)
     try:
         _call(hooks, state, "start")
         while state.position < end and not state.stop_reason:
             model.train()  # a hook may have evaluated
             state.throughput.start()
             state.clock.mark("data")
-            micro = batches.step(state.position, end)  # this rank's micro-batches
+            micro = reader.step(state.position)  # this rank's micro-batches
             lr = schedule(state.step, state.total_steps)
             limit = _spike_limit(state, cfg.spike)
             clock = state.clock
@@ -362,6 +363,8 @@ def fit(
         state.throughput.pause()
         _call(hooks, state, "error")
         raise
+    finally:
+        reader.close()
     return state
 
 # %% ../../nbs/train/47_engine.ipynb #6d79ca45

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['EXIT_CODES', 'RESUMABLE', 'RESUMABLE_CODES', 'SIGNAL_MARKER', 'Interrupted',
            'ProcessKilled', 'why_killed', 'is_out_of_memory', 'stop_signals', 'leave_terminal',
-           'Signals', 'die_with_parent']
+           'Signals']
 
 # %% ../../nbs/train/46_interrupts.ipynb #d2ba9913
-import ctypes
 import os
 import signal
 import stat
@@ -156,16 +155,3 @@ class Signals:
             self._interruptible = False
         finally:
             self._interruptible = False
-
-# %% ../../nbs/train/46_interrupts.ipynb #a5b141ed
-def die_with_parent() -> bool:  # False where the system cannot do it
-    "End this process when its parent ends."
-    if not sys.platform.startswith("linux"):
-        return False
-    parent = os.getppid()
-    PR_SET_PDEATHSIG = 1  # from <sys/prctl.h>
-    accepted = ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL) == 0
-    # The parent may have ended before the call; then no signal would ever come.
-    if os.getppid() != parent:
-        os._exit(128 + signal.SIGKILL)
-    return accepted

@@ -69,6 +69,8 @@ class FitConfig(Config):
     minutes: float | None = Field(None, gt=0)  # Wall-clock time in the loop
     batch_size: int = Field(16, ge=1)  # Rows in an optimizer step, over all processes
     micro_batch: int | None = Field(None, ge=1)  # Rows in one forward pass; default: all
+    # Steps whose batches are read ahead; 0 reads each when it is needed. For data on a slow disk
+    prefetch: int = Field(0, ge=0, le=1000, json_schema_extra=NOT_IN_DIGEST)
     clip: float = Field(1.0, ge=0)  # Largest gradient norm; 0 clips nothing
     # What to do with a step whose loss or gradient is not finite, or whose loss is a spike
     on_bad: Literal["stop", "skip"] = "stop"

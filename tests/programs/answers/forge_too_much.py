@@ -1,0 +1,2 @@
+def f(x):
+    return "passed" * (1 << 22)

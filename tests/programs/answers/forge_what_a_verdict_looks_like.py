@@ -1,0 +1,5 @@
+print("passed", flush=True)
+
+
+def f(x):
+    print("passed")
