@@ -21,7 +21,7 @@ from codex_nb.core.config import ConfigError
 from codex_nb.core.processes import run_tasks
 from codex_nb.core.store import FileDigests, stored_artifacts
 from codex_nb.data import corpus as corpus_module
-from codex_nb.data import shards
+from codex_nb.data import shards, tokens
 from codex_nb.data.corpus import SPLITS, CorpusConfig, open_corpus
 from codex_nb.data.data_report import check_data
 from codex_nb.data.documents import ReadError
@@ -459,3 +459,21 @@ def test_a_run_from_shards_equals_one_from_a_single_store(tmp_path):
     assert weights[0] == weights[1]
     replayed = codex("replay", tmp_path / "run0", home=home)
     assert replayed.returncode == 0 and "L3" in replayed.stdout, replayed.stdout + replayed.stderr
+
+
+@pytest.mark.parametrize("packing", ["best-fit", "pad"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_places_of_pieces_are_kept_on_disk(texts, tokenizers, monkeypatch, packing, which):
+    store = build_tokens(open_corpus(CorpusConfig(data=str(texts))), tokenizers[which])
+    rows = PackedDataset(store, 96, packing)
+    monkeypatch.setattr(tokens, "LARGE", 1)
+    kept = PackedDataset(store, 96, packing)
+    monkeypatch.setattr(tokens, "best_fit", None)  # not computed a second time
+    again = PackedDataset(store, 96, packing)
+    assert {row["kind"] for row in stored_artifacts()} >= {"rows"}
+    for other in (kept, again):
+        assert other.report() == rows.report() and other.tail == rows.tail
+        index = np.arange(len(rows))
+        for a, b in zip(rows.gather(index), other.gather(index)):
+            assert np.array_equal(a, b)
+        assert np.array_equal(rows.documents(index), other.documents(index))
