@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 from .brief_errors import UserError
 from .config import ConfigError
 from .progress import print_above
+from .store import workspace
 
 # %% ../../nbs/core/09_processes.ipynb #09eac1af
 def die_with_parent() -> bool:  # False where the system cannot do it
@@ -123,6 +124,12 @@ def _in_processes(
             return
 
 # %% ../../nbs/core/09_processes.ipynb #1c9f5144
+def _there(home: str, fn: Callable[[_Task], Any], task: _Task) -> Any:
+    "Of a worker elsewhere: run a task in the workspace of whoever asked for it."
+    os.environ["CODEX_NB_HOME"] = home
+    return fn(task)
+
+
 def _on_dask(
     fn: Callable[[_Task], Any], tasks: Sequence[_Task], scheduler: str
 ) -> Iterator[Outcome]:
@@ -145,7 +152,8 @@ def _on_dask(
         print_above(message, file=sys.stderr)  # a result in JSON has standard output
         # Not `pure`: for a task with an equal key Dask would hand out the result it remembers,
         # whatever has happened to the store since.
-        futures = [client.submit(fn, task, pure=False, retries=2) for task in tasks]
+        home = str(workspace())
+        futures = [client.submit(_there, home, fn, task, pure=False, retries=2) for task in tasks]
         numbers = {future.key: number for number, future in enumerate(futures)}
         for future in as_completed(futures, loop=client.loop):
             try:

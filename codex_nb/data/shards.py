@@ -40,7 +40,6 @@ from codex_nb.core.store import (
     find_stored,
     store_by_content,
     stored_folders,
-    workspace,
 )
 from codex_nb.data.corpus import (
     DROPPED,
@@ -123,7 +122,6 @@ class _Task(NamedTuple):
     seen: list["_Seen"]  # Of each file
     config: dict[str, Any]  # Of a `CorpusConfig`
     in_place: bool
-    workspace: str
 
 
 class _Built(NamedTuple):
@@ -206,8 +204,6 @@ def _documents(
 
 def build_shard(task: _Task) -> _Built:
     "Build a shard, unless it is there; runs in any process."
-    if str(workspace()) != task.workspace:  # in a worker on another machine
-        os.environ["CODEX_NB_HOME"] = task.workspace
     cfg = CorpusConfig.from_dict(task.config)
     paths = [Path(file.path) for file in task.files]
     stamps = [_stamps(path) for path in paths]
@@ -462,7 +458,7 @@ def build_shards(
         _in_parts(_source_files(paths, cfg, skipped, in_place), known, divided)
     ):
         seen = [divided.get(file.path) or _look_up(Path(file.path), known) for file in files]
-        tasks.append(_Task(files, seen, config, in_place, str(workspace())))
+        tasks.append(_Task(files, seen, config, in_place))
     digests = [_find_shard(task, cfg) for task in tasks]
     missing = [i for i, digest in enumerate(digests) if digest is None]
     outcomes = run_tasks(build_shard, [tasks[i] for i in missing], workers, scheduler)

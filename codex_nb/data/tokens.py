@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -278,19 +278,13 @@ class _Task(NamedTuple):
     tokenizer: tuple[str, str]  # Folder and digest
     settings: dict[str, Any]
     threads: int | None
-    workspace: str
 
 
 def encode_shard(
     task: _Task,
 ) -> str | None:  # Digest of the part; None when no document is kept
     "Encode a shard of a corpus, unless that has been done; runs in any process."
-    os.environ["CODEX_NB_HOME"] = task.workspace  # of a worker on another machine
-    found = find_stored("corpus", task.corpus)
-    if found is None:
-        raise ArtifactError(f"corpus {task.corpus[:12]} is not in the store of {task.workspace}")
-    path, digest = task.tokenizer
-    corpus, tokenizer = Corpus(found), Tokenizer(Path(path), digest)
+    corpus, tokenizer = _open_both(task.corpus, *task.tokenizer, workspace())
     shard, split = corpus.shards[task.shard], task.settings["split"]
     if not shard.kept[split]:
         return None
@@ -302,6 +296,16 @@ def encode_shard(
         draft.meta.update(_write_stream(documents, tokenizer, draft.path, task.threads))
 
     return _cached(PART_KIND, task.settings | {"dropped": dropped}, parents, build).digest
+
+
+@lru_cache(maxsize=1)
+def _open_both(
+    corpus: str, folder: str, tokenizer: str, home: Path
+) -> tuple[Corpus, Tokenizer]:  # By digest, from the store in `home`; once for all parts
+    found = find_stored("corpus", corpus)
+    if found is None:
+        raise ArtifactError(f"corpus {corpus[:12]} is not in the store of {home}")
+    return Corpus(found), Tokenizer(Path(folder), tokenizer)
 
 
 def _encode_shards(
@@ -316,7 +320,6 @@ def _encode_shards(
             (str(tokenizer.path), tokenizer.digest),
             settings,
             1 if several else None,
-            str(workspace()),
         )
         for k in range(len(corpus.shards))
     ]
